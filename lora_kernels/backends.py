@@ -1,0 +1,80 @@
+"""Which backends this machine has, why one is missing, and how one is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
+
+# name -> module with lora_linear_fwd, lora_linear_bwd and `unavailable` (None, or why it can't run here).
+_MODULES = {
+    "reference": "lora_kernels.reference",
+    "cpu": "lora_kernels.cpu",
+    "triton": "lora_kernels.triton",
+}
+# What `auto` tries, in this order, on each type of device.
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+# A plain global, not a context variable: autograd runs backward in threads of its own, which must see the same choice.
+_selected: str | None = None
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names that `use_backend` and the environment variable LORA_KERNELS_BACKEND accept."""
+    return ("auto", *_MODULES)
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
+def available() -> dict[str, str | None]:
+    """Every backend by name: None where it can run on this machine, else the reason why not."""
+    return {name: _load(name).unavailable for name in _MODULES}
+
+
+def _check(name: str, source: str) -> None:
+    if name not in backend_names():
+        raise ValueError(f"{source} is {name!r}; allowed: {', '.join(backend_names())}")
+    if name != "auto" and (reason := _load(name).unavailable) is not None:
+        raise RuntimeError(f"{source} asks for the {name} backend, which can't run here: {reason}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` block on the backend ``name``: "auto", "reference", "cpu" or "triton".
+
+    "auto" (the default outside) picks the fastest that can run; a backend named explicitly never falls back. The
+    choice holds for the process, since autograd's threads must see it; the environment variable LORA_KERNELS_BACKEND
+    sets it from outside.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run here.
+    """
+    global _selected
+    _check(name, "use_backend(name)")
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def resolve(x: Tensor) -> ModuleType:
+    """The backend module that will run an op whose activations are ``x``."""
+    name = _selected
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
+    if name != "auto":
+        return _load(name)
+    if x.dtype == torch.float64:
+        return _load("reference")
+    candidates = [_load(candidate) for candidate in _AUTO.get(x.device.type, ("reference",))]
+    return next(module for module in candidates if module.unavailable is None)

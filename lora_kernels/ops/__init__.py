@@ -1,0 +1,1 @@
+"""One file an op: argument checks, registration with torch.library, and the only autograd formulas."""

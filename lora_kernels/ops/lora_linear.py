@@ -1,0 +1,198 @@
+"""y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ, with autograd.
+
+x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], lora_e [R]; h = dropout(x) Aᵀ [M, R] in float32.
+Saved for backward: x, h and the random (seed, offset). Never the mask, never dropout(x).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_kernels import backends, reference
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_library = torch.library.Library("lora_kernels", "DEF")
+_library.define(
+    "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, "
+    "Tensor? lora_e, float dropout_p, Tensor? rng) -> (Tensor, Tensor)"
+)
+_library.define(
+    "lora_linear_bwd(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, "
+    "Tensor? lora_e, float dropout_p, Tensor? rng, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t [M, K] with unit stride along K and rows that don't overlap, which is what every backend reads."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """A weight with unit stride along either dimension: a transposed view (Conv1D) is read as it is."""
+    return t if 1 in t.stride() else t.contiguous()
+
+
+def _run(name: str, x: Tensor, weight: Tensor, *args):
+    """Call the function ``name`` of the backend that is in force."""
+    empty = 0 in (*x.shape, weight.shape[0])
+    function = getattr(reference if empty else backends.resolve(x), name)
+    if not torch.is_autocast_enabled(x.device.type):
+        return function(*args)
+    # The op has chosen its dtypes already: autocast must not round inside it.
+    with torch.autocast(x.device.type, enabled=False):
+        return function(*args)
+
+
+def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng):
+    adapters = (lora_a.contiguous(), lora_b.contiguous())
+    args = (_rows(x), _matrix(weight), *adapters, scaling, bias, lora_e, dropout_p, rng)
+    return _run("lora_linear_fwd", x, weight, *args)
+
+
+def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs):
+    adapters = (lora_a.contiguous(), lora_b.contiguous())
+    args = (_rows(dy), _rows(x), h.contiguous(), _matrix(weight), *adapters, scaling, lora_e, dropout_p, rng, needs)
+    grads = _run("lora_linear_bwd", x, weight, *args)
+    # An op's schema has no optional results: a gradient that nobody asked for is an empty tensor.
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fwd_fake(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng):
+    h_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape[0], weight.shape[0]),
+        x.new_empty(x.shape[0], lora_a.shape[0], dtype=h_dtype),
+    )
+
+
+def _bwd_fake(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs):
+    likes = (x, lora_a, lora_b, lora_e)
+    return tuple(
+        like.new_empty(like.shape) if need and like is not None else dy.new_empty(0)
+        for like, need in zip(likes, needs, strict=True)
+    )
+
+
+for _name, _implementation, _fake in (("lora_linear_fwd", _fwd, _fwd_fake), ("lora_linear_bwd", _bwd, _bwd_fake)):
+    # CompositeExplicitAutograd: one implementation for every device; the backend is chosen when it runs, so that
+    # compiled graphs obey use_backend too.
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, h, weight, lora_a, lora_b, lora_e, rng)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+
+
+def _autograd(ctx, dy, _dh):
+    x, h, weight, lora_a, lora_b, lora_e, rng = ctx.saved_tensors
+    need_x, need_weight, need_a, need_b, _, need_bias, need_e = ctx.needs_input_grad[:7]
+    needs = [need_x, need_a, need_b, need_e]
+    grads = torch.ops.lora_kernels.lora_linear_bwd(
+        dy, x, h, weight, lora_a, lora_b, ctx.scaling, lora_e, ctx.dropout_p, rng, needs
+    )
+    dx, da, db, de = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    # The base is frozen in LoRA; these two serve those who train it or its bias as well.
+    dweight = dy.T @ x if need_weight else None
+    dbias = dy.sum(0) if need_bias else None
+    return dx, dweight, da, db, None, dbias, de, None, None
+
+
+def _double_backward(ctx, *grads):
+    raise NotImplementedError("lora_linear has no second derivative; use lora_kernels.reference.lora_linear_ref for it")
+
+
+torch.library.register_autograd("lora_kernels::lora_linear_fwd", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("lora_kernels::lora_linear_bwd", _double_backward, lib=_library)
+
+
+def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}; expected {list(shape)}")
+    if t.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
+        raise TypeError(f"{name} has dtype {t.dtype}; with x of {x.dtype} it must be {allowed}")
+    if t.device != x.device:
+        raise ValueError(f"{name} is on {t.device}, x on {x.device}; both must be on the same device")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    lora_e: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """LoRA's linear map (Hu et al. 2021, section 4.1), fused: y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ.
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64 (float64 runs on the reference backend).
+        weight: [N, K], the frozen W0, in the dtype of x; a transposed view is read in place.
+        lora_a: [R, K], in the dtype of x or float32.
+        lora_b: [N, R], in the dtype of x or float32.
+        scaling: lora_alpha / r (rsLoRA: lora_alpha / √r).
+        bias: [N] in the dtype of x, or None.
+        lora_e: [R], AdaLoRA's diagonal (Zhang et al. 2023), in the dtype of x or float32; None stands for ones.
+        dropout_p: in [0, 1): each element of x is zeroed with this probability (rounded to a multiple of 2⁻¹⁶) in the
+            low-rank branch only, and the rest scaled by its inverse keep probability. Pass 0 in evaluation.
+
+    Returns y [..., N] in the dtype of x. Sums run in float32 and are rounded once. All of x, lora_a, lora_b, lora_e,
+    weight and bias receive gradients if they require them. Under autocast x, weight and bias are cast to its dtype.
+    The dropout mask comes from torch's generator of the device of x, so seeds, activation checkpointing and CUDA
+    graphs behave as with torch's own dropout.
+
+    Raises ValueError for a wrong shape, device, or dropout_p; TypeError for a wrong dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"x has dtype {x.dtype}; allowed: {', '.join(str(dtype) for dtype in _FLOATING)}")
+    if x.dim() < 1 or weight.dim() != 2 or lora_a.dim() != 2:
+        raise ValueError(
+            f"x, weight and lora_a must be [..., K], [N, K] and [R, K]; "
+            f"given {list(x.shape)}, {list(weight.shape)} and {list(lora_a.shape)}"
+        )
+    (N, K), R = weight.shape, lora_a.shape[0]
+    if x.shape[-1] != K:
+        raise ValueError(
+            f"x has {x.shape[-1]} features (shape {list(x.shape)}); weight [N, K] = [{N}, {K}] expects {K}"
+        )
+    if R < 1:
+        raise ValueError("lora_a has 0 rows; the rank R must be at least 1")
+    adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    _check_tensor("weight", weight, (N, K), x, (x.dtype,))
+    _check_tensor("lora_a", lora_a, (R, K), x, adapter_dtypes)
+    _check_tensor("lora_b", lora_b, (N, R), x, adapter_dtypes)
+    if bias is not None:
+        _check_tensor("bias", bias, (N,), x, (x.dtype,))
+    if lora_e is not None:
+        _check_tensor("lora_e", lora_e, (R,), x, adapter_dtypes)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
+
+    rng = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p > 0.0 else None
+    y, _ = torch.ops.lora_kernels.lora_linear_fwd(
+        x.reshape(math.prod(x.shape[:-1]), K),
+        weight,
+        lora_a,
+        lora_b,
+        float(scaling),
+        bias,
+        lora_e,
+        float(dropout_p),
+        rng,
+    )
+    return y.reshape(*x.shape[:-1], N)

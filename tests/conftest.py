@@ -1,0 +1,8 @@
+import os
+
+# Triton's kernels run on CPU tensors in these tests; triton reads this when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+# The suite runs several workers on few cores; more threads than cores make every one of them slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
