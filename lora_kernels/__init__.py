@@ -26,7 +26,18 @@ _HOME = {
     "save_adapter": "io.peft",
     "use_backend": "backends",
 }
-__all__ = list(_HOME)
+__all__ = [
+    "FusedLoRALinear",
+    "LoRAConfig",
+    "adapters_disabled",
+    "available",
+    "inject",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "save_adapter",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 unavailable: str | None = None
 
 # Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11). Seven rounds are
-# the fewest that pass BigCrush (its Table 2); ten, the usual choice, only add a margin that a dropout mask has no use for.
+# the fewest that pass BigCrush (its Table 2); the usual ten only add a margin that a dropout mask has no use for.
 PHILOX_ROUNDS = 7
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -40,7 +40,7 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, i
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The 16-bit threshold t: an element is dropped iff its random 16 bits are below t, i.e. with probability t/65536."""
+    """The threshold t: an element is dropped iff its 16 random bits are below t, so with probability t/65536."""
     return min(round(dropout_p * 65536), 65535)
 
 

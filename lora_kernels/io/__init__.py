@@ -1,0 +1,1 @@
+"""Files that people already have: PEFT adapters, Hugging Face models, GGUF."""

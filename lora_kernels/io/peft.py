@@ -1,0 +1,365 @@
+"""LoRA adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors.
+
+Tensors are named `base_model.model.<module path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R], modules trained in
+full by `base_model.model.<module path>.<their own key>`. What PEFT writes is read here and the other way round, with
+the same logits. PEFT's spelling of names lives in this file only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules, named_by, pattern_matches, plan
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "init_lora_weights",
+    "bias",
+}
+# No bearing on what a loaded adapter computes. The *_config ones belong to initialisations, and init_lora_weights is
+# checked; fan_in_fan_out follows from the module; qalora_group_size and layers_pattern serve use_qalora and
+# layers_to_transform, which are refused.
+_IGNORED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# PEFT's initialisations that leave the base weights alone. PiSSA and its kin change them when the adapter is created.
+_INITS = {True: "default", False: "default", "gaussian": "gaussian", "eva": "default", "orthogonal": "default"}
+
+_TASK_TYPES = (
+    (r"For(CausalLM)$|LMHeadModel$", "CAUSAL_LM"),
+    (r"ForSequenceClassification$", "SEQ_CLS"),
+    (r"ForConditionalGeneration$", "SEQ_2_SEQ_LM"),
+    (r"ForTokenClassification$", "TOKEN_CLS"),
+)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes the adapter of an injected model to `directory` as PEFT would, for `PeftModel.from_pretrained`.
+
+    The config names the very modules that carry an adapter. LoRA tensors of 16 bits are written as float32, exactly;
+    modules_to_save keep their dtype. Each file is written under a temporary name and then moved into place.
+
+    Raises ValueError if the model carries no adapters, RuntimeError inside `adapters_disabled`.
+    """
+    config = _config_of(model)
+    for name, original in model.lora_originals.items():
+        if model.get_submodule(name) is original:
+            raise RuntimeError("save_adapter was called inside adapters_disabled, where trained modules are set aside")
+    tensors = {}
+    for key, tensor in _adapter_tensors(model).items():
+        wide = tensor.float() if key.endswith((".lora_A.weight", ".lora_B.weight")) and tensor.itemsize < 4 else tensor
+        tensors[key] = wide.detach().to("cpu", copy=True).contiguous()
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_peft_config(model, config), indent=2, sort_keys=True) + "\n"
+    # The config goes last: a directory that has one for the first time is complete.
+    _write(directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _write(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _config_of(model: nn.Module) -> LoRAConfig:
+    config = getattr(model, "lora_config", None)
+    if config is None:
+        raise ValueError(
+            "model has no lora_config: it carries no adapters, or is wrapped (DistributedDataParallel, torch.compile); "
+            "pass the module that was given to inject"
+        )
+    return config
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of an injected model by PEFT's key; they share memory with the model."""
+    tensors = {}
+    for name, layer in lora_modules(model):
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    for name in model.lora_originals:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            tensors[f"{_PREFIX}{name}.{key}"] = tensor
+    return tensors
+
+
+def _peft_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
+    names = [name for name, _ in model.named_modules() if name]
+    layers = dict(lora_modules(model))
+    saved = list(model.lora_originals)
+    # PEFT looks for targets outside of modules_to_save only, and for the latter by the end of the string.
+    targets = _suffixes(layers, [name for name in names if not any(_within(name, outer) for outer in saved)])
+    taken = [name for name in names if any(name.endswith(suffix) for suffix in saved)]
+    if sorted(taken) != sorted(saved):
+        other = next(name for name in taken if name not in saved)
+        raise ValueError(f"PEFT's format can't name the modules_to_save {saved} without {other!r}; save it as well")
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(model, saved),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": _integer_if_whole(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+        "target_modules": targets or "|".join(re.escape(name) for name in layers),
+        "exclude_modules": None,
+        "modules_to_save": saved or None,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {pattern: _integer_if_whole(value) for pattern, value in config.alpha_pattern.items()},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _integer_if_whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(outer + ".")
+
+
+def _suffixes(chosen: Mapping[str, Any], names: list[str]) -> list[str] | None:
+    """The shortest ends of paths that among `names` name all of `chosen` and nothing else; None if there are none."""
+    others = [name for name in names if name not in chosen]
+    taken_by_others = {suffix for name in others for suffix in _ends(name)}
+    suffixes = set()
+    for name in chosen:
+        own = next((suffix for suffix in _ends(name) if suffix not in taken_by_others), None)
+        if own is None:
+            return None
+        suffixes.add(own)
+    return sorted(suffixes)
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def _task_type(model: nn.Module, saved: list[str]) -> str | None:
+    name = type(model).__name__
+    task = next((task for pattern, task in _TASK_TYPES if re.search(pattern, name)), None)
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        # For these PEFT takes the heads to be in the file, whatever modules_to_save says.
+        heads = {name for name, _ in model.named_modules() if name.endswith(("score", "classifier"))}
+        return task if heads and heads <= set(saved) else None
+    return task
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
+    """Loads a LoRA adapter in PEFT's format from `directory` into `model`, in place.
+
+    A model without adapters gets them as adapter_config.json says (`inject`). One that has adapters must have them on
+    the same modules with the same rank, scaling and modules_to_save. Loading is strict and comes last: with any
+    missing, unexpected or mis-shaped tensor the model is left as it was.
+
+    Args:
+        model: the base model, or one that `inject` has been applied to.
+        directory: where adapter_config.json and adapter_model.safetensors are.
+        trainable: whether the loaded adapter requires gradients (PEFT's `is_trainable`, which is False by default).
+
+    Returns the model. Raises FileNotFoundError if a file is missing, and ValueError, naming the field, tensor or
+    module, if the adapter is of a kind that is not supported or doesn't fit the model.
+    """
+    directory = Path(directory)
+    raw = _read_config(directory / CONFIG_NAME)
+    tensors = _read_tensors(directory / WEIGHTS_NAME)
+    config = _lora_config(model, raw, tensors, directory / CONFIG_NAME)
+    injected = getattr(model, "lora_config", None) is not None
+    if injected:
+        _check_same_adapters(model, config)
+        expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
+    else:
+        expected = _expected_shapes(model, config)
+    _check_tensors(tensors, expected, directory / WEIGHTS_NAME)
+    if not injected:
+        # The values come from the file: with zeros, loading leaves torch's random state alone.
+        inject(model, dataclasses.replace(config, init="both_zero"))
+        model.lora_config = config
+    with torch.no_grad():
+        for key, target in _adapter_tensors(model).items():
+            target.copy_(tensors[key])
+    for parameter in _adapter_parameters(model):
+        parameter.requires_grad_(trainable)
+    return model
+
+
+def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    parameters = [parameter for _, layer in lora_modules(model) for parameter in (layer.lora_a, layer.lora_b)]
+    return parameters + [p for name in model.lora_originals for p in model.get_submodule(name).parameters()]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a PEFT adapter directory has one")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
+    return raw
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        old = path.with_name("adapter_model.bin")
+        hint = f"; {old.name} is a pickle, which is never loaded: save it again as safetensors" if old.is_file() else ""
+        raise FileNotFoundError(f"{path} does not exist{hint}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> LoRAConfig:
+    """The LoRAConfig of a PEFT config, or ValueError for what it asks of us and we can't do."""
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {raw.get('peft_type')!r}; supported: 'LORA'")
+    if raw.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias is {raw['bias']!r}, which is not supported yet; supported: 'none'")
+    init = raw.get("init_lora_weights", True)
+    if not isinstance(init, (bool, str)) or init not in _INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights and is not supported yet; convert "
+            f"the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    for key, value in raw.items():
+        # Not `value in (...)`: 0 equals False, and a layers_to_transform of 0 is a request.
+        unset = value is None or value is False or value == [] or value == {}
+        if key not in _READ | _IGNORED and not unset:
+            raise ValueError(f"{path}: {key} is {value!r}, which is not supported yet")
+
+    names = [name for name, _ in model.named_modules() if name]
+    target_modules = raw.get("target_modules")
+    if not target_modules:
+        raise ValueError(f"{path}: target_modules is {target_modules!r}; expected a string or a list of names")
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        target_modules = "all-linear"
+    # PEFT lets lists and patterns name what the model doesn't have; inject, where it would be a slip, does not.
+    ends_saved = raw.get("modules_to_save") or ()
+    if not isinstance(ends_saved, (list, tuple)):
+        raise ValueError(f"{path}: modules_to_save is {ends_saved!r}; expected a list of names")
+    saved = [name for name in names if any(name.endswith(suffix) for suffix in ends_saved)]
+    present = [name for name in names if not any(_within(name, outer) for outer in saved)]
+    end = ".lora_A.weight"
+    adapted = [key.removeprefix(_PREFIX).removesuffix(end) for key in tensors if key.endswith(end)]
+
+    def known(value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str):
+            return value
+        return [suffix for suffix in value if any(named_by(name, suffix) for name in present)]
+
+    def known_patterns(value: Mapping[str, float] | None) -> dict[str, float]:
+        return {pattern: n for pattern, n in (value or {}).items() if any(pattern_matches(pattern, m) for m in adapted)}
+
+    arguments = {key: raw[key] for key in ("r", "lora_alpha", "lora_dropout") if raw.get(key) is not None}
+    try:
+        config = LoRAConfig(
+            **{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0} | arguments,
+            target_modules=known(target_modules) or target_modules,
+            use_rslora=bool(raw.get("use_rslora")),
+            init=_INITS[init],
+            rank_pattern=known_patterns(raw.get("rank_pattern")),
+            alpha_pattern=known_patterns(raw.get("alpha_pattern")),
+            modules_to_save=saved,
+            exclude_modules=known(raw.get("exclude_modules") or ()),
+        )
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def _scaling(config: LoRAConfig, r: int, lora_alpha: float) -> float:
+    return lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Size]:
+    planned = plan(model, config)
+    shapes = {}
+    for name, (r, _) in planned.adapters.items():
+        linear = model.get_submodule(name)
+        N, K = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.shape[::-1]
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = torch.Size((r, K))
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = torch.Size((N, r))
+    for name in planned.modules_to_save:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            shapes[f"{_PREFIX}{name}.{key}"] = tensor.shape
+    return shapes
+
+
+def _check_same_adapters(model: nn.Module, config: LoRAConfig) -> None:
+    """That the model's adapters compute what the file's config says; modules and shapes are checked by tensor."""
+    for name, layer in lora_modules(model):
+        if layer.merged:
+            raise ValueError(f"{name} is merged; call unmerge() before loading an adapter")
+        r = next((n for p, n in config.rank_pattern.items() if pattern_matches(p, name)), config.r)
+        lora_alpha = next((n for p, n in config.alpha_pattern.items() if pattern_matches(p, name)), config.lora_alpha)
+        scaling = _scaling(config, r, lora_alpha)
+        if not math.isclose(layer.scaling, scaling, rel_tol=1e-6):
+            raise ValueError(
+                f"{name}: the file has scaling {scaling:g} (r={r}, lora_alpha={lora_alpha:g}, "
+                f"use_rslora={config.use_rslora}), the model {layer.scaling:g} (r={layer.r}, "
+                f"lora_alpha={layer.lora_alpha:g}, use_rslora={layer.use_rslora})"
+            )
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], path: Path) -> None:
+    problems = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in tensors]
+    problems += [f"unexpected {key} {list(tensor.shape)}" for key, tensor in tensors.items() if key not in expected]
+    for key, shape in expected.items():
+        if key in tensors and tensors[key].shape != shape:
+            problems.append(f"{key} has shape {list(tensors[key].shape)}, the model needs {list(shape)}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{path} doesn't fit the model: {'; '.join(problems[:5])}{more}")

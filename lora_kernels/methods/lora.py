@@ -1,0 +1,344 @@
+"""LoRA on a whole model (Hu et al. 2021): which linear layers get an adapter, what is trainable, merging.
+
+`inject(model, config)` adapts a model in place, `adapters_disabled(model)` gives the base model back for a while (a
+reference policy), `merge(model)` ends with a plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_conv1d
+
+ALL_LINEAR = "all-linear"
+_CLASSIFICATION_HEADS = ("score", "classifier")
+
+
+@dataclass
+class LoRAConfig:
+    """What `inject` does. The matching rules are PEFT's, so that a config means the same modules in both.
+
+    Args:
+        r: rank, >= 1.
+        lora_alpha: > 0; scaling = lora_alpha / r, or lora_alpha / √r with use_rslora (Kalajdzievski 2023).
+        lora_dropout: in [0, 1), on the input of the low-rank branch, in training mode only.
+        target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the output embedding and a
+            top-level classification head `score` or `classifier`); any other string is a regular expression that must
+            match a module's whole path; a list names modules by their path or by its last components ("q_proj",
+            "self_attn.q_proj").
+        use_rslora: see lora_alpha.
+        init: initialisation of the adapters, see FusedLoRALinear.
+        rank_pattern, alpha_pattern: {pattern: r}, {pattern: lora_alpha} for single modules. A pattern is a regular
+            expression for the end of the path, after a dot or the whole of it; the first one that matches counts.
+        modules_to_save: modules, named as in a list of target_modules, that are trained in full on a copy, and saved
+            with the adapter. They get no adapter. A copy of a tied weight is no longer tied.
+        exclude_modules: modules that get no adapter: a regular expression or a list, as in target_modules.
+
+    Raises ValueError naming the argument that is out of range.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    use_rslora: bool = False
+    init: str = "default"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    exclude_modules: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_lora_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init)
+        self.target_modules = _names("target_modules", self.target_modules, may_be_regex=True)
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules, may_be_regex=True)
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save, may_be_regex=False)
+        if not self.target_modules:
+            raise ValueError('target_modules is empty; allowed: "all-linear", a regular expression, a list of names')
+        for argument in ("rank_pattern", "alpha_pattern"):
+            for pattern, value in getattr(self, argument).items():
+                _compile(argument, pattern)
+                r, lora_alpha = (value, self.lora_alpha) if argument == "rank_pattern" else (self.r, value)
+                try:
+                    check_lora_arguments(r, lora_alpha, self.lora_dropout, self.init)
+                except ValueError as error:
+                    raise ValueError(f"{argument}[{pattern!r}]: {error}") from None
+
+
+def _names(argument: str, value: str | Iterable[str], may_be_regex: bool) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        if not may_be_regex:
+            raise ValueError(f"{argument} is the string {value!r}; allowed: a list of names, here [{value!r}]")
+        if value != ALL_LINEAR:
+            _compile(argument, value)
+        return value
+    names = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{argument} contains {name!r}; allowed: non-empty strings")
+    return names
+
+
+def _compile(argument: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def named_by(name: str, suffix: str) -> bool:
+    """Whether `suffix` names the module path `name`: the whole of it or its last components."""
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _matches(name: str, names: str | Sequence[str]) -> bool:
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, name))
+    return any(named_by(name, suffix) for suffix in names)
+
+
+def _from_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the module path `name`."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means on one model: {path: (r, lora_alpha)} of the adapters, and the paths trained in full."""
+
+    adapters: dict[str, tuple[int, float]]
+    modules_to_save: tuple[str, ...]
+
+
+def plan(model: nn.Module, config: LoRAConfig) -> Plan:
+    """What `inject(model, config)` would do; changes nothing. Raises what inject raises."""
+    if is_injected(model):
+        raise ValueError("model already carries LoRA adapters; merge(model) them first, or load the base model anew")
+    modules = {name: module for name, module in model.named_modules() if name}
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    for argument in ("target_modules", "exclude_modules", "modules_to_save"):
+        _check_names_exist(argument, getattr(config, argument), modules, linears)
+
+    saved = tuple(name for name in modules if _matches(name, config.modules_to_save))
+    nested = [name for name in saved if any(name.startswith(outer + ".") for outer in saved)]
+    if nested:
+        raise ValueError(f"modules_to_save names {nested[0]!r} as well as a module that contains it; name one of them")
+    for name in saved:
+        kind = type(modules[name])
+        if kind in (nn.ModuleList, nn.ModuleDict) or not list(modules[name].parameters()):
+            raise ValueError(
+                f"modules_to_save names {name!r}, a {kind.__name__}; allowed: a module with parameters and a forward"
+            )
+
+    if config.target_modules == ALL_LINEAR:
+        skipped = _heads(model)
+        chosen = [name for name in linears if not _inside(name, skipped)]
+    else:
+        chosen = [name for name in modules if _matches(name, config.target_modules)]
+    excluded = config.exclude_modules
+    chosen = [name for name in chosen if not _inside(name, saved) and not (excluded and _matches(name, excluded))]
+    if not chosen:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} leaves no module for an adapter; linear layers of the model: "
+            f"{_shorten(linears)}"
+        )
+    unsupported = [name for name in chosen if type(modules[name]) is not nn.Linear and not is_conv1d(modules[name])]
+    if unsupported:
+        kind = type(modules[unsupported[0]]).__qualname__
+        raise ValueError(
+            f"target_modules={config.target_modules!r} includes {unsupported[0]!r}, a {kind}; allowed: torch.nn.Linear "
+            f"and transformers' Conv1D. Leave it out with exclude_modules, or name the linear layers: "
+            f"{_shorten(linears)}"
+        )
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, argument):
+            if not any(pattern_matches(pattern, name) for name in chosen):
+                raise ValueError(f"{argument}: {pattern!r} matches none of the adapted modules: {_shorten(chosen)}")
+    adapters = {
+        name: (
+            _from_pattern(config.rank_pattern, name, config.r),
+            _from_pattern(config.alpha_pattern, name, config.lora_alpha),
+        )
+        for name in chosen
+    }
+    return Plan(adapters, saved)
+
+
+def _check_names_exist(
+    argument: str, names: str | Sequence[str], modules: Mapping[str, nn.Module], linears: Sequence[str]
+) -> None:
+    if isinstance(names, str):
+        return
+    for suffix in names:
+        if not any(named_by(name, suffix) for name in modules):
+            known = {name.rsplit(".", 1)[-1]: None for name in modules} | dict.fromkeys(modules)
+            close = difflib.get_close_matches(suffix, known, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(
+                f"{argument}: the model has no module {suffix!r}.{hint} Its linear layers: {_shorten(linears)}"
+            )
+
+
+def _shorten(names: Iterable[str]) -> str:
+    """Module paths as a reader wants them: layers.0 to layers.31 once, as layers.*."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)) or "none"
+
+
+def _inside(name: str, outer: Iterable[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in outer)
+
+
+def _heads(model: nn.Module) -> list[str]:
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if getter is not None else None
+    heads = [name for name, module in model.named_modules() if output is not None and module is output]
+    return heads + [name for name in _CLASSIFICATION_HEADS if isinstance(getattr(model, name, None), nn.Module)]
+
+
+def is_injected(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, carries LoRA adapters."""
+    return any(isinstance(module, FusedLoRALinear) for module in model.modules())
+
+
+def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Puts LoRA adapters into `model`, in place, and freezes everything else but the modules_to_save.
+
+    Each chosen linear layer becomes a FusedLoRALinear that shares its weight and bias; module paths and tied weights
+    stay as they were. The config is kept as `model.lora_config`, and the untrained originals of the modules_to_save
+    as `model.lora_originals`. Adapters are float32 whatever the model's dtype.
+
+    Returns the model. Raises ValueError, with the model unchanged, if it already carries adapters, or if the config
+    names a module that isn't there or can't have an adapter.
+    """
+    planned = plan(model, config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, (r, lora_alpha) in planned.adapters.items():
+        layer = FusedLoRALinear.from_linear(
+            model.get_submodule(name), r, lora_alpha, config.lora_dropout, config.use_rslora, config.init
+        )
+        _replace(model, name, layer)
+    originals = {}
+    for name in planned.modules_to_save:
+        originals[name] = model.get_submodule(name)
+        _replace(model, name, copy.deepcopy(originals[name]).requires_grad_(True))
+    model.lora_config = config
+    model.lora_originals = originals
+    _note_untied_embeddings(model)
+    return model
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _note_untied_embeddings(model: nn.Module) -> None:
+    """A config that says "tied" would have save_pretrained or tie_weights throw the trained copy away."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    if None not in embeddings and embeddings[0].weight is not embeddings[1].weight:
+        config.tie_word_embeddings = False
+        warnings.warn(
+            "the input and output embeddings are no longer the same weight, since one of them was trained apart; "
+            "model.config.tie_word_embeddings is now False",
+            stacklevel=3,
+        )
+
+
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+    """(path, module) of each FusedLoRALinear in the model."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, FusedLoRALinear))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merges the adapters into the weights, in place, and makes every FusedLoRALinear a plain layer again.
+
+    W + scaling · lora_b · lora_a is summed in float32 and rounded once to the weight's dtype. The trained
+    modules_to_save stay. What comes back is a plain model, for save_pretrained or inference; its parameters remain
+    frozen (`model.requires_grad_(True)` to train them).
+
+    Returns the model. Raises ValueError if it carries no adapters, or, with the model unchanged, if a merged weight is
+    not finite.
+    """
+    layers = dict(lora_modules(model))
+    if not layers:
+        raise ValueError("model carries no LoRA adapters; nothing to merge")
+    for name, layer in layers.items():
+        try:
+            layer.merged_weight()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name in list(layers):
+        # pop: the replaced layer's weight is freed before the next one is merged
+        _replace(model, name, layers.pop(name).to_linear())
+    model.requires_grad_(False)
+    for attribute in ("lora_config", "lora_originals"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    _note_untied_embeddings(model)
+    return model
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the `with` block the model is the base model: no adapters, the original modules_to_save. Nests.
+
+    Serves as the reference policy of DPO and PPO without a second copy of the weights.
+    """
+    layers = [(layer, layer.adapters_enabled) for _, layer in lora_modules(model)]
+    originals: Mapping[str, nn.Module] = getattr(model, "lora_originals", {})
+    trained = {name: model.get_submodule(name) for name in originals}
+    try:
+        for layer, _ in layers:
+            layer.adapters_enabled = False
+        for name, original in originals.items():
+            # The originals aren't submodules, so a model.to() after inject hasn't reached them.
+            like = next(trained[name].parameters())
+            _replace(model, name, original.to(device=like.device, dtype=like.dtype).train(trained[name].training))
+        yield model
+    finally:
+        for layer, enabled in layers:
+            layer.adapters_enabled = enabled
+        for name, module in trained.items():
+            _replace(model, name, module)
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """Numbers of parameters, each tied one counted once, and of the modules with an adapter."""
+
+    trainable: int
+    total: int
+    adapted_modules: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return (
+            f"trainable parameters: {self.trainable:,} of {self.total:,} ({share:.2f} %); "
+            f"{self.adapted_modules} modules with an adapter"
+        )
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """How many of the model's parameters are trainable; print it."""
+    parameters: Collection[nn.Parameter] = list(model.parameters())
+    return TrainableSummary(
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        total=sum(parameter.numel() for parameter in parameters),
+        adapted_modules=sum(1 for _ in lora_modules(model)),
+    )

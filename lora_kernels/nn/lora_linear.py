@@ -1,0 +1,275 @@
+"""FusedLoRALinear: a frozen linear layer with a trainable low-rank update, on the fused lora_linear op."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels.ops.lora_linear import lora_linear
+
+INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether module is transformers' Conv1D, a linear layer whose weight is stored [K, N] (GPT-2)."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+
+
+def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init: str) -> None:
+    """Raises ValueError naming the argument that is out of range."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r is {r!r}; allowed: an integer >= 1")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha is {lora_alpha!r}; allowed: a finite number > 0")
+    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {lora_dropout!r}; allowed: 0 <= lora_dropout < 1")
+    if init not in INITS:
+        raise ValueError(f"init is {init!r}; allowed: {', '.join(INITS)}")
+
+
+class FusedLoRALinear(nn.Module):
+    """A frozen linear layer plus a trainable low-rank update (LoRA, Hu et al. 2021, section 4.1):
+
+        y = x Wᵀ + bias + scaling · (dropout(x) · lora_aᵀ) · lora_bᵀ
+
+    Args:
+        in_features: K >= 1.
+        out_features: N >= 1.
+        r: rank R >= 1.
+        lora_alpha: > 0. scaling = lora_alpha / r, or lora_alpha / √r with use_rslora (Kalajdzievski 2023).
+        lora_dropout: in [0, 1); applied to x in the low-rank branch, in training mode only.
+        bias: whether the frozen layer has a bias.
+        use_rslora: see lora_alpha.
+        init: how lora_a and lora_b start:
+
+            - "default": lora_a kaiming-uniform with a=√5, that is U(-1/√K, 1/√K); lora_b zero. Training starts at
+              the pretrained model. What Microsoft's loralib and PEFT do, and called Init[A] by Hayou et al.
+              (2406.08447), who find that it tolerates larger learning rates than "b_gaussian".
+            - "gaussian": lora_a normal with standard deviation 1/r (PEFT's "gaussian"), lora_b zero. The distribution
+              that Hu et al. describe, whose standard deviation the paper leaves open.
+            - "b_gaussian": lora_a zero, lora_b normal with standard deviation 1/√r: Init[B] of Hayou et al. It also
+              starts at the pretrained model and trains, on average to a somewhat worse loss.
+            - "both_gaussian": lora_a as in "gaussian", lora_b as in "b_gaussian". Trains, but starts away from the
+              pretrained model.
+            - "both_zero": both zero. Cannot train: each gradient has the other, zero matrix as a factor. For tests,
+              and where values are loaded afterwards.
+        device, dtype: of weight and bias.
+        adapter_dtype: of lora_a and lora_b; torch.float32 by default, whatever the base is, so that small updates are
+            not rounded away. The dtype of the weight is the other choice. Over a float64 weight it is float64.
+
+    Attributes: weight [N, K] and bias [N], frozen; lora_a [R, K] and lora_b [N, R], the only parameters that require
+    gradients. `adapters_enabled = False` makes the layer the frozen one. A layer made from transformers' Conv1D
+    (`fan_in_fan_out`) keeps that weight's stored shape [K, N]. Input x [..., K], output y [..., N].
+
+    Raises ValueError naming the argument that is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        init: str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
+        check_lora_arguments(r, lora_alpha, lora_dropout, init)
+        linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._adopt(linear.weight, linear.bias, False, r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "default",
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> FusedLoRALinear:
+        """A FusedLoRALinear over the very weight and bias of `linear` (nn.Linear or transformers' Conv1D).
+
+        The parameters are shared, not copied, and stop requiring gradients. Arguments as for the class. Raises
+        TypeError for another module (a subclass too, since its forward may differ), ValueError for a bad argument.
+        """
+        if type(linear) is not nn.Linear and not is_conv1d(linear):
+            raise TypeError(f"linear is a {type(linear).__qualname__}; allowed: torch.nn.Linear, transformers' Conv1D")
+        check_lora_arguments(r, lora_alpha, lora_dropout, init)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(
+            linear.weight, linear.bias, is_conv1d(linear), r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype
+        )
+        return layer.train(linear.training)
+
+    def _adopt(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        fan_in_fan_out: bool,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        init: str,
+        adapter_dtype: torch.dtype,
+    ) -> None:
+        if not weight.is_floating_point():
+            raise ValueError(f"linear.weight has dtype {weight.dtype}; allowed: a floating-point dtype")
+        adapter_dtype = torch.float64 if weight.dtype == torch.float64 else adapter_dtype
+        if adapter_dtype not in (torch.float32, weight.dtype):
+            raise ValueError(f"adapter_dtype is {adapter_dtype}; allowed: torch.float32 or {weight.dtype}")
+        self.fan_in_fan_out = fan_in_fan_out
+        self.out_features, self.in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = float(lora_dropout)
+        self.use_rslora = bool(use_rslora)
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.adapters_enabled = True
+        # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as
+        # a parameter: it must not show up in state_dict or parameters() under a second name.
+        self.__dict__["_unmerged_weight"] = None
+        self.weight = weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, dtype=adapter_dtype, device=weight.device))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, r, dtype=adapter_dtype, device=weight.device))
+        self.reset_lora_parameters(init)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init: str = "default") -> None:
+        """Draws lora_a and lora_b anew; `init` as described for the class."""
+        if init not in INITS:
+            raise ValueError(f"init is {init!r}; allowed: {', '.join(INITS)}")
+        if init == "default":
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        elif init in ("gaussian", "both_gaussian"):
+            nn.init.normal_(self.lora_a, std=1 / self.r)
+        else:
+            nn.init.zeros_(self.lora_a)
+        if init in ("b_gaussian", "both_gaussian"):
+            nn.init.normal_(self.lora_b, std=1 / math.sqrt(self.r))
+        else:
+            nn.init.zeros_(self.lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
+        weight = self.weight
+        if self.adapters_enabled and not self.merged:
+            return lora_linear(
+                x,
+                weight.t() if self.fan_in_fan_out else weight,
+                self.lora_a,
+                self.lora_b,
+                self.scaling,
+                bias=self.bias,
+                dropout_p=self.lora_dropout if self.training else 0.0,
+            )
+        if self.merged and not self.adapters_enabled:
+            weight = self._unmerged_weight
+        if self.fan_in_fan_out:
+            # The call that Conv1D makes, so that disabling the adapters returns the base model's very bits.
+            y = torch.addmm(self.bias, x.reshape(-1, self.in_features), weight)
+            return y.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, weight, self.bias)
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` currently holds the merged weight."""
+        return self._unmerged_weight is not None
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        if self.merged:
+            return self.weight.detach().clone()
+        acc_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        update = self.scaling * (self.lora_b.to(acc_dtype) @ self.lora_a.to(acc_dtype))
+        merged = (self.weight.to(acc_dtype) + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"the merged weight is not finite in {self.weight.dtype}")
+        return merged
+
+    def merge(self) -> None:
+        """Replaces `weight` by W + scaling · lora_b · lora_a, summed in float32 and rounded once to W's dtype.
+
+        The frozen W is set aside, not overwritten: `unmerge` brings back its exact bits, and modules that share it
+        (tied embeddings) keep it. The price is a second weight in memory while merged. Rounding to bfloat16 or
+        float16 loses the part of the update below W's last bit, so train and evaluate unmerged.
+
+        Raises RuntimeError if already merged, ValueError if the result is not finite.
+        """
+        if self.merged:
+            raise RuntimeError("the adapter is already merged")
+        merged = nn.Parameter(self.merged_weight(), requires_grad=False)
+        self.__dict__["_unmerged_weight"] = self.weight
+        self.weight = merged
+
+    def unmerge(self) -> None:
+        """Undoes `merge`: `weight` is the original parameter again, bit for bit. RuntimeError if not merged."""
+        if not self.merged:
+            raise RuntimeError("the adapter is not merged")
+        self.weight = self._unmerged_weight
+        self.__dict__["_unmerged_weight"] = None
+
+    def to_linear(self) -> nn.Module:
+        """A plain layer of the original kind (nn.Linear or Conv1D) with the merged weight; self is unchanged.
+
+        Its weight is new and frozen, its bias is this layer's. Raises ValueError if the merged weight is not finite.
+        """
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                linear = Conv1D(self.out_features, self.in_features)
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRALinear:
+        super()._apply(fn, recurse)
+        if self.merged:
+            with torch.no_grad():
+                self._unmerged_weight.data = fn(self._unmerged_weight.data)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            # Beside lora_a and lora_b a merged weight would count the update twice after loading.
+            weight = self._unmerged_weight
+            destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        if self.merged:
+            error_msgs.append(f"{prefix[:-1] or 'FusedLoRALinear'} is merged; call unmerge() before loading")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, "
+            f"use_rslora={self.use_rslora}, merged={self.merged}"
+        )

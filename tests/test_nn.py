@@ -1,0 +1,250 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.nn import INITS, FusedLoRALinear
+from lora_kernels.testing import assert_close_to_reference
+
+
+def make(in_features=24, out_features=40, r=4, lora_alpha=8, init="both_gaussian", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return FusedLoRALinear(in_features, out_features, r, lora_alpha, init=init, **kwargs)
+
+
+def make_conv1d(K=24, N=40):
+    torch.manual_seed(1)
+    conv = Conv1D(N, K)
+    nn.init.normal_(conv.bias)
+    return conv
+
+
+def formula(layer, x):
+    """The defining equation in x's dtype, dropout off."""
+    weight = layer.weight.t() if layer.fan_in_fan_out else layer.weight
+    weight, lora_a, lora_b = (t.detach().to(x.dtype) for t in (weight, layer.lora_a, layer.lora_b))
+    y = x @ weight.T + layer.scaling * (x @ lora_a.T) @ lora_b.T
+    return y if layer.bias is None else y + layer.bias.detach().to(x.dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_is_the_equation(bias, dtype):
+    layer = make(bias=bias, dtype=dtype)
+    assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float32
+    x = torch.randn(2, 5, 24, dtype=dtype)
+    assert_close_to_reference(layer(x), formula(layer, x), formula(layer, x.double()), "y")
+
+
+def test_only_the_adapter_trains_and_its_gradients_are_autograds():
+    layer = make(dtype=torch.float64)
+    x = torch.randn(7, 24, dtype=torch.float64, requires_grad=True)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+    layer(x).square().sum().backward()
+    lora_a, lora_b = (t.detach().clone().requires_grad_() for t in (layer.lora_a, layer.lora_b))
+    y = F.linear(x, layer.weight, layer.bias) + layer.scaling * F.linear(F.linear(x, lora_a), lora_b)
+    want = torch.autograd.grad(y.square().sum(), (x, lora_a, lora_b))
+    for got, expected in zip((x.grad, layer.lora_a.grad, layer.lora_b.grad), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+@pytest.mark.parametrize("use_rslora, scaling", [(False, 8 / 4), (True, 8 / 2)])
+def test_scaling(use_rslora, scaling):
+    assert make(use_rslora=use_rslora).scaling == scaling
+
+
+def test_dropout_acts_in_training_on_the_low_rank_branch_only():
+    layer = make(lora_dropout=0.5)
+    x = torch.randn(6, 24)
+    layer.eval()
+    torch.testing.assert_close(layer(x), formula(layer, x))
+    layer.train()
+    torch.manual_seed(0)
+    first = layer(x)
+    assert not torch.equal(first, layer(x))
+    torch.manual_seed(0)
+    assert torch.equal(first, layer(x))
+    nn.init.zeros_(layer.lora_b)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_from_linear_shares_the_parameters():
+    linear = nn.Linear(24, 40).eval()
+    layer = FusedLoRALinear.from_linear(linear, r=4, lora_alpha=8)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert not linear.weight.requires_grad and not layer.training
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+def test_from_conv1d_shares_the_transposed_weight():
+    conv = make_conv1d()
+    layer = FusedLoRALinear.from_linear(conv, r=4, lora_alpha=8, init="both_gaussian")
+    assert layer.weight is conv.weight and layer.weight.shape == (24, 40) and layer.fan_in_fan_out
+    assert (layer.in_features, layer.out_features) == (24, 40)
+    x = torch.randn(2, 3, 24)
+    torch.testing.assert_close(layer(x), formula(layer, x))
+    want = layer(x)
+    layer.adapters_enabled = False
+    assert torch.equal(layer(x), conv(x))
+    assert layer(x[:0]).shape == (0, 3, 40)
+    layer.adapters_enabled = True
+    plain = layer.to_linear()
+    assert type(plain) is Conv1D and plain.weight.shape == (24, 40)
+    torch.testing.assert_close(plain(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("conv", [False, True])
+def test_merge_rounds_once_and_unmerge_restores_the_bits(dtype, conv):
+    base = (make_conv1d() if conv else nn.Linear(24, 40)).to(dtype)
+    layer = FusedLoRALinear.from_linear(base, r=4, lora_alpha=8, init="both_gaussian")
+    original, bits = layer.weight, layer.weight.detach().clone()
+    update = layer.scaling * layer.lora_b.detach().double() @ layer.lora_a.detach().double()
+    exact = bits.double() + (update.T if conv else update)
+
+    layer.merge()
+    assert layer.merged
+    assert torch.equal(original, bits)  # whoever shares the weight still has the frozen one
+    # Once rounded from float32: within half a step of dtype plus the error of the float32 sum.
+    step = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6
+    assert ((layer.weight.double() - exact).abs() <= step * 1.001).all()
+    x = torch.randn(3, 24, dtype=dtype)
+    eager = x @ (exact if conv else exact.T).to(dtype) + base.bias
+    assert_close_to_reference(layer(x), eager.detach(), formula_merged(x, exact, conv, base.bias), "merged y")
+
+    layer.adapters_enabled = False
+    assert torch.equal(layer(x), base(x))
+    layer.adapters_enabled = True
+    layer.unmerge()
+    assert layer.weight is original and torch.equal(layer.weight, bits) and not layer.merged
+
+
+def formula_merged(x, exact, conv, bias):
+    return (x.double() @ (exact if conv else exact.T) + bias.double()).detach()
+
+
+def test_merge_states_are_checked():
+    layer = make()
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="already merged"):
+        layer.merge()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.load_state_dict(make().state_dict())
+    overflowing = make(dtype=torch.float16)
+    nn.init.constant_(overflowing.lora_a, 1e5)
+    with pytest.raises(ValueError, match="not finite"):
+        overflowing.merge()
+    assert not overflowing.merged
+
+
+def test_state_dict_has_four_keys_and_the_frozen_weight_even_when_merged():
+    layer = make()
+    bits = layer.weight.detach().clone()
+    assert set(layer.state_dict()) == {"weight", "bias", "lora_a", "lora_b"}
+    assert set(make(bias=False).state_dict()) == {"weight", "lora_a", "lora_b"}
+    layer.merge()
+    state = layer.state_dict()
+    assert set(state) == {"weight", "bias", "lora_a", "lora_b"} and torch.equal(state["weight"], bits)
+    other = make(seed=5)
+    other.load_state_dict(state)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(other(x), layer(x))
+
+
+def test_to_reaches_the_set_aside_weight_and_deepcopy_is_independent():
+    layer = make()
+    bits = layer.weight.detach().clone()
+    layer.merge()
+    copied = copy.deepcopy(layer)
+    layer.to(torch.float64)
+    layer.unmerge()
+    assert all(p.dtype == torch.float64 for p in layer.parameters()) and torch.equal(layer.weight, bits.double())
+    assert copied.merged
+    copied.unmerge()
+    assert torch.equal(copied.weight, bits) and copied.weight.data_ptr() != layer.weight.data_ptr()
+    with torch.no_grad():
+        copied.lora_a.zero_()
+    assert layer.lora_a.any()
+
+
+def test_initialisations():
+    K, r = 400, 8
+    layers = {init: make(K, 300, r=r, init=init) for init in INITS}
+    zero_a = {init for init, layer in layers.items() if not layer.lora_a.any()}
+    zero_b = {init for init, layer in layers.items() if not layer.lora_b.any()}
+    assert zero_a == {"both_zero", "b_gaussian"} and zero_b == {"default", "gaussian", "both_zero"}
+    default = layers["default"].lora_a.detach()
+    assert default.abs().max() <= 1 / math.sqrt(K)
+    assert default.std().item() == pytest.approx(1 / math.sqrt(3 * K), rel=0.05)  # of U(-1/√K, 1/√K)
+    assert layers["gaussian"].lora_a.std().item() == pytest.approx(1 / r, rel=0.05)
+    assert layers["b_gaussian"].lora_b.std().item() == pytest.approx(1 / math.sqrt(r), rel=0.05)
+    assert layers["both_gaussian"].lora_b.std().item() == pytest.approx(1 / math.sqrt(r), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "init, trains", [("default", (False, True)), ("b_gaussian", (True, False)), ("both_zero", (False, False))]
+)
+def test_which_gradients_are_zero_at_the_start(init, trains):
+    layer = make(init=init)
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer(x).square().sum().backward()
+    assert (bool(layer.lora_a.grad.any()), bool(layer.lora_b.grad.any())) == trains
+
+
+def test_under_autocast():
+    layer = make()
+    x = torch.randn(5, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        layer.merge()
+        merged = layer(x)
+    assert y.dtype == merged.dtype == torch.bfloat16
+    torch.testing.assert_close(y, merged, rtol=0.05, atol=0.05)
+
+
+def test_repr_names_what_matters():
+    text = repr(make(use_rslora=True, lora_dropout=0.1))
+    for part in ("in_features=24", "out_features=40", "r=4", "lora_alpha=8", "scaling=4", "lora_dropout=0.1"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("in_features", 0),
+        ("out_features", 1.5),
+        ("r", 0),
+        ("r", 2.0),
+        ("r", True),
+        ("lora_alpha", 0),
+        ("lora_alpha", math.nan),
+        ("lora_alpha", math.inf),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", -0.1),
+        ("init", "pissa"),
+        ("adapter_dtype", torch.float16),
+    ],
+)
+def test_bad_arguments_are_named(name, value):
+    arguments = {"in_features": 8, "out_features": 8, "r": 2, "lora_alpha": 4} | {name: value}
+    with pytest.raises(ValueError, match=name):
+        FusedLoRALinear(**arguments)
+
+
+def test_from_linear_refuses_other_layers():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for module in (nn.Embedding(3, 4), Scaled(3, 4)):
+        with pytest.raises(TypeError, match="nn.Linear"):
+            FusedLoRALinear.from_linear(module, r=2, lora_alpha=4)
