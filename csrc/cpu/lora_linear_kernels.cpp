@@ -1,0 +1,482 @@
+// The low-rank products of lora_linear, built once per instruction set (LK_ISA, LK_LANES; see setup.py).
+//
+// All four are the same register tile,  out[i, j] += Σ_p a[i, p] b[p, j],  fed from fp32 blocks in cache:
+//   h       [m, r] = Σ_k x̃[m, k]  lora_a[r, k]        dh      [m, r] = Σ_n dy[m, n] lora_b[n, r]
+//   dlora_a [k, r] = Σ_m x̃[m, k]  dh[m, r]            dlora_b [n, r] = Σ_m dy[m, n] h[m, r]
+//   y       [m, n] += Σ_r h[m, r] lora_b[n, r]         dx      [m, k] += Σ_r dh[m, r] lora_a[r, k]
+// b is always packed in "panels": columns in groups of at most kTileCols, each group [P, width] contiguous.
+// Scalings are folded into the panels or applied in the last reduction. Each thread has a fixed range of rows and
+// gradients are reduced in thread order, so a result depends on num_threads but never on timing.
+#include <cstdlib>
+
+#include "lora_linear.h"
+#include "vec.h"
+
+#define LK_CONCAT_(a, b) a##b
+#define LK_CONCAT(a, b) LK_CONCAT_(a, b)
+#define LK_STRING_(a) #a
+#define LK_STRING(a) LK_STRING_(a)
+
+namespace lora_kernels::cpu {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int kTileRows = LK_LANES == 16 ? 3 : 6;  // 12 accumulators of 16 registers
+#endif
+constexpr int kVecs = 2;
+constexpr int kTileCols = kVecs * kLanes;
+constexpr int64_t kBlockRows = 96;
+constexpr int64_t kBlockCols = 256;
+// One cache line more than a power of two: a column of the block must not fall into one cache set.
+constexpr int64_t kBlockStride = kBlockCols + 16;
+// Waking a thread costs some microseconds, and far more on a busy machine.
+constexpr int64_t kMinMultiplyAdds = 1 << 18;
+constexpr int64_t kMinMoves = 1 << 15;
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+LK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+LK_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+struct Buffer {
+  explicit Buffer(int64_t floats) : data((float*)aligned_alloc(64, round_up(floats * 4 + 64, 64))) {}
+  ~Buffer() { free(data); }
+  Buffer(const Buffer&) = delete;
+  float* data;
+};
+
+// Panels of a [P, J] matrix, its columns padded with zeros to a multiple of `pad`: kLanes or kTileCols.
+struct Panels {
+  int64_t P, J;
+  int64_t pad = kLanes;
+  LK_INLINE int64_t padded() const { return round_up(J, pad); }
+  LK_INLINE int64_t count() const { return (J + kTileCols - 1) / kTileCols; }
+  LK_INLINE int64_t size() const { return P * padded(); }
+  LK_INLINE int64_t start(int64_t panel) const { return panel * kTileCols * P; }
+  LK_INLINE int width(int64_t panel) const { return (int)min64(kTileCols, padded() - panel * kTileCols); }
+};
+
+// Rows [first, last) of one thread. Ranges are multiples of a tile.
+struct Share {
+  int64_t first, last;
+};
+LK_INLINE Share share_of(int64_t size, int part, int parts) {
+  const int64_t step = round_up((size + parts - 1) / parts, kTileRows);
+  return {min64(size, part * step), min64(size, (part + 1) * step)};
+}
+LK_INLINE int thread_count(int requested, int64_t parts, int64_t work, int64_t min_work) {
+  const int64_t threads = min64(requested, min64(parts, work / min_work));
+  return threads < 1 ? 1 : (int)threads;
+}
+LK_INLINE int product_threads(int requested, int64_t M, int64_t cols, int64_t R) {
+  return thread_count(requested, (M + kTileRows - 1) / kTileRows, M * cols * R, kMinMultiplyAdds);
+}
+
+template <class F>
+LK_INLINE void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f((float*)nullptr);
+    case DType::kBFloat16:
+      return f((bf16*)nullptr);
+    case DType::kFloat16:
+      return f((fp16*)nullptr);
+  }
+}
+
+template <class T>
+LK_INLINE float to_float(const T* p) {
+  T lanes[kLanes] = {*p};
+  return load(lanes)[0];
+}
+template <>
+LK_INLINE float to_float(const float* p) {
+  return *p;
+}
+
+// Panels of scale · src, where element (p, j) is src[p * stride_p + j * stride_j]. Columns past J are zero.
+template <class T>
+void pack_panel(const T* src, int64_t stride_p, int64_t stride_j, float scale, Panels shape, int64_t panel,
+                float* dst) {
+  const int width = shape.width(panel);
+  const int64_t j0 = panel * kTileCols, cols = min64(width, shape.J - j0);
+  dst += shape.start(panel);
+  if (cols < width) memset(dst, 0, shape.P * width * sizeof(float));
+  if (stride_j == 1) {
+    for (int64_t p = 0; p < shape.P; ++p)
+      for (int64_t j = 0; j < cols; ++j) dst[p * width + j] = scale * to_float(src + p * stride_p + j0 + j);
+  } else {
+    for (int64_t j = 0; j < cols; ++j)
+      for (int64_t p = 0; p < shape.P; ++p)
+        dst[p * width + j] = scale * to_float(src + p * stride_p + (j0 + j) * stride_j);
+  }
+}
+
+void pack(const void* src, DType dtype, int64_t stride_p, int64_t stride_j, float scale, Panels shape, float* dst,
+          int num_threads) {
+  const int threads = thread_count(num_threads, shape.count(), shape.size(), kMinMoves);
+  with_type(dtype, [&](auto* type) {
+    using T = __typeof__(*type);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t panel = 0; panel < shape.count(); ++panel)
+      pack_panel((const T*)src, stride_p, stride_j, scale, shape, panel, dst);
+  });
+}
+
+// acc[i, :] = Σ_p a(i, p) b[p, :]; a is stored [I, P], or [P, I] when kTransposed.
+template <int kRows, int kCols, bool kTransposed>
+LK_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t P, vf (&acc)[kRows][kCols]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kCols; ++j) acc[i][j] = vf{};
+#pragma GCC unroll 1
+  for (int64_t p = 0; p < P; ++p) {
+    vf bv[kCols];
+#pragma GCC unroll 2
+    for (int j = 0; j < kCols; ++j) bv[j] = load(b + (p * kCols + j) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const vf av = splat(kTransposed ? a[p * lda + i] : a[i * lda + p]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kCols; ++j) acc[i][j] += av * bv[j];
+    }
+  }
+}
+
+// Calls f(Int<rows>, first row) for tiles that cover `rows`.
+template <class F>
+LK_INLINE void for_row_tiles(int64_t rows, F f) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows) f(Int<kTileRows>{}, i);
+  if (kTileRows > 4)
+    for (; i + 4 <= rows; i += 4) f(Int<4>{}, i);
+  for (; i < rows; ++i) f(Int<1>{}, i);
+}
+
+// out[i, :] += Σ_p a(i, p) b[p, :] for one panel b; out is laid out as a panel too.
+template <bool kTransposed>
+void accumulate(const float* a, int64_t lda, int64_t rows, const float* b, int64_t P, int width, float* out) {
+  auto run = [&](auto cols) {
+    constexpr int kCols = decltype(cols)::value;
+    for_row_tiles(rows, [&](auto tile, int64_t i) {
+      constexpr int kRows = decltype(tile)::value;
+      vf acc[kRows][kCols];
+      multiply<kRows, kCols, kTransposed>(a + (kTransposed ? i : i * lda), lda, b, P, acc);
+      for (int ii = 0; ii < kRows; ++ii)
+        for (int j = 0; j < kCols; ++j) {
+          float* o = out + ((i + ii) * kCols + j) * kLanes;
+          store(o, load(o) + acc[ii][j]);
+        }
+    });
+  };
+  if (width == kTileCols)
+    run(Int<kVecs>{});
+  else
+    run(Int<1>{});
+}
+
+// The keep bits of whole rows, which are `stride` bytes apart, or null without dropout.
+struct Mask {
+  const uint8_t* bits;
+  int64_t stride;
+  uint32_t flip;  // all ones: the dropped elements instead of the kept ones
+  LK_INLINE const uint8_t* at(int64_t row, int64_t col) const { return bits ? bits + row * stride + col / 8 : nullptr; }
+};
+
+LK_INLINE int64_t mask_stride(int64_t K) { return round_up(K, kKeepStep) / 8; }
+
+Mask draw_mask(const Dropout& dropout, int64_t row, int64_t rows, int64_t K, uint8_t* bits) {
+  if (!dropout.threshold) return {};
+  const int64_t stride = mask_stride(K);
+  for (int64_t i = 0; i < rows; ++i)
+    keep_bits(dropout.seed, dropout.offset, dropout.threshold, row + i, stride * 8, bits + i * stride);
+  return {bits, stride, 0};
+}
+
+// The fp32 block [rows, cols] of src, zero where the mask is clear. mask starts at the block.
+template <class T>
+void load_block(const T* src, int64_t ld, int64_t rows, int64_t cols, Mask mask, float* block) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* s = src + i * ld;
+    const uint8_t* bits = mask.at(i, 0);
+    float* d = block + i * kBlockStride;
+    int64_t j = 0;
+    auto put = [&](vf v) { store(d + j, bits ? (vf)((vu32)v & expand_bits(bits, j)) : v); };
+    for (; j + kLanes <= cols; j += kLanes) put(load(s + j));
+    if (j < cols) {
+      T tail[kLanes] = {};
+      memcpy(tail, s + j, (cols - j) * sizeof(T));
+      put(load(tail));
+    }
+  }
+}
+
+// out = base + bias + keep ∘ Σ_r h[:, r] panel[r, :] over [rows, cols], where cols start at a panel's start.
+template <class TBase, class TOut>
+void rank_update(const float* h, int64_t R, const float* panels, int64_t rows, int64_t cols, Mask mask,
+                 const float* bias, const TBase* base, int64_t ld_base, TOut* out, int64_t ld_out) {
+  for_row_tiles(rows, [&](auto tile, int64_t i) {
+    constexpr int kRows = decltype(tile)::value;
+    const float* panel = panels;
+    for (int64_t j = 0; j < cols; j += kTileCols, panel += R * kTileCols) {
+      vf acc[kRows][kVecs];
+      multiply<kRows, kVecs, false>(h + i * R, R, panel, R, acc);
+      auto finish = [&](int ii, const TBase* in, TOut* o) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) {
+          vf value = acc[ii][v];
+          if (mask.bits) value = (vf)((vu32)value & (expand_bits(mask.at(i + ii, j), v * kLanes) ^ mask.flip));
+          if (bias) value += load(bias + j + v * kLanes);
+          store(o + v * kLanes, load(in + v * kLanes) + value);
+        }
+      };
+      if (cols - j >= kTileCols) {
+#pragma GCC unroll 16
+        for (int ii = 0; ii < kRows; ++ii) finish(ii, base + (i + ii) * ld_base + j, out + (i + ii) * ld_out + j);
+      } else {
+        for (int ii = 0; ii < kRows; ++ii) {
+          TBase in[kTileCols] = {};
+          TOut o[kTileCols];
+          memcpy(in, base + (i + ii) * ld_base + j, (cols - j) * sizeof(TBase));
+          finish(ii, in, o);
+          memcpy(out + (i + ii) * ld_out + j, o, (cols - j) * sizeof(TOut));
+        }
+      }
+    }
+  });
+}
+
+// base has the type of out, or is fp32.
+template <class F>
+LK_INLINE void with_base_and_out(DType base, DType out, F f) {
+  with_type(out, [&](auto* to) {
+    if (base == DType::kFloat32)
+      f((float*)nullptr, to);
+    else
+      f(to, to);
+  });
+}
+
+// The panels of src [P, J].
+void pack_rows(const float* src, Panels shape, float* dst) {
+  for (int64_t panel = 0; panel < shape.count(); ++panel) pack_panel(src, shape.J, 1, 1.0f, shape, panel, dst);
+}
+
+void unpack_rows(const float* panels, Panels shape, float* dst) {
+  for (int64_t panel = 0; panel < shape.count(); ++panel) {
+    const int width = shape.width(panel);
+    const int64_t j0 = panel * kTileCols, cols = min64(width, shape.J - j0);
+    for (int64_t i = 0; i < shape.P; ++i)
+      memcpy(dst + i * shape.J + j0, panels + shape.start(panel) + i * width, cols * sizeof(float));
+  }
+}
+
+// dst(i, j) = scale · Σ_part partial[part](i, j), parts in order; dst is [P, J], or [J, P] when kTransposed.
+template <bool kTransposed>
+void reduce_partials(const float* partials, Panels shape, int parts, float scale, float* dst, int num_threads) {
+  constexpr int64_t kChunk = 64;
+  const int64_t chunks = (shape.P + kChunk - 1) / kChunk;
+  const int threads = thread_count(num_threads, chunks, parts * shape.size(), kMinMoves);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = chunk * kChunk, last = min64(shape.P, first + kChunk);
+    for (int64_t panel = 0; panel < shape.count(); ++panel) {
+      const int width = shape.width(panel);
+      const int64_t j0 = panel * kTileCols, cols = min64(width, shape.J - j0);
+      for (int64_t i = first; i < last; ++i) {
+        float sum[kTileCols] = {};
+        for (int part = 0; part < parts; ++part) {
+          const float* p = partials + part * shape.size() + shape.start(panel) + i * width;
+          for (int j = 0; j < width; j += kLanes) store(sum + j, load(sum + j) + load(p + j));
+        }
+        for (int64_t j = 0; j < cols; ++j)
+          dst[kTransposed ? (j0 + j) * shape.P + i : i * shape.J + j0 + j] = scale * sum[j];
+      }
+    }
+  }
+}
+
+LK_INLINE float keep_scale(const Dropout& dropout) { return 65536.0f / (65536.0f - (float)dropout.threshold); }
+
+// Per thread: the fp32 block, the keep bits of its rows, and its rows of h or dh as panels, going in and coming out.
+struct Scratch {
+  int64_t R, K;
+  LK_INLINE int64_t block_size() const { return kBlockRows * kBlockStride; }
+  LK_INLINE int64_t h_size() const { return kBlockRows * round_up(R, kLanes); }
+  LK_INLINE int64_t bits_size() const { return kBlockRows * mask_stride(K) / 4 + 1; }
+  LK_INLINE int64_t size() const { return round_up(block_size() + 2 * h_size() + bits_size(), 16); }
+  LK_INLINE float* block(float* base) const { return base; }
+  LK_INLINE float* h_in(float* base) const { return base + block_size(); }
+  LK_INLINE float* h_out(float* base) const { return h_in(base) + h_size(); }
+  LK_INLINE uint8_t* bits(float* base) const { return (uint8_t*)(h_out(base) + h_size()); }
+};
+
+bool lora_a_fwd(const LoraAFwd& p) {
+  const int threads = product_threads(p.num_threads, p.M, p.K, p.R);
+  const Panels a_shape{p.K, p.R};
+  const Scratch scratch{p.R, p.K};
+  Buffer a_panels(a_shape.size()), work(threads * scratch.size());
+  if (!a_panels.data || !work.data) return false;
+  pack(p.lora_a, p.lora_a_dtype, 1, p.K, keep_scale(p.dropout), a_shape, a_panels.data, p.num_threads);
+
+  with_type(p.x_dtype, [&](auto* type) {
+    using T = __typeof__(*type);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int part = 0; part < threads; ++part) {
+      float* base = work.data + part * scratch.size();
+      float *block = scratch.block(base), *h = scratch.h_out(base);
+      const Share share = share_of(p.M, part, threads);
+      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, share.last - row);
+        const Panels h_shape{rows, p.R};
+        const Mask mask = draw_mask(p.dropout, row, rows, p.K, scratch.bits(base));
+        memset(h, 0, h_shape.size() * sizeof(float));
+        for (int64_t col = 0; col < p.K; col += kBlockCols) {
+          const int64_t cols = min64(kBlockCols, p.K - col);
+          load_block((const T*)p.x + row * p.ld_x + col, p.ld_x, rows, cols, {mask.at(0, col), mask.stride, 0}, block);
+          for (int64_t panel = 0; panel < a_shape.count(); ++panel) {
+            const int width = a_shape.width(panel);
+            accumulate<false>(block, kBlockStride, rows, a_panels.data + a_shape.start(panel) + col * width, cols,
+                              width, h + h_shape.start(panel));
+          }
+        }
+        unpack_rows(h, h_shape, p.h + row * p.R);
+      }
+    }
+  });
+  return true;
+}
+
+bool lora_b_fwd(const LoraBFwd& p) {
+  const int threads = product_threads(p.num_threads, p.M, p.N, p.R);
+  const Panels b_shape{p.R, p.N, kTileCols};
+  Buffer b_panels(b_shape.size()), bias(round_up(p.N, kTileCols));
+  if (!b_panels.data || !bias.data) return false;
+  pack(p.lora_b, p.lora_b_dtype, 1, p.R, p.scaling, b_shape, b_panels.data, p.num_threads);
+  if (p.bias) {
+    memset(bias.data, 0, round_up(p.N, kTileCols) * sizeof(float));
+    memcpy(bias.data, p.bias, p.N * sizeof(float));
+  }
+
+  with_base_and_out(p.base_dtype, p.y_dtype, [&](auto* from, auto* to) {
+    using TBase = __typeof__(*from);
+    using TOut = __typeof__(*to);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int part = 0; part < threads; ++part) {
+      const Share share = share_of(p.M, part, threads);
+      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, share.last - row);
+        for (int64_t col = 0; col < p.N; col += kBlockCols)
+          rank_update(p.h + row * p.R, p.R, b_panels.data + col * p.R, rows, min64(kBlockCols, p.N - col), {},
+                      p.bias ? bias.data + col : nullptr, (const TBase*)p.base + row * p.ld_base + col, p.ld_base,
+                      (TOut*)p.y + row * p.ld_y + col, p.ld_y);
+      }
+    }
+  });
+  return true;
+}
+
+bool lora_b_bwd(const LoraBBwd& p) {
+  const int threads = product_threads(p.num_threads, p.M, p.N, p.R);
+  const Panels b_shape{p.N, p.R};
+  const Scratch scratch{p.R, 0};
+  Buffer b_panels(p.dh ? b_shape.size() : 0), partials(p.dlora_b ? threads * b_shape.size() : 0);
+  Buffer work(threads * scratch.size());
+  if (!b_panels.data || !partials.data || !work.data) return false;
+  if (p.dh) pack(p.lora_b, p.lora_b_dtype, p.R, 1, p.scaling, b_shape, b_panels.data, p.num_threads);
+
+  with_type(p.dy_dtype, [&](auto* type) {
+    using T = __typeof__(*type);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int part = 0; part < threads; ++part) {
+      float* base = work.data + part * scratch.size();
+      float *block = scratch.block(base), *h = scratch.h_in(base), *dh = scratch.h_out(base);
+      float* partial = partials.data + (p.dlora_b ? part * b_shape.size() : 0);
+      if (p.dlora_b) memset(partial, 0, b_shape.size() * sizeof(float));
+      const Share share = share_of(p.M, part, threads);
+      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, share.last - row);
+        const Panels h_shape{rows, p.R};
+        memset(dh, 0, h_shape.size() * sizeof(float));
+        if (p.dlora_b) pack_rows(p.h + row * p.R, h_shape, h);
+        for (int64_t col = 0; col < p.N; col += kBlockCols) {
+          const int64_t cols = min64(kBlockCols, p.N - col);
+          load_block((const T*)p.dy + row * p.ld_dy + col, p.ld_dy, rows, cols, {}, block);
+          for (int64_t panel = 0; panel < b_shape.count(); ++panel) {
+            const int width = b_shape.width(panel);
+            const int64_t at = b_shape.start(panel) + col * width;
+            if (p.dh)
+              accumulate<false>(block, kBlockStride, rows, b_panels.data + at, cols, width, dh + h_shape.start(panel));
+            if (p.dlora_b)
+              accumulate<true>(block, kBlockStride, cols, h + h_shape.start(panel), rows, width, partial + at);
+          }
+        }
+        if (p.dh) unpack_rows(dh, h_shape, p.dh + row * p.R);
+      }
+    }
+  });
+  if (p.dlora_b) reduce_partials<false>(partials.data, b_shape, threads, p.scaling, p.dlora_b, p.num_threads);
+  return true;
+}
+
+bool lora_a_bwd(const LoraABwd& p) {
+  const int threads = product_threads(p.num_threads, p.M, p.K, p.R);
+  const Panels a_shape{p.K, p.R}, dx_shape{p.R, p.K, kTileCols};
+  const Scratch scratch{p.R, p.K};
+  Buffer a_panels(p.dx ? dx_shape.size() : 0), partials(p.dlora_a ? threads * a_shape.size() : 0);
+  Buffer work(threads * scratch.size());
+  if (!a_panels.data || !partials.data || !work.data) return false;
+  const float scale = p.undo_dropped ? -keep_scale(p.dropout) : keep_scale(p.dropout);
+  if (p.dx) pack(p.lora_a, p.lora_a_dtype, p.K, 1, scale, dx_shape, a_panels.data, p.num_threads);
+
+  with_base_and_out(p.base_dtype, p.x_dtype, [&](auto* from, auto* to) {
+    using TBase = __typeof__(*from);
+    using T = __typeof__(*to);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int part = 0; part < threads; ++part) {
+      float* base = work.data + part * scratch.size();
+      float *block = scratch.block(base), *dh = scratch.h_in(base);
+      float* partial = partials.data + (p.dlora_a ? part * a_shape.size() : 0);
+      if (p.dlora_a) memset(partial, 0, a_shape.size() * sizeof(float));
+      const Share share = share_of(p.M, part, threads);
+      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, share.last - row);
+        const Panels h_shape{rows, p.R};
+        const Mask mask = draw_mask(p.dropout, p.first_row + row, rows, p.K, scratch.bits(base));
+        if (p.dlora_a) pack_rows(p.dh + row * p.R, h_shape, dh);
+        for (int64_t col = 0; col < p.K; col += kBlockCols) {
+          const int64_t cols = min64(kBlockCols, p.K - col);
+          if (p.dlora_a) {
+            load_block((const T*)p.x + row * p.ld_x + col, p.ld_x, rows, cols, {mask.at(0, col), mask.stride, 0},
+                       block);
+            for (int64_t panel = 0; panel < a_shape.count(); ++panel) {
+              const int width = a_shape.width(panel);
+              accumulate<true>(block, kBlockStride, cols, dh + h_shape.start(panel), rows, width,
+                               partial + a_shape.start(panel) + col * width);
+            }
+          }
+          if (p.dx)
+            rank_update(p.dh + row * p.R, p.R, a_panels.data + col * p.R, rows, cols, {mask.at(0, col), mask.stride},
+                        nullptr, (const TBase*)p.base + row * p.ld_base + col, p.ld_base,
+                        (T*)p.dx + row * p.ld_dx + col, p.ld_dx);
+        }
+      }
+    }
+  });
+  if (p.dlora_a)
+    reduce_partials<true>(partials.data, a_shape, threads, keep_scale(p.dropout), p.dlora_a, p.num_threads);
+  return true;
+}
+
+}  // namespace
+
+extern const Kernels LK_CONCAT(kernels_, LK_ISA);
+const Kernels LK_CONCAT(kernels_, LK_ISA) = {LK_STRING(LK_ISA), lora_a_fwd, lora_b_fwd, lora_b_bwd, lora_a_bwd};
+
+}  // namespace lora_kernels::cpu

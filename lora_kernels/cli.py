@@ -1,0 +1,344 @@
+"""The command line: `lora-kernels sft | generate | merge | doctor`.
+
+torch and transformers are imported inside the commands, so that --help is quick.
+"""
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from lora_kernels.train.config import SFTConfig
+
+app = typer.Typer(
+    name="lora-kernels",
+    help="Fine-tune causal language models with fused LoRA kernels.",
+    epilog="Exit code 2 is an error that you can mend; LORA_KERNELS_TRACEBACK=1 shows where it was raised.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# field of SFTConfig -> (panel, help). A field that is missing here still gets its flag.
+_SFT_HELP = {
+    "model": ("Model and data", "Directory or hub id of a causal LM, a Llama GGUF file, or smollm2-135m."),
+    "data": ("Model and data", "Training file: .json, .jsonl, .jsonl.gz or .parquet."),
+    "eval_data": ("Model and data", "Evaluation file, same forms."),
+    "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
+    "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
+    "max_length": ("Model and data", "Tokens kept of each example."),
+    "method": ("Adapter", "Fine-tuning method: lora."),
+    "r": ("Adapter", "Rank."),
+    "lora_alpha": ("Adapter", "scaling = lora_alpha / r."),
+    "lora_dropout": ("Adapter", "Dropout on the input of the low-rank branch."),
+    "target": ("Adapter", "all-linear, module names separated by commas, or a regular expression."),
+    "use_rslora": ("Adapter", "scaling = lora_alpha / sqrt(r)."),
+    "init": ("Adapter", "How the adapters start."),
+    "epochs": ("Optimisation", "Passes over the data; may be fractional."),
+    "max_steps": ("Optimisation", "Optimizer steps; decides instead of --epochs where given."),
+    "batch_size": ("Optimisation", "Sequences per micro-batch and process."),
+    "gradient_accumulation_steps": ("Optimisation", "Micro-batches per optimizer step."),
+    "lr": ("Optimisation", "Peak learning rate of AdamW."),
+    "lr_scheduler": ("Optimisation", "cosine, linear or constant."),
+    "warmup_ratio": ("Optimisation", "Share of the steps over which the learning rate rises."),
+    "weight_decay": ("Optimisation", "AdamW weight decay."),
+    "max_grad_norm": ("Optimisation", "Clip the gradient to this norm; 0 turns it off."),
+    "seed": ("Optimisation", "Of the initial values, the order of the data, and dropout."),
+    "eval_steps": ("Run", "Steps between evaluations; left out: once an epoch."),
+    "save_steps": ("Run", "Steps between checkpoints; left out: once an epoch."),
+    "logging_steps": ("Run", "Steps between lines of metrics.jsonl."),
+    "resume": ("Run", "Continue from checkpoint-last/ exactly where it stopped."),
+    "tensorboard": ("Run", "Also write TensorBoard logs."),
+    "dtype": ("Hardware", "auto, float32 or bfloat16; auto is bfloat16 where the hardware multiplies it natively."),
+    "gradient_checkpointing": ("Hardware", "Recompute activations in the backward pass: less memory, more time."),
+    "backend": ("Hardware", "Kernels to use; see lora-kernels doctor."),
+}
+
+
+def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors that the user can mend into one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, yaml.YAMLError) as error:
+            if os.environ.get("LORA_KERNELS_TRACEBACK"):
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+def _flags_of(config_class: type, help_texts: dict[str, tuple[str, str]]) -> Callable[..., Any]:
+    """Give a function that takes **flags one option for each field of a dataclass; None means not given."""
+    hints = typing.get_type_hints(config_class)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        for field in dataclasses.fields(config_class):
+            kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+            kind = next((kind for kind in kinds if kind in (bool, int, float)), str)
+            panel, text = help_texts.get(field.name, ("Other", ""))
+            if field.default is dataclasses.MISSING:
+                text += " Required, here or in --config."
+            elif field.default is not None and kind is not bool:
+                text += f" Default: {field.default}."
+            flag = f"--{field.name.replace('_', '-')}"
+            option = typer.Option(
+                f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+                help=text.strip(),
+                rich_help_panel=panel,
+                show_default=False,
+            )
+            annotation = Annotated[kind | None, option]
+            parameters.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+
+        @functools.wraps(command)
+        def wrapped(**kwargs: Any) -> None:
+            command(**kwargs)
+
+        wrapped.__signature__ = inspect.Signature(parameters)
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapped
+
+    return decorate
+
+
+@app.command()
+@_user_errors
+@_flags_of(SFTConfig, _SFT_HELP)
+def sft(
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with the same names, underscores for dashes. Flags override it."),
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Supervised fine-tuning of a causal LM on instruction, chat or completion records."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    if config is None:
+        settings = SFTConfig.from_dict(given, source="command line")
+    else:
+        if not config.is_file():
+            raise FileNotFoundError(f"--config {config}: no such file")
+        settings = SFTConfig.from_yaml(config, **given)
+    _check_backend(settings.backend)
+    from lora_kernels.train.sft import run_sft
+
+    run_sft(settings)
+    typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
+
+
+def _option(kind: Any, panel: str, text: str) -> Any:
+    return Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]
+
+
+_Model = _option(str | None, "Model", "Base model, as for sft. Left out: the one that the adapter names.")
+_DTYPE_HELP = "auto, float32, bfloat16, float16, or stored (as in the model's files)."
+
+
+@app.command()
+@_user_errors
+def generate(
+    *,
+    model: _Model = None,
+    adapter: _option(Path | None, "Model", "Adapter directory, as written by sft or PEFT.") = None,
+    chat_template: _option(
+        str | None, "Model", "Jinja template, or a file with one, in place of the model's or adapter's."
+    ) = None,
+    prompt: _option(list[str] | None, "Prompts", "User turn to answer; may be repeated.") = None,
+    prompts_file: _option(
+        Path | None, "Prompts", "Text file, one prompt a line, or training data, whose answers are ignored."
+    ) = None,
+    output: _option(Path | None, "Prompts", "Write {prompt, answer} lines here, not to stdout.") = None,
+    max_new_tokens: _option(int, "Decoding", "Longest answer, in tokens.") = 256,
+    temperature: _option(float, "Decoding", "0 is greedy.") = 0.0,
+    top_p: _option(float, "Decoding", "Sample from the tokens that hold this much of the probability.") = 1.0,
+    seed: _option(int, "Decoding", "Of the sampling.") = 0,
+    batch_size: _option(int, "Hardware", "Prompts answered at once.") = 8,
+    dtype: _option(str, "Hardware", _DTYPE_HELP) = "auto",
+    backend: _option(str, "Hardware", "Kernels to use; see lora-kernels doctor.") = "auto",
+) -> None:
+    """Answer prompts with a model, or a model and an adapter.
+
+    One --prompt prints its answer; several, or a file, print one JSON object a line.
+    """
+    prompts = _read_prompts(prompt or [], prompts_file)
+    _check_backend(backend)
+    import torch
+
+    from lora_kernels.backends import use_backend
+    from lora_kernels.train.generate import generate as generate_texts
+
+    network, tokenizer = _load(model, adapter, dtype, chat_template)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    with use_backend(backend):
+        answers = generate_texts(network, tokenizer, prompts, max_new_tokens, batch_size, temperature, top_p)
+    if output is None and len(prompts) == 1 and prompts_file is None:
+        typer.echo(answers[0])
+        return
+    pairs = zip(prompts, answers, strict=True)
+    lines = [json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False) + "\n" for text, answer in pairs]
+    if output is None:
+        typer.echo("".join(lines), nl=False)
+    else:
+        _write_text(output, "".join(lines))
+
+
+@app.command()
+@_user_errors
+def merge(
+    *,
+    adapter: _option(Path, "Model", "Adapter directory, as written by sft or PEFT."),
+    output: _option(Path, "Model", "Directory for the merged model; must not exist or be empty."),
+    model: _Model = None,
+    dtype: _option(str, "Hardware", _DTYPE_HELP) = "stored",
+) -> None:
+    """Fold an adapter into its base model: a plain Hugging Face directory, tokenizer included."""
+    from lora_kernels.io.models import new_directory
+    from lora_kernels.methods.lora import merge as merge_adapters
+
+    with new_directory(output) as staged:
+        network, tokenizer = _load(model, adapter, dtype, None)
+        merge_adapters(network).save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+    typer.echo(f"merged model: {output}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show which backends can run on this machine, and why the others can't."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from lora_kernels.backends import available
+    from lora_kernels.io.models import cache_dir, resolve_dtype
+
+    console = Console()
+    reasons = available()
+    backends = Table("backend", "usable", "why not", title="Backends", title_justify="left")
+    for name, reason in reasons.items():
+        backends.add_row(name, "[red]no[/red]" if reason else "[green]yes[/green]", reason or "")
+    console.print(backends)
+
+    machine = Table("what", "value", title="Machine", title_justify="left")
+    machine.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("lora-kernels", "torch", "triton", "transformers", "peft"):
+        try:
+            machine.add_row(package, version(package))
+        except PackageNotFoundError:
+            machine.add_row(package, "not installed")
+    machine.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    if reasons["cpu"] is None:
+        from lora_kernels import _C
+
+        machine.add_row("CPU kernels", f"{_C.get_isa()}, of {', '.join(_C.isa_supported())}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            capability = f"capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB"
+            machine.add_row(f"GPU {index}", f"{gpu.name}, {capability}")
+    else:
+        built = torch.version.cuda or torch.version.hip
+        machine.add_row("GPU", "none found" if built else "none: this torch is built for the CPU only")
+    machine.add_row("dtype auto means", str(resolve_dtype("auto")).removeprefix("torch."))
+    machine.add_row("cache directory", str(cache_dir()))
+    console.print(machine)
+
+
+def _check_backend(name: str) -> None:
+    from lora_kernels.backends import available
+
+    reasons = available()
+    if name != "auto" and name not in reasons:
+        raise ValueError(f"backend is {name!r}; allowed: auto, {', '.join(reasons)}")
+    if reason := reasons.get(name):
+        raise ValueError(f"backend {name} can't run here: {reason}")
+
+
+def _load(model: str | None, adapter: Path | None, dtype: str, chat_template: str | None) -> tuple[Any, Any]:
+    from lora_kernels.io.models import load_model
+
+    if adapter is not None:
+        settings = adapter / "adapter_config.json"
+        if not settings.is_file():
+            raise FileNotFoundError(f"adapter directory {adapter} has no adapter_config.json")
+        if model is None:
+            model = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            if not model:
+                raise ValueError(f"{settings} names no base model; give it with --model")
+    if model is None:
+        raise ValueError("give --model, --adapter, or both")
+    network, tokenizer = load_model(model, dtype)
+    if adapter is not None:
+        from lora_kernels.io.peft import load_adapter
+
+        load_adapter(network, adapter)
+        # What the adapter was trained with, where that was not the model's own.
+        if chat_template is None and (adapter / "chat_template.jinja").is_file():
+            chat_template = str(adapter / "chat_template.jinja")
+    if chat_template is not None:
+        from lora_kernels.train.data import set_chat_template
+
+        set_chat_template(tokenizer, chat_template)
+    return network.eval(), tokenizer
+
+
+def _read_prompts(prompts: list[str], file: Path | None) -> list[Any]:
+    prompts = list(prompts)
+    if file is not None:
+        if not file.is_file():
+            raise FileNotFoundError(f"--prompts-file {file}: no such file")
+        from lora_kernels.train.data import SUFFIXES, load_records
+
+        if file.name.endswith(SUFFIXES):
+            prompts += [_prompt_of(record, where) for record, where in load_records(file)]
+        else:
+            prompts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt or --prompts-file")
+    return prompts
+
+
+def _prompt_of(record: Any, where: str) -> Any:
+    """The prompt of a training record, its last answer left out; {"prompt"} alone is also taken."""
+    from lora_kernels.train.data import to_conversation
+
+    if isinstance(record, dict) and "prompt" in record:
+        record = {"completion": "", **record}
+    conversation = to_conversation(record, where)
+    messages = conversation.messages[: conversation.answers[-1]]
+    return messages[0]["content"] if len(messages) == 1 else messages
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

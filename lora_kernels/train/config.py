@@ -1,0 +1,156 @@
+"""The settings of a supervised fine-tuning run: one dataclass, its checks, and its YAML form."""
+
+import dataclasses
+import os
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+METHODS = ("lora",)
+DTYPES = ("auto", "float32", "bfloat16")
+SCHEDULERS = ("cosine", "linear", "constant")
+
+
+@dataclass
+class SFTConfig:
+    """Settings of `run_sft`. The command line and the YAML file use the same names.
+
+    model: directory or hub id of a causal language model.
+    data, eval_data: .json, .jsonl, .jsonl.gz or .parquet file (see `lora_kernels.train.data`).
+    output_dir: gets the adapter, `checkpoint-last/`, metrics.jsonl, loss.png and config.yaml.
+    method: "lora".
+    r, lora_alpha, lora_dropout, use_rslora, init: of the adapters; target: "all-linear", a module name, a
+        comma-separated list of names, or a regular expression over module paths.
+    dtype: of the frozen weights and the activations; "auto" is bfloat16 where the hardware multiplies it natively,
+        else float32. Adapters and optimizer state are always float32.
+    epochs: passes over the data, may be fractional; max_steps, where given, decides instead.
+    batch_size: sequences per micro-batch and process. One optimizer step sees
+        batch_size * gradient_accumulation_steps * processes sequences, and its loss is the mean over all their answer
+        tokens.
+    lr, lr_scheduler, warmup_ratio, weight_decay, max_grad_norm: AdamW; max_grad_norm 0 turns clipping off.
+    max_length: tokens kept of each row, from its start.
+    seed: of the adapters' initial values, the order of the data, and dropout.
+    eval_steps, save_steps: steps between evaluations and checkpoints; None means once per epoch. Both also happen at
+        the end.
+    logging_steps: steps between lines of metrics.jsonl.
+    resume: continue from `checkpoint-last/` exactly where it stopped.
+    backend: kernels to use, see `lora_kernels.use_backend`.
+    chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
+    """
+
+    model: str
+    data: str
+    eval_data: str | None = None
+    output_dir: str = "outputs/sft"
+    method: str = "lora"
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    init: str = "default"
+    dtype: str = "auto"
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    lr: float = 2e-4
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 1024
+    seed: int = 0
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    logging_steps: int = 1
+    gradient_checkpointing: bool = False
+    resume: bool = False
+    tensorboard: bool = False
+    backend: str = "auto"
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _convert(field.name, getattr(self, field.name), hints[field.name]))
+        self._check_choice("method", METHODS)
+        self._check_choice("dtype", DTYPES)
+        self._check_choice("lr_scheduler", SCHEDULERS)
+        for name in ("r", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+            self._check(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("max_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, ">= 1 or left out")
+        self._check("max_length", self.max_length >= 2, ">= 2")
+        self._check("epochs", self.epochs > 0, "> 0")
+        self._check("lr", self.lr > 0, "> 0")
+        self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        self._check("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
+        self._check("weight_decay", self.weight_decay >= 0, ">= 0")
+        self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 turns clipping off)")
+        self._check("seed", self.seed >= 0, ">= 0")
+
+    def _check(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> "SFTConfig":
+        """Build from a mapping; ValueError names an unknown or a missing field and `source`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ValueError(f"{source}: unknown field {', '.join(map(repr, unknown))}; allowed: {', '.join(names)}")
+        missing = [name for name in ("model", "data") if values.get(name) is None]
+        if missing:
+            raise ValueError(f"{source}: missing field {', '.join(map(repr, missing))}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike, **overrides: Any) -> "SFTConfig":
+        """Read a YAML mapping of field names to values; `overrides` win over the file."""
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a mapping of field names to values, got {type(values).__name__}")
+        return cls.from_dict({**values, **overrides}, source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save_yaml(self, path: str | os.PathLike) -> None:
+        """Write every field, defaults too."""
+        temporary = Path(f"{path}.tmp")
+        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint`. Numbers may come as text: YAML reads `2e-4` as a string."""
+    if typing.get_origin(hint) is Literal:
+        return value
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        kind = typing.get_origin(kind) or kind
+        if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if kind is float:
+                return number
+            if number.is_integer():
+                return int(number)
+        elif kind is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        elif isinstance(value, kind):
+            return value
+    wanted = " or ".join("nothing" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")

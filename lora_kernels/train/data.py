@@ -1,0 +1,409 @@
+"""Supervised fine-tuning data: from a file of records to token ids and the tokens that carry loss.
+
+A record has one of these forms; other fields are ignored:
+
+- {"instruction": str, "input": str (optional), "output": str, "system": str (optional)}
+- {"messages": [{"role": str, "content": str}, ...]}: every assistant turn is learned
+- {"prompt": ..., "completion": ...}: each a string (a user turn, an assistant turn) or a list of messages; only the
+  completion's assistant turns are learned
+
+Every record becomes a list of messages, which the tokenizer's chat template renders. Where the tokenizer has none,
+`DEFAULT_CHAT_TEMPLATE` is used.
+"""
+
+import gzip
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_kernels.train.losses import IGNORE_INDEX
+
+FORMS = (
+    '{"instruction", "input" (optional), "output"}',
+    '{"messages": [{"role", "content"}, ...]}',
+    '{"prompt", "completion"}',
+)
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+
+# The Alpaca layout in plain text, so that a base model needs no new tokens. {bos} is put in by `set_chat_template`.
+DEFAULT_CHAT_TEMPLATE = (
+    "{bos}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}"
+    "{% else %}{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+_TOKENIZE_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages; which of them (by index) are learned; and the place of the record, for messages to the user."""
+
+    messages: list[dict[str, str]]
+    answers: tuple[int, ...]
+    where: str
+
+
+@dataclass
+class TokenDataset:
+    """Tokenised rows: `input_ids[i]` int32 [T_i], `answer_mask[i]` bool [T_i], True where the token is learned."""
+
+    input_ids: list[np.ndarray] = field(default_factory=list)
+    answer_mask: list[np.ndarray] = field(default_factory=list)
+    pad_token_id: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        self.lengths = np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+        # The first token has nothing before it that could predict it.
+        self.answer_lengths = np.array([int(mask[1:].sum()) for mask in self.answer_mask], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The rows as `collate` makes them."""
+        rows = [(self.input_ids[i], self.answer_mask[i]) for i in indices]
+        return collate(rows, self.pad_token_id)
+
+    def describe(self) -> str:
+        """One line: rows, lengths, the share of tokens that is learned, what was cut or left out."""
+        total = int(self.lengths.sum())
+        text = (
+            f"{len(self)} rows, {total} tokens (median {int(np.median(self.lengths))}, longest {self.lengths.max()}), "
+            f"{100 * self.answer_lengths.sum() / total:.0f} % of them learned"
+        )
+        if self.truncated:
+            text += f"; {self.truncated} rows truncated"
+        if self.dropped:
+            text += f"; {self.dropped} rows dropped"
+        return text
+
+
+def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad on the right: input_ids, labels (-100 off the answers) and attention_mask, each int64 [B, T].
+
+    Mask and labels come from the lengths, never from token ids, so a pad token that is also the end token is learned
+    where it ends an answer and ignored where it pads.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids = np.full((len(rows), longest), pad_token_id, dtype=np.int64)
+    labels = np.full((len(rows), longest), IGNORE_INDEX, dtype=np.int64)
+    attention_mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for row, (ids, mask) in enumerate(rows):
+        input_ids[row, : len(ids)] = ids
+        labels[row, : len(ids)] = np.where(mask, ids, IGNORE_INDEX)
+        attention_mask[row, : len(ids)] = 1
+    arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def load_records(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
+    """Yield (record, place) from a .json list, a .jsonl file (either may be .gz), or a .parquet file.
+
+    Raises FileNotFoundError, and ValueError with file and line for text that is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: file names must end in one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for index, record in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+            yield record, f"{path}: record {index}"
+        return
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8: {error.reason}") from None
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from None
+    # Files named .json hold one record a line often enough.
+    yield from _json_list(text, path) if text.lstrip()[:1] == "[" else _json_lines(text, path)
+
+
+def _json_lines(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+    # Not splitlines(): that also splits at U+2028 and its like, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line), f"{path}:{number}"
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+
+
+def _json_list(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+    """Decode record by record, so that each knows its line."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    position, counted, line, index = space.match(text).end() + 1, 0, 1, 0
+    while True:
+        position = space.match(text, position).end()
+        line += text.count("\n", counted, position)
+        counted = position
+        if index == 0 and text[position : position + 1] == "]":
+            break
+        try:
+            record, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: record {index}: not JSON: {error.msg}") from None
+        yield record, f"{path}:{line}: record {index}"
+        position = space.match(text, position).end()
+        separator = text[position : position + 1]
+        if separator == "]":
+            break
+        if separator != ",":
+            line += text.count("\n", counted, position)
+            found = repr(separator) if separator else "the end"
+            raise ValueError(f"{path}:{line}: expected ',' or ']' after record {index}, got {found}")
+        position, index = position + 1, index + 1
+    rest = space.match(text, position + 1).end()
+    if rest != len(text):
+        raise ValueError(f"{path}:{text.count(chr(10), 0, rest) + 1}: text after the end of the list")
+
+
+def to_conversation(record: Any, where: str) -> Conversation:
+    """The record's messages; ValueError starting with `where` for a bad record."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+    if record.get("messages") is not None:
+        messages = _messages(record["messages"], "messages", where)
+        first = 0
+    elif record.get("instruction") is not None and "output" in record:
+        content = _text(record, "instruction", where)
+        if record.get("input"):
+            content += "\n\n" + _text(record, "input", where)
+        messages = [_message("user", content), _message("assistant", _text(record, "output", where))]
+        if record.get("system"):
+            messages.insert(0, _message("system", _text(record, "system", where)))
+        first = 0
+    elif "prompt" in record and "completion" in record:
+        messages = _turns(record, "prompt", "user", where)
+        first = len(messages)
+        messages += _turns(record, "completion", "assistant", where)
+    else:
+        found = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"{where}: expected one of {'; '.join(FORMS)}; got the fields {found}")
+    answers = tuple(i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant")
+    if not answers:
+        raise ValueError(f"{where}: no assistant message to learn")
+    if messages[0]["role"] == "assistant":
+        raise ValueError(f"{where}: the first message must not be the assistant's")
+    return Conversation(messages[: answers[-1] + 1], answers, where)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _text(record: dict, name: str, where: str) -> str:
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name!r} must be a string, got {type(value).__name__}")
+    return value
+
+
+def _turns(record: dict, name: str, role: str, where: str) -> list[dict[str, str]]:
+    if isinstance(record[name], str):
+        return [_message(role, record[name])]
+    return _messages(record[name], name, where)
+
+
+def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: {name!r} must be a non-empty list of messages, got {value!r:.80}")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f'{where}: {name}[{index}] must be {{"role", "content"}}, got {message!r:.80}')
+        for key in ("role", "content"):
+            _text(message, key, f"{where}: {name}[{index}]")
+    return [_message(message["role"], message["content"]) for message in value]
+
+
+def set_chat_template(tokenizer: Any, chat_template: str | None = None) -> None:
+    """Give the tokenizer `chat_template` (Jinja text, or a file with it), or `DEFAULT_CHAT_TEMPLATE` if it has none.
+
+    The default starts with the begin token where the tokenizer itself would add one. Raises ValueError where the
+    default is needed and the tokenizer has no end token.
+    """
+    if chat_template is not None:
+        if "{{" not in chat_template and "{%" not in chat_template:
+            if not Path(chat_template).is_file():
+                raise FileNotFoundError(f"chat_template is neither a Jinja template nor a file: {chat_template}")
+            chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = chat_template
+    elif not tokenizer.chat_template:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a chat template nor an end token; pass chat_template")
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE.replace("{bos}", "{{ bos_token }}" if adds_bos else "", 1)
+
+
+class _Renderer:
+    """Conversations to text with the character spans of the answers, and on to token ids with an answer mask."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        ends = {str(token) for token in added.values() if getattr(token, "special", False)}
+        ends |= set(tokenizer.all_special_tokens)
+        self.ends = tuple(sorted(filter(None, ends), key=len, reverse=True))
+        self.end_pattern = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.ends)) + ")") if self.ends else None
+
+    def spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text up to the last answer's end-of-turn token, and [start, end) of each answer with its own.
+
+        An answer starts where the template asks for one after the turns before it. It ends where rendering just the
+        turns up to it ends. Templates that render a turn otherwise once it is not the last (they drop the reasoning
+        of earlier turns) have it end after its own text and the end-of-turn token that follows.
+        """
+        messages, where = conversation.messages, conversation.where
+        full = self._render(messages, False, where)
+        spans = []
+        for index in conversation.answers:
+            prompt = self._render(messages[:index], True, where)
+            if not full.startswith(prompt):
+                raise ValueError(
+                    f"{where}: the chat template renders the turns before message {index} otherwise when that message "
+                    "follows, so its tokens can't be told from the prompt's; pass another chat_template"
+                )
+            turn = full if index == len(messages) - 1 else self._render(messages[: index + 1], False, where)
+            start, end = len(prompt), len(turn)
+            if not full.startswith(turn):
+                content = messages[index]["content"].strip()
+                found = full.find(content, start)
+                if found < 0:
+                    raise ValueError(f"{where}: the chat template does not show the text of message {index}")
+                end = found + len(content)
+                follows = self.end_pattern.match(full, end) if self.end_pattern else None
+                end = follows.end() if follows else end
+            answer = full[start:end].rstrip()
+            if answer.endswith(self.ends):
+                end = start + len(answer)
+            spans.append((start, end))
+        return full[: spans[-1][1]], spans
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool, where: str) -> str:
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{where}: the chat template refuses this conversation: {error}") from error
+
+    def tokenize(self, conversations: Sequence[Conversation]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Token ids and answer mask of each conversation.
+
+        The mask's borders are the lengths of the tokenised prefixes, which must agree with the whole: the prompt is
+        tokenised by itself when the model is used. Where a token reaches over a border, the text is tokenised
+        piecewise instead, as it would be in use.
+        """
+        rendered = [self.spans(conversation) for conversation in conversations]
+        texts = []
+        for text, spans in rendered:
+            cuts = [cut for span in spans for cut in span]
+            texts += [text[:cut] for cut in cuts]
+        encoded = iter(self._encode(texts))
+        for conversation, (text, spans) in zip(conversations, rendered, strict=True):
+            prefixes = [next(encoded) for _ in range(2 * len(spans))]
+            ids = prefixes[-1]
+            if all(ids[: len(prefix)] == prefix for prefix in prefixes):
+                cuts = [len(prefix) for prefix in prefixes]
+            else:
+                ids, cuts = self._piecewise(text, spans, ids, conversation.where)
+            mask = np.zeros(len(ids), dtype=bool)
+            for start, end in zip(cuts[::2], cuts[1::2], strict=True):
+                mask[start:end] = True
+            if not text.endswith(self.ends):
+                if self.tokenizer.eos_token_id is None:
+                    raise ValueError(
+                        f"{conversation.where}: the chat template ends an answer without a special token, and the "
+                        "tokenizer has no end token, so the model could not learn to stop"
+                    )
+                ids = [*ids, self.tokenizer.eos_token_id]
+                mask = np.append(mask, True)
+            yield ids, mask
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def _piecewise(self, text: str, spans: list[tuple[int, int]], whole: list[int], where: str):
+        borders = [0, *(cut for span in spans for cut in span)]
+        pieces = self._encode([text[start:end] for start, end in zip(borders, borders[1:], strict=False)])
+        ids = [token for piece in pieces for token in piece]
+        if self._decode(ids) != self._decode(whole):
+            raise ValueError(
+                f"{where}: the tokenizer joins the end of the prompt and the start of the answer into one token, and "
+                "tokenising them apart changes the text; pass a chat_template that ends the prompt with a special token"
+            )
+        return ids, list(np.cumsum([len(piece) for piece in pieces]))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def build_dataset(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: int, source: str) -> TokenDataset:
+    """Tokenise (record, place) pairs; keep the first `max_length` tokens of each.
+
+    Rows that keep no answer token, or whose answers are all blank, are dropped with a warning that counts them.
+    Raises ValueError for a bad record, and where no row is left.
+    """
+    set_chat_template(tokenizer)
+    renderer = _Renderer(tokenizer)
+    conversations, blank = [], 0
+    for record, where in records:
+        conversation = to_conversation(record, where)
+        if any(conversation.messages[i]["content"].strip() for i in conversation.answers):
+            conversations.append(conversation)
+        else:
+            blank += 1
+    input_ids, masks, truncated, unanswered = [], [], 0, 0
+    for start in range(0, len(conversations), _TOKENIZE_ROWS):
+        for ids, mask in renderer.tokenize(conversations[start : start + _TOKENIZE_ROWS]):
+            if not mask[1:max_length].any():
+                unanswered += 1
+                continue
+            truncated += len(ids) > max_length
+            input_ids.append(np.array(ids[:max_length], dtype=np.int32))
+            masks.append(mask[:max_length])
+    if unanswered:
+        _warn(
+            f"{source}: dropped {unanswered} rows that have no answer token among their first {max_length} (max_length)"
+        )
+    if blank:
+        _warn(f"{source}: dropped {blank} rows whose answer is blank")
+    if not input_ids:
+        raise ValueError(
+            f"{source}: no row with an answer is left" if conversations or blank else f"{source}: no records"
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return TokenDataset(input_ids, masks, pad or 0, truncated, unanswered + blank)
+
+
+def load_dataset(path: str | os.PathLike, tokenizer: Any, max_length: int) -> TokenDataset:
+    """`build_dataset` over the records of a file."""
+    return build_dataset(load_records(path), tokenizer, max_length, str(path))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)

@@ -1,0 +1,343 @@
+"""The training loop: steps, learning rate, accumulation, evaluation, metrics, checkpoints; one or many processes."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import nn
+
+from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, save_checkpoint
+from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.data import TokenDataset
+from lora_kernels.train.losses import IGNORE_INDEX
+from lora_kernels.train.progress import Progress
+
+Callback = Callable[[dict[str, Any]], None]
+METRICS = "metrics.jsonl"
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
+    """The learning rate of step `step` (from 0) as a fraction of the peak.
+
+    (step + 1) / warmup_steps in the warm-up, whose last step is at the peak; then, with
+    t = (step - warmup_steps) / (total_steps - warmup_steps): (1 + cos(pi t)) / 2, 1 - t, or 1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    t = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "constant": 1.0}[scheduler]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which rows each optimizer step, micro-batch and process sees: a pure function of the step, so resuming is exact.
+
+    Step s takes rows [s G, (s + 1) G) of the epochs' permutations laid end to end, G = batch_size * accumulation *
+    processes; the last step takes what is left. The rows of a step do not depend on how G is made up.
+    """
+
+    rows: int
+    batch_size: int
+    accumulation: int
+    processes: int
+    epochs: float
+    max_steps: int | None
+    seed: int
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.processes
+
+    @property
+    def sequences(self) -> int:
+        return self.max_steps * self.sequences_per_step if self.max_steps else math.ceil(self.epochs * self.rows)
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.sequences / self.sequences_per_step)
+
+    def step_rows(self, step: int) -> list[int]:
+        """Row indices of one optimizer step over all processes."""
+        start = step * self.sequences_per_step
+        end = min(start + self.sequences_per_step, self.sequences)
+        rows = []
+        while start < end:
+            epoch, offset = divmod(start, self.rows)
+            taken = min(end - start, self.rows - offset)
+            rows += _permutation(self.rows, self.seed, epoch)[offset : offset + taken].tolist()
+            start += taken
+        return rows
+
+    def micro_batches(self, rows: Sequence[int], lengths: np.ndarray, process: int) -> list[list[int]]:
+        """This process's share of a step's rows; equally many micro-batches on each process, some maybe empty.
+
+        Rows of like length go together: the step's gradient is the same, with less padding.
+        """
+        rows = sorted(rows, key=lambda row: -lengths[row])
+        stride = self.batch_size * self.processes
+        first = range(0, len(rows), stride)
+        return [rows[at : at + stride][process :: self.processes] for at in first]
+
+
+_cached_permutation: tuple[tuple[int, int, int], np.ndarray] | None = None
+
+
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    global _cached_permutation
+    key = (rows, seed, epoch)
+    if _cached_permutation is None or _cached_permutation[0] != key:
+        _cached_permutation = (key, np.random.default_rng([seed, epoch]).permutation(rows))
+    return _cached_permutation[1]
+
+
+def make_accelerator() -> Accelerator:
+    """One process, or as many as `accelerate launch` or `torchrun` started. No autocast: the layers choose dtypes."""
+    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: SFTConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=fused or None)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+class Loop:
+    """Trains a module whose forward returns the summed loss of a batch of `TokenDataset`.
+
+    The loss of an optimizer step is that sum over all micro-batches and processes divided by the number of answer
+    tokens in them, so neither accumulation nor padding nor the number of processes changes it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        train_set: TokenDataset,
+        eval_set: TokenDataset | None,
+        config: SFTConfig,
+        save_adapter: Callable[[Path], None],
+        accelerator: Accelerator,
+        callbacks: Sequence[Callback] = (),
+        show_progress: bool = True,
+    ) -> None:
+        self.module, self.train_set, self.eval_set, self.config = module, train_set, eval_set, config
+        self.save_adapter, self.accelerator, self.callbacks = save_adapter, accelerator, list(callbacks)
+        self.main = accelerator.is_main_process
+        self.output_dir = Path(config.output_dir)
+        self.metrics_path = self.output_dir / METRICS
+        self.plan = StepPlan(
+            rows=len(train_set),
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            processes=accelerator.num_processes,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            seed=config.seed,
+        )
+        self.warmup_steps = math.ceil(config.warmup_ratio * self.plan.total_steps)
+        per_epoch = max(1, round(len(train_set) / self.plan.sequences_per_step))
+        self.eval_steps = config.eval_steps or per_epoch
+        self.save_steps = config.save_steps or per_epoch
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameters; inject adapters first")
+        self.wrapped = accelerator.prepare(module)
+        self.optimizer = make_optimizer(list(self.parameters.values()), config)
+        self.progress = Progress(self.plan.total_steps, enabled=show_progress and self.main)
+        self.state = LoopState()
+        self.last_loss = self.last_eval_loss = None
+
+    @property
+    def run_identity(self) -> dict[str, Any]:
+        """What must agree for a resumed run to continue the same computation."""
+        config = self.config
+        names = ("method", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr", "lr_scheduler", "warmup_ratio")
+        names += ("weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
+        return {
+            **{name: getattr(config, name) for name in names},
+            "total_steps": self.plan.total_steps,
+            "batch_size": self.plan.batch_size,
+            "gradient_accumulation_steps": self.plan.accumulation,
+            "processes": self.plan.processes,
+            "data rows": len(self.train_set),
+            "data tokens": int(self.train_set.lengths.sum()),
+            "data answer tokens": int(self.train_set.answer_lengths.sum()),
+        }
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint, if the configuration says to resume and there is one; else to the seed."""
+        set_seed(self.config.seed, device_specific=True)
+        checkpoint = find_checkpoint(self.output_dir) if self.config.resume else None
+        if checkpoint:
+            arguments = (self.parameters, self.optimizer, self.run_identity, self.accelerator)
+            self.state = load_checkpoint(checkpoint, *arguments)
+        if self.main:
+            truncate_metrics(self.metrics_path, self.state.step)
+        self.accelerator.wait_for_everyone()
+
+    def run(self) -> None:
+        """Train from where `restore` went to the end; leaves the module in eval mode."""
+        self.module.train()
+        self.window_loss = torch.tensor(self.state.window_loss if self.main else 0.0, device=self.accelerator.device)
+        self.window_seconds, self.window_tokens = 0.0, 0
+        with self.progress:
+            self.progress.update(self.state.step)
+            while self.state.step < self.plan.total_steps:
+                self._step()
+        self.module.eval()
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        config, state = self.config, self.state
+        rows = self.plan.step_rows(state.step)
+        factor = lr_factor(state.step, self.plan.total_steps, self.warmup_steps, config.lr_scheduler)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+        # Every process knows all rows of the step, so the divisor needs no communication. DDP averages gradients over
+        # the processes; the factor makes that a sum.
+        answer_tokens = int(self.train_set.answer_lengths[rows].sum())
+        scale = self.accelerator.num_processes / answer_tokens
+        micro_batches = self.plan.micro_batches(rows, self.train_set.lengths, self.accelerator.process_index)
+        for index, indices in enumerate(micro_batches):
+            # A process without rows still has to take part in the reduction of the gradients.
+            batch = self.train_set.batch(indices or rows[:1])
+            if not indices:
+                batch["labels"].fill_(IGNORE_INDEX)
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = self.wrapped(**self._to_device(batch))
+                self.accelerator.backward(loss * scale)
+            self.window_loss += loss.detach()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        state.step += 1
+        tokens = int(self.train_set.lengths[rows].sum())
+        state.tokens += tokens
+        state.window_answer_tokens += answer_tokens
+        self.window_tokens += tokens
+        end = state.step == self.plan.total_steps
+        logs = end or state.step % config.logging_steps == 0
+        if logs:
+            loss = self._window_loss() / state.window_answer_tokens
+            self.last_loss = loss
+        self.window_seconds += time.perf_counter() - started
+        if logs:
+            self._log(
+                {
+                    "step": state.step,
+                    "epoch": self._epoch(),
+                    "loss": loss,
+                    "lr": config.lr * factor,
+                    "grad_norm": grad_norm.item(),
+                    "tokens": state.tokens,
+                    "tokens_per_second": round(self.window_tokens / self.window_seconds, 1),
+                }
+            )
+            self.window_loss.zero_()
+            state.window_answer_tokens = 0
+            self.window_seconds, self.window_tokens = 0.0, 0
+        self.progress.update(state.step)
+        best = False
+        if self.eval_set is not None and (end or state.step % self.eval_steps == 0):
+            best = self._evaluate()
+        if end or state.step % self.save_steps == 0:
+            self._checkpoint(best or self.eval_set is None)
+        elif best and self.main:
+            self.save_adapter(self.output_dir)
+
+    def _window_loss(self) -> float:
+        """Summed loss since the last log over all processes."""
+        loss = self.accelerator.reduce(self.window_loss.clone(), "sum").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} in the {self.config.logging_steps} steps up to step {self.state.step}; "
+                "checkpoint-last holds the state before; a lower lr or dtype float32 may help"
+            )
+        return loss
+
+    def _evaluate(self) -> bool:
+        """Mean loss per answer token of the evaluation set; whether it is the best so far."""
+        started = time.perf_counter()
+        loss = evaluate(self.module, self.eval_set, self.config.batch_size, self.accelerator)
+        self.module.train()
+        self.last_eval_loss = loss
+        best = self.state.best_eval_loss is None or loss < self.state.best_eval_loss
+        if best:
+            self.state.best_eval_loss = loss
+        seconds = round(time.perf_counter() - started, 3)
+        self._log({"step": self.state.step, "epoch": self._epoch(), "eval_loss": loss, "eval_seconds": seconds})
+        return best
+
+    def _checkpoint(self, best: bool) -> None:
+        self.state.window_loss = self._window_loss()
+        if best and self.main:
+            self.save_adapter(self.output_dir)
+        arguments = (self.state, self.run_identity, self.accelerator, self.save_adapter)
+        save_checkpoint(self.output_dir, self.parameters, self.optimizer, *arguments)
+
+    def _epoch(self) -> float:
+        seen = min(self.state.step * self.plan.sequences_per_step, self.plan.sequences)
+        return round(seen / self.plan.rows, 4)
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.progress.log(record)
+        for callback in self.callbacks:
+            callback(record)
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, dataset: TokenDataset, batch_size: int, accelerator: Accelerator) -> float:
+    """Mean loss per answer token over all processes; leaves the module in eval mode."""
+    module.eval()
+    order = np.argsort(-dataset.lengths, kind="stable")
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    total = torch.zeros((), device=accelerator.device)
+    for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+        batch = {name: value.to(accelerator.device) for name, value in dataset.batch(indices).items()}
+        total += module(**batch)
+    return accelerator.reduce(total, "sum").item() / int(dataset.answer_lengths.sum())
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run writes again, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,118 @@
+"""Cross-entropy over a large vocabulary without the [M, V] logits."""
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+_LOGITS_PER_CHUNK = 1 << 24
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(logits)[label], the gradients computed beside the loss, one chunk of rows at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, chunk_size, logit_scale, logit_softcap, grad_enabled):
+        needs_hidden, needs_weight, needs_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dhidden = torch.empty_like(hidden) if needs_hidden else None
+        dweight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
+        dbias = torch.zeros_like(bias, dtype=accumulate) if needs_bias else None
+        loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = hidden[start : start + chunk_size]
+            target = labels[start : start + chunk_size, None]
+            logits = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
+            logits = logits.to(accumulate)
+            if logit_scale != 1.0:
+                logits.mul_(logit_scale)
+            slope = None
+            if logit_softcap is not None:
+                capped = logits.div_(logit_softcap).tanh_()
+                if dhidden is not None or dweight is not None or dbias is not None:
+                    slope = 1 - capped * capped
+                logits = capped.mul_(logit_softcap)
+
+            logits.sub_(logits.amax(1, keepdim=True))
+            target_logit = logits.gather(1, target)
+            probs = logits.exp_()
+            norm = probs.sum(1, keepdim=True)
+            loss += (norm.log() - target_logit).sum()
+            if dhidden is None and dweight is None and dbias is None:
+                continue
+            dlogits = probs.div_(norm)
+            dlogits.scatter_add_(1, target, dlogits.new_full((), -1.0).expand_as(target))
+            if slope is not None:
+                dlogits.mul_(slope)
+            if logit_scale != 1.0:
+                dlogits.mul_(logit_scale)
+            if dbias is not None:
+                dbias += dlogits.sum(0)
+            if dweight is not None:
+                dweight.addmm_(dlogits.t(), rows.to(accumulate))
+            if dhidden is not None:
+                torch.mm(dlogits.to(weight.dtype), weight, out=dhidden[start : start + chunk_size])
+
+        ctx.save_for_backward(
+            dhidden,
+            dweight.to(weight.dtype) if dweight is not None else None,
+            dbias.to(bias.dtype) if dbias is not None else None,
+        )
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        grads = (grad * dloss.to(grad.dtype) if grad is not None else None for grad in ctx.saved_tensors)
+        return (*grads, None, None, None, None, None)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, int]:
+    """Summed cross-entropy of `softcap(logit_scale * (hidden @ lm_head_weightᵀ + bias))`, and how many labels it sums.
+
+    Rows with label -100 are dropped before the projection, and at most `chunk_size` rows of logits exist at a time.
+    The gradients are computed in the forward pass from the same logits, so nothing is recomputed and only tensors of
+    the inputs' own shapes are kept. `softcap(z) = logit_softcap * tanh(z / logit_softcap)`.
+
+    hidden [..., K], lm_head_weight [V, K], bias [V] or None: one floating dtype. labels [...]: int64, already aligned
+    with `hidden` (the caller shifts). The softmax is float32 (float64 for float64 inputs), as is the returned scalar.
+    chunk_size: rows, by default as many as make 2**24 logits. Gradients go to `hidden`, and to `lm_head_weight` and
+    `bias` where they require them; no second derivatives.
+
+    Raises ValueError where shapes, dtypes or chunk_size do not fit.
+    """
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must be {list(hidden.shape[:-1])} like hidden without its last dim, got {list(labels.shape)}"
+        )
+    if lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"lm_head_weight must be [V, {hidden.shape[-1]}], got {list(lm_head_weight.shape)}")
+    if hidden.dtype != lm_head_weight.dtype:
+        raise ValueError(f"hidden and lm_head_weight must share a dtype, got {hidden.dtype} and {lm_head_weight.dtype}")
+    if chunk_size is None:
+        chunk_size = max(1, _LOGITS_PER_CHUNK // lm_head_weight.shape[0])
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
+
+    labels = labels.reshape(-1)
+    index = labels.ne(IGNORE_INDEX).nonzero().squeeze(1)
+    answers = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+    loss = _ChunkedCrossEntropy.apply(
+        answers,
+        lm_head_weight,
+        bias,
+        labels.index_select(0, index),
+        chunk_size,
+        logit_scale,
+        logit_softcap,
+        torch.is_grad_enabled(),
+    )
+    return loss, index.numel()

@@ -1,0 +1,24 @@
+"""The Triton backend: NVIDIA and AMD GPUs, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
+
+`unavailable` is None when this machine can run it, else the reason why not. Importing this package never needs a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+unavailable: str | None = None
+
+try:
+    import triton
+except ImportError as error:
+    unavailable = f"triton can't be imported: {error}"
+else:
+    from .lora_linear import INTERPRETED, lora_linear_bwd, lora_linear_fwd
+
+    if isinstance(triton.language.zeros, triton.runtime.JITFunction) == INTERPRETED:
+        unavailable = "TRITON_INTERPRET changed after triton was imported; set it before"
+    elif not INTERPRETED and not torch.cuda.is_available():
+        unavailable = "torch sees no CUDA or ROCm GPU, and TRITON_INTERPRET=1 was not set before triton was imported"
+
+__all__ = ["lora_linear_bwd", "lora_linear_fwd", "unavailable"]

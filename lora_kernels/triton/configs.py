@@ -1,0 +1,94 @@
+"""Launch configurations: one explicit table per GPU family, nothing tuned at run time.
+
+tests/test_triton_aot.py compiles every entry for every chip of its family and refuses spills or too much shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+MAX_BLOCK_R = 64
+
+# Shared memory one block may use, in bytes; the families below are sized for the smallest chip in them.
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
+                 "gfx90a": 64 << 10, "gfx942": 64 << 10}  # fmt: skip
+
+_FAMILY = {80: "sm80", 86: "sm86", 89: "sm86", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm86", 121: "sm86",
+           "gfx90a": "gfx9", "gfx942": "gfx9"}  # fmt: skip
+
+
+def _config(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
+    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _gemm(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, dropout_split: int = 2):
+    return _config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8,
+                   DROPOUT_SPLIT=dropout_split)  # fmt: skip
+
+
+# The two big GEMMs: family -> (16-bit, float32). The interpreter's cost is the number of operations, not their size.
+_GEMM = {
+    "sm80": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 4, 3)),
+    "sm86": (_gemm(128, 128, 32, 8, 4), _gemm(64, 64, 32, 4, 3)),
+    "sm90": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 4, 3)),
+    "sm100": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 4, 3)),
+    "gfx9": (_gemm(128, 128, 32, 8, 2), _gemm(64, 64, 32, 4, 2)),
+    "interpreter": (_gemm(64, 64, 64, 4, 1), _gemm(64, 64, 64, 4, 1)),
+}
+
+# The kernels bound by memory hardly differ between chips: kernel -> BLOCK_R -> configuration for 16-bit inputs.
+_SKINNY = {
+    "h": {
+        16: _config(4, 4, BLOCK_M=32, BLOCK_K=128),
+        32: _config(4, 3, BLOCK_M=32, BLOCK_K=128),
+        64: _config(4, 3, BLOCK_M=32, BLOCK_K=64),
+    },
+    "dh_dlora_b": {
+        16: _config(8, 3, BLOCK_M=64, BLOCK_N=256),
+        32: _config(8, 2, BLOCK_M=64, BLOCK_N=256),
+        64: _config(8, 2, BLOCK_M=64, BLOCK_N=128),
+    },
+    "dlora_a": {
+        16: _config(4, 4, BLOCK_M=128, BLOCK_K=32),
+        32: _config(4, 3, BLOCK_M=128, BLOCK_K=32),
+        64: _config(4, 3, BLOCK_M=64, BLOCK_K=32),
+    },
+    "reduce": {r: _config(4, 1, BLOCK_P=16, BLOCK_L=128) for r in (16, 32, 64)},
+}
+
+
+def block_r(rank: int) -> int:
+    """Columns of the rank handled at once: `rank` padded to 16, 32 or 64; larger ranks take several steps of 64."""
+    return 16 if rank <= 16 else 32 if rank <= 32 else MAX_BLOCK_R
+
+
+def lookup(family: str, kernel: str, block_r: int, is_float32: bool) -> dict[str, int]:
+    """Blocks, num_warps and num_stages for `kernel` ("gemm", "h", "dh_dlora_b", "reduce" or "dlora_a")."""
+    if kernel == "gemm":
+        return _GEMM[family][is_float32]
+    config = dict(_SKINNY[kernel][block_r])
+    if is_float32 and kernel != "reduce":
+        side = "BLOCK_K" if kernel == "h" else "BLOCK_M"
+        config[side] //= 2
+        config["num_stages"] = 2
+    if family == "gfx9":
+        config["num_stages"] = min(config["num_stages"], 2)
+    if family == "interpreter" and kernel == "reduce":
+        config["BLOCK_L"] = 2048
+    return config
+
+
+@functools.lru_cache
+def device_family(index: int) -> str:
+    """The family of GPU number `index`; unknown NVIDIA chips get the entry with the smallest needs."""
+    if torch.version.hip:
+        return "gfx9"
+    major, minor = torch.cuda.get_device_capability(index)
+    return _FAMILY.get(10 * major + minor, "sm86")
+
+
+def families() -> dict[int | str, str]:
+    """Every chip the table is checked on, and its family."""
+    return {chip: _FAMILY[chip] for chip in SHARED_MEMORY}

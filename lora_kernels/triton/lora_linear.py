@@ -1,0 +1,450 @@
+"""Fused LoRA linear in Triton: two launches forward, at most four backward, no atomics, no saved dropout mask.
+
+Forward:   h = dropout(x) lora_aᵀ;  y = x Wᵀ + bias + scaling (h ∘ lora_e) lora_bᵀ in one accumulator.
+Backward:  dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
+           dx = dy W + dropout'(dh lora_a). The mask is drawn again from (seed, offset) wherever it is needed.
+Shapes and dtypes are those of `lora_kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if _INTERPRETED:
+        # The interpreter's tl.dot multiplies the bit patterns of bfloat16; float32 holds every product exactly.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# What @triton.jit made of the function above: a compiler's, or under TRITON_INTERPRET=1 an interpreter's.
+INTERPRETED = not isinstance(_dot, triton.runtime.JITFunction)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _cast(value, DTYPE: tl.constexpr):
+    if _INTERPRETED and value.dtype == tl.float32 and tl.bfloat16 == DTYPE:
+        # The interpreter truncates; GPUs round to nearest even. Finite values only, which is what tests hold.
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _keep_mask(rng_ptr, m0, k0, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The [ROWS, COLS] tile of `reference.keep_mask` whose corner is (m0, k0); k0 is a multiple of 8."""
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1)
+    c0 = (k0 // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)[None, :]
+    c1 = (m0 + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
+    c2 = offset.to(tl.uint32)
+    c3 = (offset >> 32).to(tl.uint32)
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    zero = tl.zeros([ROWS, COLS // 8], tl.uint32)
+    r0, r1, r2, r3 = tl.philox_impl(c0 + zero, c1 + zero, c2 + zero, c3 + zero, key0, key1, 7)
+    # Lane j of a group of 8 is r[j % 4], low half for j < 4 and high half after.
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(ROWS, COLS // 8, 1, 4)
+    shift = (tl.arange(0, 2) * 16).to(tl.uint32)[None, None, :, None]
+    lanes = ((words >> shift) & 0xFFFF).to(tl.int32)
+    return lanes.reshape(ROWS, COLS) >= threshold
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _h_kernel(
+    x_ptr, lora_a_ptr, h_ptr, rng_ptr, M, K, R, threshold, inv_keep, stride_xm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """h = dropout(x) lora_aᵀ, one program for BLOCK_M rows and BLOCK_R columns."""
+    m0 = tl.program_id(0) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_mask = (m0 + rows < M)[:, None]
+    r_mask = (r < R)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
+    a_ptrs = lora_a_ptr + r.to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k_left = K - k0
+        x = tl.load(x_ptrs, mask=m_mask & (k[None, :] < k_left), other=0.0)
+        a = _cast(tl.load(a_ptrs, mask=r_mask & (k[:, None] < k_left), other=0.0), x.dtype)
+        if HAS_DROPOUT:
+            keep = _keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, tl.zeros_like(x))
+        acc = _dot(x, a, acc, PRECISION)
+        x_ptrs += BLOCK_K
+        a_ptrs += BLOCK_K
+    h_ptrs = h_ptr + (m0 + rows).to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(h_ptrs, acc * inv_keep, mask=m_mask & r_mask)
+
+
+@triton.jit
+def _low_rank(
+    acc, u_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, stride_vr, stride_vn,
+    HAS_E: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + (scale u ∘ lora_e) v for the tile at (m0, n0); u [M, R] float32, v [R, N]."""
+    m = m0 + tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        r = r0 + tl.arange(0, BLOCK_R)
+        u = tl.load(u_ptr + m.to(tl.int64)[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0)
+        u *= scale
+        if HAS_E:
+            u *= tl.load(lora_e_ptr + r, mask=r < R, other=0).to(tl.float32)[None, :]
+        v_ptrs = v_ptr + r.to(tl.int64)[:, None] * stride_vr + n.to(tl.int64)[None, :] * stride_vn
+        v = tl.load(v_ptrs, mask=(r < R)[:, None] & (n < N)[None, :], other=0)
+        acc = _dot(_cast(u, DTYPE), _cast(v, DTYPE), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _split_columns(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return acc.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _finish_dropped(
+    acc, out_ptr, stride_om, u_ptr, lora_e_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_vr, stride_vn,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Store acc + mask ∘ (scale u v) for a slice of columns."""
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    term = _low_rank(zero, u_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, stride_vr, stride_vn,
+                     False, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+    keep = _keep_mask(rng_ptr, m0, n0, threshold, BLOCK_M, BLOCK_N)
+    _store_tile(out_ptr, stride_om, acc + tl.where(keep, term, 0.0), m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _store_tile(out_ptr, stride_om, value, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows = tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    out_ptrs = out_ptr + m0.to(tl.int64) * stride_om + rows[:, None] * stride_om + n[None, :]
+    tl.store(out_ptrs, _cast(value, out_ptr.dtype.element_ty), mask=(m0 + rows < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _gemm_kernel(
+    x_ptr, w_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, M, N, K, R, scale, threshold,
+    stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
+    HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = x [M, K] w + bias + dropout((scale u ∘ lora_e) v), the rank term after the K loop.
+
+    Forward: x, Wᵀ, h, lora_bᵀ, without dropout. Backward: dy, W, dh, lora_a (and N, K change places).
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    # Walk the tiles in groups of GROUP_M rows so that neighbours in time share tiles of w in L2.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = pid // per_group * GROUP_M
+    group_m = min(tiles_m - first_m, GROUP_M)
+    m0 = (first_m + pid % per_group % group_m) * BLOCK_M
+    n0 = pid % per_group // group_m * BLOCK_N
+
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
+    w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + cols[None, :] * stride_wn
+    m_mask = (m0 + rows < M)[:, None]
+    n_mask = (n0 + cols < N)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=m_mask, other=0.0)
+            w = tl.load(w_ptrs, mask=n_mask, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=m_mask & (k[None, :] < K - k0), other=0.0)
+            w = tl.load(w_ptrs, mask=n_mask & (k[:, None] < K - k0), other=0.0)
+        acc = _dot(x, w, acc, PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+
+    if HAS_DROPOUT:
+        # The mask costs many registers beside the accumulator, so the columns are finished slice by slice.
+        tl.static_assert(not HAS_E and not HAS_BIAS)
+        SLICE: tl.constexpr = BLOCK_N // DROPOUT_SPLIT
+        if DROPOUT_SPLIT == 1:
+            slices = (acc,)
+        elif DROPOUT_SPLIT == 2:
+            slices = _split_columns(acc, BLOCK_M, BLOCK_N)
+        else:
+            left, right = _split_columns(acc, BLOCK_M, BLOCK_N)
+            slices = _split_columns(left, BLOCK_M, BLOCK_N // 2) + _split_columns(right, BLOCK_M, BLOCK_N // 2)
+        for i in tl.static_range(DROPOUT_SPLIT):
+            _finish_dropped(slices[i], out_ptr, stride_om, u_ptr, lora_e_ptr, v_ptr, rng_ptr, scale, threshold,
+                            m0, n0 + i * SLICE, M, N, R, stride_vr, stride_vn,
+                            PRECISION, DTYPE, BLOCK_M, SLICE, BLOCK_R)  # fmt: skip
+    else:
+        acc = _low_rank(acc, u_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, stride_vr, stride_vn,
+                        HAS_E, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n0 + cols, mask=n0 + cols < N, other=0.0).to(tl.float32)[None, :]
+        _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _dh_dlora_b_kernel(
+    dy_ptr, h_ptr, lora_b_ptr, dh_parts_ptr, db_parts_ptr, de_parts_ptr, M, N, R, rows_per_split, stride_dym,
+    NEED_DH: tl.constexpr, NEED_DB: tl.constexpr, NEED_DE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of dy lora_b (over BLOCK_N columns) and dyᵀ h (over rows_per_split rows) from one read of dy.
+
+    Parts carry neither scaling nor lora_e: dh_parts [column blocks, M, R], db_parts [splits, N, R] and, since
+    dlora_e = Σ_n lora_b ∘ (dyᵀ h), de_parts [splits * column blocks, R].
+    """
+    pid_n = tl.program_id(0)
+    pid_s = tl.program_id(1)
+    n0 = pid_n * BLOCK_N
+    cols = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r_mask = (r < R)[None, :]
+    n_mask = n0 + cols < N
+    nr_mask = n_mask[:, None] & r_mask
+    b_ptrs = lora_b_ptr + (n0 + cols).to(tl.int64)[:, None] * R + r[None, :]
+    b = _cast(tl.load(b_ptrs, mask=nr_mask, other=0.0), dy_ptr.dtype.element_ty)
+    g = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    first_row = pid_s * rows_per_split
+    dy_ptrs = dy_ptr + first_row.to(tl.int64) * stride_dym + rows[:, None] * stride_dym + (n0 + cols)[None, :]
+    for m0 in range(first_row, min(first_row + rows_per_split, M), BLOCK_M):
+        m_mask = (m0 + rows < M)[:, None]
+        m = (m0 + rows).to(tl.int64)
+        dy = tl.load(dy_ptrs, mask=m_mask & n_mask[None, :], other=0.0)
+        if NEED_DH:
+            dh = _dot(dy, b, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION)
+            dh_ptrs = dh_parts_ptr + (pid_n.to(tl.int64) * M + m)[:, None] * R + r[None, :]
+            tl.store(dh_ptrs, dh, mask=m_mask & r_mask)
+        if NEED_DB or NEED_DE:
+            h = tl.load(h_ptr + m[:, None] * R + r[None, :], mask=m_mask & r_mask, other=0.0)
+            g = _dot(tl.trans(dy), _cast(h, dy.dtype), g, PRECISION)
+        dy_ptrs += BLOCK_M * stride_dym
+    if NEED_DB:
+        db_ptrs = db_parts_ptr + (pid_s.to(tl.int64) * N + n0 + cols)[:, None] * R + r[None, :]
+        tl.store(db_ptrs, g, mask=nr_mask)
+    if NEED_DE:
+        b = tl.load(b_ptrs, mask=nr_mask, other=0.0).to(tl.float32)
+        de_ptrs = de_parts_ptr + (pid_s * tl.num_programs(0) + pid_n).to(tl.int64) * R + r
+        tl.store(de_ptrs, tl.sum(g * b, 0), mask=r < R)
+
+
+@triton.jit
+def _sum_parts(
+    parts_ptr, out_ptr, lora_e_ptr, block, parts, length, R, scaling,
+    HAS_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """out[i] = scaling lora_e[i % R] Σ_p parts[p, i] for one block of i, always in the same order."""
+    i = block.to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    acc = tl.zeros([BLOCK_P, BLOCK_L], tl.float32)
+    for p0 in range(0, parts, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        ptrs = parts_ptr + p.to(tl.int64)[:, None] * length + i[None, :]
+        acc += tl.load(ptrs, mask=(p < parts)[:, None] & (i < length)[None, :], other=0.0)
+    total = tl.sum(acc, 0) * scaling
+    if HAS_E:
+        total *= tl.load(lora_e_ptr + i % R, mask=i < length, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, _cast(total, out_ptr.dtype.element_ty), mask=i < length)
+
+
+@triton.jit(do_not_specialize=["dh_blocks", "db_blocks", "column_blocks", "splits"])
+def _reduce_kernel(
+    dh_parts_ptr, db_parts_ptr, de_parts_ptr, dh_ptr, dlora_b_ptr, dlora_e_ptr, lora_e_ptr,
+    dh_blocks, db_blocks, column_blocks, splits, M, N, R, scaling,
+    NEED_DH: tl.constexpr, NEED_DB: tl.constexpr, NEED_DE: tl.constexpr, HAS_E: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """dh, dlora_b and dlora_e from the partial sums of _dh_dlora_b_kernel; each program finishes one block of one."""
+    pid = tl.program_id(0)
+    if NEED_DH:  # noqa: SIM102
+        if pid < dh_blocks:
+            _sum_parts(dh_parts_ptr, dh_ptr, lora_e_ptr, pid, column_blocks, M * R, R, scaling, HAS_E, BLOCK_P, BLOCK_L)
+    if NEED_DB:  # noqa: SIM102
+        if (pid >= dh_blocks) & (pid < dh_blocks + db_blocks):
+            _sum_parts(db_parts_ptr, dlora_b_ptr, lora_e_ptr, pid - dh_blocks, splits, N * R, R, scaling,
+                       HAS_E, BLOCK_P, BLOCK_L)  # fmt: skip
+    if NEED_DE:  # noqa: SIM102
+        if pid >= dh_blocks + db_blocks:
+            _sum_parts(de_parts_ptr, dlora_e_ptr, lora_e_ptr, pid - dh_blocks - db_blocks, splits * column_blocks, R,
+                       R, scaling, False, BLOCK_P, BLOCK_L)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _dlora_a_kernel(
+    x_ptr, dh_ptr, dlora_a_ptr, rng_ptr, M, K, R, threshold, inv_keep, stride_xm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dlora_a = dhᵀ dropout(x), one program for all rows of BLOCK_K columns."""
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.arange(0, BLOCK_M)
+    r_mask = (r < R)[:, None]
+    k_mask = (k < K)[None, :]
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :]
+    dh_ptrs = dh_ptr + rows[None, :] * R + r[:, None]
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for m0 in range(0, M, BLOCK_M):
+        m_left = M - m0
+        x = tl.load(x_ptrs, mask=(rows < m_left)[:, None] & k_mask, other=0.0)
+        dh = _cast(tl.load(dh_ptrs, mask=(rows < m_left)[None, :] & r_mask, other=0.0), x.dtype)
+        if HAS_DROPOUT:
+            keep = _keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, tl.zeros_like(x))
+        acc = _dot(dh, x, acc, PRECISION)
+        x_ptrs += BLOCK_M * stride_xm
+        dh_ptrs += BLOCK_M * R
+    acc *= inv_keep
+    out_ptrs = dlora_a_ptr + r.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(out_ptrs, _cast(acc, dlora_a_ptr.dtype.element_ty), mask=r_mask & k_mask)
+
+
+@functools.lru_cache
+def _program_target(index: int) -> int:
+    return 2 * torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class _Launcher:
+    """What every launch of one call shares: device, configurations, dot precision and dropout arguments."""
+
+    def __init__(self, x: Tensor, rank: int, dropout_p: float, rng: Tensor | None) -> None:
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"x: the triton backend takes float32, float16 or bfloat16, not {x.dtype}")
+        if not x.is_cuda and not INTERPRETED:
+            raise RuntimeError(
+                f"x is on {x.device}: the triton backend takes GPU tensors; for CPU tensors set TRITON_INTERPRET=1 "
+                "before triton is imported (slow, for tests) or use the cpu backend"
+            )
+        self.threshold = min(round(dropout_p * 65536), 65535)
+        if self.threshold and rng is None:
+            raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
+        self.rng = rng
+        self.inv_keep = 65536 / (65536 - self.threshold)
+        self.is_float32 = x.dtype == torch.float32
+        self.block_r = configs.block_r(rank)
+        self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+        self.family = configs.device_family(x.get_device()) if x.is_cuda else "interpreter"
+        self.program_target = _program_target(x.get_device()) if x.is_cuda else 4
+        self.precision = "ieee"
+        if self.is_float32 and not torch.version.hip:
+            self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+    def config(self, kernel: str) -> dict[str, int]:
+        return configs.lookup(self.family, kernel, self.block_r, self.is_float32)
+
+    def gemm(self, x, weight, bias, u, lora_e, v, out, scale, dropout: bool) -> None:
+        """out = x weightᵀ + bias + dropout((scale u ∘ lora_e) v); weight [N, K] and v [R, N] with any strides."""
+        (m, k), n = x.shape, weight.shape[0]
+        config = self.config("gemm")
+        grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
+        _gemm_kernel[grid](
+            x, weight, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
+            self.threshold, x.stride(0), weight.stride(0), weight.stride(1), v.stride(0), v.stride(1), out.stride(0),
+            HAS_BIAS=bias is not None, HAS_E=lora_e is not None, HAS_DROPOUT=dropout,
+            EVEN_K=k % config["BLOCK_K"] == 0, PRECISION=self.precision, BLOCK_R=self.block_r, **config,
+        )  # fmt: skip
+
+
+def lora_linear_fwd(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
+
+    Arguments are those of `lora_kernels.reference.lora_linear_fwd`. Raises TypeError for other dtypes than float32,
+    float16, bfloat16 and RuntimeError for CPU tensors outside Triton's interpreter.
+    """
+    (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
+    run = _Launcher(x, rank, dropout_p, rng)
+    h = torch.empty((m, rank), dtype=torch.float32, device=x.device)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    config = run.config("h")
+    with run.device:
+        _h_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(rank, run.block_r))](
+            x, lora_a, h, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
+            HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, BLOCK_R=run.block_r, **config,
+        )  # fmt: skip
+        run.gemm(x, weight, bias, h, lora_e, lora_b.T, y, scaling, dropout=False)
+    return y, h
+
+
+def lora_linear_bwd(
+    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
+
+    Arguments and errors are those of `lora_linear_fwd`, h its second result.
+    """
+    need_dx, need_da, need_db, need_de = needs[0], needs[1], needs[2], needs[3] and lora_e is not None
+    need_dh = need_dx or need_da
+    if not (need_dh or need_db or need_de):
+        return None, None, None, None
+    (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
+    run = _Launcher(x, rank, dropout_p, rng)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=x.device) if when else None
+
+    config = run.config("dh_dlora_b")
+    column_blocks = triton.cdiv(n, config["BLOCK_N"])
+    row_blocks = triton.cdiv(m, config["BLOCK_M"])
+    splits = min(row_blocks, max(1, run.program_target // column_blocks))
+    rows_per_split = triton.cdiv(row_blocks, splits) * config["BLOCK_M"]
+    splits = triton.cdiv(m, rows_per_split)
+    dh_parts = empty(column_blocks, m, rank, when=need_dh)
+    db_parts = empty(splits, n, rank, when=need_db)
+    de_parts = empty(splits * column_blocks, rank, when=need_de)
+    dh = empty(m, rank, when=need_dh)
+    dx = empty(m, k, dtype=x.dtype, when=need_dx)
+    dlora_a = empty(rank, k, dtype=lora_a.dtype, when=need_da)
+    dlora_b = empty(n, rank, dtype=lora_b.dtype, when=need_db)
+    dlora_e = empty(rank, dtype=lora_e.dtype, when=need_de) if lora_e is not None else None
+    needs_flags = {"NEED_DH": need_dh, "NEED_DB": need_db, "NEED_DE": need_de}
+    dropout = run.threshold > 0
+    with run.device:
+        _dh_dlora_b_kernel[(column_blocks, splits, triton.cdiv(rank, run.block_r))](
+            dy, h, lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0),
+            **needs_flags, PRECISION=run.precision, BLOCK_R=run.block_r, **config,
+        )  # fmt: skip
+        config = run.config("reduce")
+        dh_blocks = triton.cdiv(m * rank, config["BLOCK_L"]) if need_dh else 0
+        db_blocks = triton.cdiv(n * rank, config["BLOCK_L"]) if need_db else 0
+        de_blocks = triton.cdiv(rank, config["BLOCK_L"]) if need_de else 0
+        _reduce_kernel[(dh_blocks + db_blocks + de_blocks,)](
+            dh_parts, db_parts, de_parts, dh, dlora_b, dlora_e, lora_e,
+            dh_blocks, db_blocks, column_blocks, splits, m, n, rank, scaling,
+            **needs_flags, HAS_E=lora_e is not None, **config,
+        )  # fmt: skip
+        if need_da:
+            config = run.config("dlora_a")
+            _dlora_a_kernel[(triton.cdiv(k, config["BLOCK_K"]), triton.cdiv(rank, run.block_r))](
+                x, dh, dlora_a, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
+                HAS_DROPOUT=dropout, PRECISION=run.precision, BLOCK_R=run.block_r, **config,
+            )  # fmt: skip
+        if need_dx:
+            run.gemm(dy, weight.T, None, dh, None, lora_a, dx, run.inv_keep, dropout)
+    return dx, dlora_a, dlora_b, dlora_e

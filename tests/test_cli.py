@@ -1,0 +1,295 @@
+"""The command line from end to end on a tiny model, its errors, batched generation, and the demo's data."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from lora_kernels.cli import _SFT_HELP, app
+from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.generate import generate
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+ANSWERS = {"red": "stop", "green": "go", "amber": "wait"}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random two-layer Llama with a byte-level tokenizer, and data it can learn by heart."""
+    directory = tmp_path_factory.mktemp("tiny")
+    special = ["<pad>", "<end>", "<user>", "<assistant>"]
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(directory / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory / "model")
+    records = [{"instruction": question, "output": answer} for question, answer in ANSWERS.items()]
+    (directory / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records * 4))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """An adapter trained through the command line, settings half from YAML and half from flags."""
+    settings = {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl"), "lr": 1e-4, "r": 8, "max_steps": 60}
+    (tiny / "run.yaml").write_text(yaml.safe_dump(settings))
+    output = tiny / "adapter"
+    result = run(
+        "sft", "--config", tiny / "run.yaml", "--output-dir", output, "--lr", "0.02", "--batch-size", 12, "--dtype",
+        "float32", "--eval-data", tiny / "data.jsonl", "--eval-steps", 30,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def test_sft_writes_its_run(trained, tiny):
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["lr"] == 0.02 and config["r"] == 8 and config["batch_size"] == 12 and config["max_steps"] == 60
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in metrics if "loss" in record]
+    assert losses[0] > 4 and losses[-1] < 0.2
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((trained / "adapter_config.json").read_text())["r"] == 8
+    again = run("sft", "--model", tiny / "model", "--data", tiny / "data.jsonl", "--output-dir", trained)
+    assert again.exit_code == 2 and "holds another run" in again.stderr
+
+
+def test_generate_answers_as_trained(trained, tiny):
+    for question, answer in ANSWERS.items():
+        result = run("generate", "--adapter", trained, "--prompt", question, "--max-new-tokens", 8)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == answer + "\n"
+    untrained = run("generate", "--model", tiny / "model", "--prompt", "red", "--max-new-tokens", 8)
+    assert untrained.exit_code == 0 and untrained.stdout != "stop\n"
+
+
+def test_generate_reads_prompts_from_files(trained, tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red\n\namber\n")
+    result = run(
+        "generate", "--model", tiny / "model", "--adapter", trained, "--prompts-file", tmp_path / "prompts.txt",
+        "--prompt", "green", "--max-new-tokens", 8, "--output", tmp_path / "answers.jsonl",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert records == [{"prompt": name, "answer": ANSWERS[name]} for name in ("green", "red", "amber")]
+    result = run("generate", "--adapter", trained, "--prompts-file", tiny / "data.jsonl", "--max-new-tokens", 8)
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert records == [{"prompt": name, "answer": answer} for name, answer in ANSWERS.items()] * 4
+
+
+def test_merge_writes_a_plain_model(trained, tiny, tmp_path):
+    result = run("merge", "--model", tiny / "model", "--adapter", trained, "--output", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert type(model) is LlamaForCausalLM and tokenizer.chat_template == TEMPLATE
+    assert generate(model, tokenizer, list(ANSWERS), max_new_tokens=8) == list(ANSWERS.values())
+
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny / "model"), trained).eval()
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+    again = run("merge", "--model", tiny / "model", "--adapter", trained, "--output", tmp_path / "merged")
+    assert again.exit_code == 2 and "exists and is not empty" in again.stderr
+
+
+def test_generate_uses_the_template_the_adapter_was_trained_with(trained, tmp_path):
+    for file in trained.glob("adapter_*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    # Turns "Q: red" into the "red" that the model knows; the model's own template would not.
+    template = "<user>{{ messages[0]['content'] | replace('Q: ', '') }}<end><assistant>"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    result = run("generate", "--adapter", tmp_path, "--prompt", "Q: red", "--max-new-tokens", 8)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "stop\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sft"], "missing field 'model', 'data'"),
+        (["sft", "--model", "m", "--data", "d", "--backend", "gpu"], "backend is 'gpu'; allowed: auto, reference"),
+        (["sft", "--model", "m", "--data", "d", "--lr", "-1"], "lr must be > 0, got -1.0"),
+        (["sft", "--config", "absent.yaml"], "--config absent.yaml: no such file"),
+        (["generate", "--model", "./absent", "--prompt", "x"], "model ./absent: no such directory"),
+        (["generate", "--prompt", "x"], "give --model, --adapter, or both"),
+        (["generate", "--model", "./absent"], "no prompt: give --prompt or --prompts-file"),
+        (["generate", "--prompt", "x", "--adapter", "absent"], "absent has no adapter_config.json"),
+        (["merge", "--adapter", "absent", "--output", "out"], "absent has no adapter_config.json"),
+    ],
+)
+def test_user_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_data_names_file_and_line(tiny, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": 3, "output": "b"}\n')
+    result = run("sft", "--model", tiny / "model", "--data", tmp_path / "bad.jsonl", "--output-dir", tmp_path / "run")
+    assert result.exit_code == 2 and "bad.jsonl:2" in result.stderr and result.stderr.count("error: ") == 1
+
+
+def test_flags_override_yaml(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lora_kernels.train.sft.run_sft", seen.append)
+    text = "model: m\ndata: d\nlr: 3e-4\nr: 4\nresume: true\nuse_rslora: true\ntarget: [q_proj, v_proj]\n"
+    (tmp_path / "run.yaml").write_text(text)
+    result = run("sft", "--config", tmp_path / "run.yaml", "--r", 2, "--no-resume", "--output-dir", "o")
+    assert result.exit_code == 0, result.output
+    expected = SFTConfig(
+        model="m", data="d", lr=3e-4, r=2, resume=False, use_rslora=True, target=["q_proj", "v_proj"], output_dir="o"
+    )
+    assert seen == [expected]
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_TRACEBACK", "1")
+    result = run("sft")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_unknown_yaml_name(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nlearning_rate: 1\n")
+    result = run("sft", "--config", tmp_path / "run.yaml")
+    assert result.exit_code == 2 and "unknown field 'learning_rate'" in result.stderr
+
+
+def test_every_field_has_a_flag_and_a_help_text():
+    names = [field.name for field in dataclasses.fields(SFTConfig)]
+    assert sorted(_SFT_HELP) == sorted(names)
+    output = run("sft", "--help").output
+    for name in names:
+        assert f"--{name.replace('_', '-')} " in output, name
+    assert "Default: 0.0002." in output and "Optimisation" in output
+
+
+def test_doctor_shows_every_backend():
+    from lora_kernels.backends import available
+
+    result = run("doctor")
+    assert result.exit_code == 0
+    for name, reason in available().items():
+        line = next(line for line in result.output.splitlines() if f" {name} " in line)
+        assert ("yes" in line) == (reason is None)
+    assert torch.__version__ in result.output
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from lora_kernels.cli import app; "
+        "assert CliRunner().invoke(app, ['sft', '--help']).exit_code == 0; "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_generate_equals_token_by_token_decoding(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.padding_side = "right"
+    prompts = ["a", "a much longer prompt", [{"role": "user", "content": "two"}, {"role": "assistant", "content": "2"},
+                                             {"role": "user", "content": "x"}], "bcd"]  # fmt: skip
+    model.train()
+    answers = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
+    assert model.training and tokenizer.padding_side == "right"
+    model.eval()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = "".join(f"<{turn['role']}>{turn['content']}<end>" for turn in turns) + "<assistant>"
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        start = len(ids)
+        with torch.no_grad():
+            while len(ids) < start + 6 and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
+                ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_generate_samples_from_the_seed(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(generate(model, tokenizer, ["a", "b"], max_new_tokens=12, temperature=1.0))
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+    ],
+)
+def test_generate_refuses_what_is_out_of_range(tiny, arguments, message):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    with pytest.raises(ValueError, match=message):
+        generate(model, AutoTokenizer.from_pretrained(tiny / "model"), ["a"], **arguments)
+
+
+@pytest.fixture(scope="module")
+def demo_data():
+    spec = importlib.util.spec_from_file_location("make_demo_data", EXAMPLES / "make_demo_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_files_are_what_the_generator_writes(tmp_path):
+    script = EXAMPLES / "make_demo_data.py"
+    subprocess.run([sys.executable, script, "--output-dir", tmp_path], check=True, capture_output=True)
+    for name in ("demo_train.jsonl", "demo_eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / name).read_bytes()
+
+
+def test_demo_evaluation_is_held_out(demo_data):
+    train, evaluation = demo_data.make_data()
+    assert len(train) == demo_data.TRAIN_SIZE and len(evaluation) == demo_data.EVAL_SIZE
+    for name in ("input", "output"):
+        assert not {record[name] for record in train} & {record[name] for record in evaluation}
+    assert len({record["input"] for record in train}) == len(train)
+    for records in (train, evaluation):
+        assert {record["instruction"] for record in records} == set(demo_data.INSTRUCTIONS.values())
+        share = sum(not record["input"].isascii() for record in records) / len(records)
+        assert 0.1 < share < 0.3
+    # Nothing in an evaluation record is new by itself: only the combination is.
+    known = {field for record in train for field in record["output"].split("; ")}
+    assert all(field in known for record in evaluation for field in record["output"].split("; "))

@@ -1,0 +1,236 @@
+"""The C++ kernels, every instruction set that this processor can run, against float64 and the reference's mask."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_kernels import cpu, reference
+from lora_kernels.testing import assert_close_to_reference, lora_inputs
+
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+
+ISAS = ("generic", "avx2", "avx2_wide", "avx512")
+GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
+RNG = torch.tensor([0x1234_5678_9ABC_DEF0, (3 << 32) + 17])
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
+# Every size and rank of the design appears, and each rank in a tile of its own shape.
+SIZES = [(1, 1, 1, 1), (63, 65, 129, 4), (65, 129, 63, 8), (129, 63, 65, 17), (129, 65, 1, 16), (1, 129, 65, 64)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if request.param not in cpu._C.isa_supported():
+        pytest.skip(f"this processor does not have {request.param}")
+    previous = cpu._C.get_isa()
+    cpu._C.set_isa(request.param)
+    yield request.param
+    cpu._C.set_isa(previous)
+
+
+@pytest.fixture(params=[False, True], ids=["converted", "native"])
+def native(request, monkeypatch):
+    """Both ways of the base product, whichever this processor would take."""
+    monkeypatch.setattr(cpu, "_native_bfloat16", lambda: request.param)
+    return request.param
+
+
+def make_case(M, N, K, R, dtype, adapter_dtype, dropout_p, extras=True):
+    inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias=extras, lora_e=extras)
+    dy = torch.randn(M, N, generator=torch.Generator().manual_seed(7)).to(dtype)
+    return inputs, dy, dropout_p, RNG if dropout_p else None
+
+
+def run(backend, inputs, dy, dropout_p, rng, needs=(True, True, True, True), h=None):
+    x, weight, lora_a, lora_b, bias, lora_e = inputs.values()
+    y, own_h = backend.lora_linear_fwd(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng)
+    h = own_h if h is None else h
+    grads = backend.lora_linear_bwd(dy, x, h, weight, lora_a, lora_b, 0.7, lora_e, dropout_p, rng, needs)
+    return {"y": y, "h": own_h, **dict(zip(GRADIENTS, grads, strict=True))}
+
+
+def eager(inputs, dy, dropout_p, rng):
+    """What torch gives for the version that people write, gradients by torch's autograd."""
+    leaves = {name: None if t is None else t.clone() for name, t in inputs.items()}
+    wanted = {"dx": "x", "dlora_a": "lora_a", "dlora_b": "lora_b", "dlora_e": "lora_e"}
+    wanted = {grad: name for grad, name in wanted.items() if leaves[name] is not None}
+    for name in wanted.values():
+        leaves[name].requires_grad_()
+    x, weight, lora_a, lora_b, bias, lora_e = leaves.values()
+    y = reference.lora_linear_ref(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng)
+    grads = torch.autograd.grad(y, [leaves[name] for name in wanted.values()], dy)
+    h = reference.dropout(x.detach().to(lora_a.dtype), dropout_p, rng) @ lora_a.detach().T
+    return {"y": y.detach(), "h": h.float(), **dict(zip(wanted, grads, strict=True))}
+
+
+def float64(inputs, dy, dropout_p, rng):
+    wide = {name: None if t is None else t.double() for name, t in inputs.items()}
+    return run(reference, wide, dy.double(), dropout_p, rng)
+
+
+def assert_case(case):
+    actual, plain, exact = run(cpu, *case), eager(*case), float64(*case)
+    for name, t in actual.items():
+        if exact[name] is None:
+            assert t is None
+        else:
+            assert_close_to_reference(t, plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
+def test_matches_float64(isa, native, sizes, dtypes, dropout_p):
+    if native and dtypes[0] != BF16:
+        pytest.skip("only bfloat16 has two ways")
+    assert_case(make_case(*sizes, *dtypes, dropout_p))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_several_blocks_of_rows_and_columns(isa, dtype):
+    """More rows than a block and than a converted panel, more columns than a block, no bias and no lora_e."""
+    assert_case(make_case(cpu._BLOCK_ROWS + 101, 300, 530, 17, dtype, FP32, 0.1, extras=False))
+
+
+def test_strided_rows_and_transposed_weight(isa):
+    inputs, dy, *rest = make_case(65, 63, 129, 8, FP32, FP32, 0.3)
+    plain = run(cpu, inputs, dy, *rest)
+    wide_x, wide_dy = torch.full((65, 200), torch.nan), torch.full((65, 200), torch.nan)
+    wide_x[:, 3:132], wide_dy[:, 5:68] = inputs["x"], dy
+    strided = inputs | {"x": wide_x[:, 3:132], "weight": inputs["weight"].T.contiguous().T}
+    for name, t in run(cpu, strided, wide_dy[:, 5:68], *rest).items():
+        torch.testing.assert_close(t, plain[name], msg=name)
+
+
+@pytest.mark.parametrize("needs", range(16))
+def test_needs(isa, needs):
+    """Each subset gives the same bits as all gradients together, and None for the rest."""
+    case = make_case(65, 63, 129, 4, BF16, FP32, 0.3)
+    wanted = tuple(bool(needs >> i & 1) for i in range(4))
+    everything, some = run(cpu, *case), run(cpu, *case, needs=wanted)
+    for name, need in zip(GRADIENTS, wanted, strict=True):
+        assert torch.equal(some[name], everything[name]) if need else some[name] is None
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9999999])
+@pytest.mark.parametrize("rng", [[0, 0], [2**63 - 1, 2**40 + 9], [-1, 2**31]], ids=str)
+def test_mask_is_the_references(isa, dtype, dropout_p, rng):
+    """x = 1 and lora_a = identity make h the mask itself; dh = 1 makes it dx."""
+    M, K = 101, 273
+    rng = torch.tensor(rng)
+    keep = reference.keep_mask(rng, dropout_p, M, K)
+    x, eye = torch.ones(M, K, dtype=dtype), torch.eye(K)
+    zero = torch.zeros(1, K, dtype=dtype)
+    _, h = cpu.lora_linear_fwd(x, zero, eye, torch.zeros(1, K), 1.0, None, None, dropout_p, rng)
+    scale = reference.dropout_scale(dropout_p)
+    assert torch.equal(h != 0, keep)
+    torch.testing.assert_close(h, keep * scale, rtol=1e-6, atol=0)
+
+    args = (torch.ones(M, 1, dtype=dtype), x, h, zero, torch.ones(1, K), torch.ones(1, 1), 1.0)
+    dx, dlora_a, _, _ = cpu.lora_linear_bwd(*args, None, dropout_p, rng, (True, True, False, False))
+    if scale < 60000:
+        assert torch.equal(dx != 0, keep)
+    torch.testing.assert_close(dlora_a[0], keep.sum(0) * scale, rtol=1e-6, atol=0)
+
+
+def test_dropped_nan_and_inf_do_not_leak(isa):
+    x = torch.ones(40, 70)
+    keep = reference.keep_mask(RNG, 0.5, *x.shape)
+    x[~keep] = torch.nan
+    args = (torch.zeros(1, 70), torch.randn(3, 70), torch.randn(1, 3), 1.0)
+    _, h = cpu.lora_linear_fwd(x, *args, None, None, 0.5, RNG)
+    needs = (False, True, False, False)
+    _, dlora_a, _, _ = cpu.lora_linear_bwd(torch.ones(40, 1), x, h, *args, None, 0.5, RNG, needs)
+    assert torch.isfinite(h).all() and torch.isfinite(dlora_a).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_conversion_of_every_value(isa, dtype):
+    """All 65536 patterns are read as torch reads them, and values between them are rounded as torch rounds them."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(256, 256)
+    finite = torch.where(torch.isfinite(every), every, 0)
+    _, out = cpu.lora_linear_fwd(finite, finite[:1], torch.eye(256), torch.zeros(1, 256), 1.0, None, None, 0.0, None)
+    assert torch.equal(out, finite.float())
+
+    exact = finite.float()
+    inputs = torch.cat([exact * factor for factor in (1.0, 1 + 2**-9, 1 + 2**-12, 1 - 2**-9, 1 - 2**-11, 1 + 2**-8)])
+    specials = torch.tensor([torch.inf, -torch.inf, torch.nan, 65504.0, 65519.99, 65520.0, 3.4e38, 1e-8, -0.0])
+    inputs = torch.cat([inputs.flatten(), specials]).reshape(1, -1)
+    rounded = torch.empty(inputs.shape, dtype=dtype)
+    cpu._low_rank_fwd(inputs, None, torch.zeros(1, 1), torch.zeros(inputs.shape[1], 1), 1.0, rounded)
+    torch.testing.assert_close(rounded, inputs.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_two_runs_give_the_same_bits(isa):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        case = make_case(300, 129, 257, 16, BF16, FP32, 0.1)
+        first, second = run(cpu, *case), run(cpu, *case)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        torch.set_num_threads(1)
+        single = run(cpu, *case)
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("y", "h"):
+        assert torch.equal(first[name], single[name])
+    for name in GRADIENTS:
+        torch.testing.assert_close(first[name], single[name], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_lora_term_alone(isa, dtype):
+    """With W0 = 0, y and dx are the low-rank term, elementwise."""
+    inputs, *rest = make_case(129, 65, 63, 16, dtype, FP32, 0.3, extras=False)
+    inputs["weight"] = torch.zeros_like(inputs["weight"])
+    assert_case((inputs, *rest))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_small_lora_term_is_not_rounded_away(isa, native, dropout_p):
+    """At ‖sBA‖/‖W0‖ = 1e-3 the term's projection on its true value is 1 within 1 %, in bfloat16."""
+    inputs = lora_inputs(2048, 96, 64, 8, BF16, FP32)
+    x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
+    scaling = 1e-3 * weight.double().norm().item() / (lora_b.double() @ lora_a.double()).norm().item()
+    rng = RNG if dropout_p else None
+    delta = scaling * (reference.dropout(x.double(), dropout_p, rng) @ lora_a.double().T @ lora_b.double().T)
+    y, h = cpu.lora_linear_fwd(x, weight, lora_a, lora_b, scaling, None, None, dropout_p, rng)
+    error = y.double() - x.double() @ weight.double().T
+    assert (error * delta).sum() / (delta * delta).sum() == pytest.approx(1.0, abs=0.01)
+
+    dy = torch.randn(2048, 96, generator=torch.Generator().manual_seed(3)).to(BF16)
+    args = (dy, x, h, weight, lora_a, lora_b, scaling, None, dropout_p, rng, (True, False, False, False))
+    delta = reference.dropout(scaling * (dy.double() @ lora_b.double() @ lora_a.double()), dropout_p, rng)
+    error = cpu.lora_linear_bwd(*args)[0].double() - dy.double() @ weight.double()
+    assert (error * delta).sum() / (delta * delta).sum() == pytest.approx(1.0, abs=0.01)
+
+
+def test_unknown_isa_is_refused():
+    with pytest.raises(ValueError, match="sse9.*generic"):
+        cpu._C.set_isa("sse9")
+
+
+@pytest.mark.parametrize("name", ["generic", "sse9"])
+def test_isa_by_environment(name):
+    code = "from lora_kernels import cpu; print(cpu._C.get_isa(), '|', cpu.unavailable)"
+    environment = os.environ | {cpu.ISA_ENVIRONMENT_VARIABLE: name}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if name == "generic":
+        assert output.stdout.strip() == "generic | None"
+    else:
+        assert "LORA_KERNELS_CPU_ISA" in output.stdout and "sse9" in output.stdout
+
+
+def test_what_it_refuses():
+    inputs, dy, *rest = make_case(3, 4, 5, 2, torch.float64, torch.float64, 0.0)
+    with pytest.raises(ValueError, match="x of torch.float64"):
+        run(cpu, inputs, dy, *rest)
+    inputs, dy, *rest = make_case(3, 4, 5, 2, FP32, BF16, 0.0)
+    with pytest.raises(ValueError, match="adapter weights are torch.bfloat16"):
+        run(cpu, inputs, dy, *rest)

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lora_kernels.testing import assert_close_to_reference
+from lora_kernels.train.losses import chunked_cross_entropy
+
+
+def full_cross_entropy(hidden, weight, labels, bias, softcap, scale):
+    logits = hidden @ weight.t()
+    if bias is not None:
+        logits = logits + bias
+    return loss_of_logits(logits if logits.dtype == torch.float64 else logits.float(), labels, softcap, scale)
+
+
+def loss_of_logits(logits, labels, softcap, scale):
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=-100)
+
+
+def results(loss_function, dtype, inputs, labels, softcap, scale):
+    leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in inputs]
+    loss = loss_function(*leaves[:2], labels, leaves[2], softcap, scale)
+    (loss * 0.25).backward()
+    return loss, [None if t is None else t.grad for t in leaves]
+
+
+def make_inputs(bias: bool):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 13, 24, generator=generator), torch.randn(65, 24, generator=generator)
+    labels = torch.randint(65, (3, 13), generator=generator)
+    labels[torch.rand(3, 13, generator=generator) < 0.4] = -100
+    return (hidden, weight, torch.randn(65, generator=generator) if bias else None), labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bias", "softcap", "scale"), [(False, None, 1.0), (True, None, 0.5), (True, 3.0, 2.0)])
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_equals_cross_entropy_over_all_logits(dtype, bias, softcap, scale, chunk_size):
+    inputs, labels = make_inputs(bias)
+    inputs = tuple(None if t is None else t.to(dtype) for t in inputs)
+
+    def chunked(hidden, weight, labels, bias, softcap, scale):
+        loss, count = chunked_cross_entropy(hidden, weight, labels, bias, chunk_size, softcap, scale)
+        assert count == int((labels != -100).sum())
+        return loss
+
+    loss, grads = results(chunked, dtype, inputs, labels, softcap, scale)
+    eager_loss, eager_grads = results(full_cross_entropy, dtype, inputs, labels, softcap, scale)
+    reference_loss, reference_grads = results(full_cross_entropy, torch.float64, inputs, labels, softcap, scale)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype == torch.bfloat16:
+        # The rounding of the logits dwarfs the loss's own: compare from the same logits on, in float32.
+        logits = torch.addmm(inputs[2], inputs[0].flatten(0, 1), inputs[1].t()) if bias else inputs[0] @ inputs[1].t()
+        logits = logits.view(*labels.shape, -1)
+        eager_loss = loss_of_logits(logits.float(), labels, softcap, scale)
+        reference_loss = loss_of_logits(logits.double(), labels, softcap, scale)
+    if dtype == torch.float64:
+        for actual, reference in zip([loss, *grads], [reference_loss, *reference_grads], strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-13)
+        return
+    assert_close_to_reference(loss, eager_loss, reference_loss, "loss")
+    for name, grad, eager, reference in zip(
+        ("hidden", "weight", "bias"), grads, eager_grads, reference_grads, strict=True
+    ):
+        if reference is not None:
+            assert grad.dtype == dtype
+            assert_close_to_reference(grad, eager, reference, f"d{name}")
+
+
+def test_gradcheck():
+    (hidden, weight, bias), labels = make_inputs(bias=True)
+    leaves = [t.double().requires_grad_() for t in (hidden[:, :3], weight[:9], bias[:9])]
+    labels = labels[:, :3] % 9
+
+    def loss(hidden, weight, bias):
+        return chunked_cross_entropy(hidden, weight, labels, bias, 4, 2.0, 0.7)[0]
+
+    torch.autograd.gradcheck(loss, leaves)
+
+
+def test_only_the_needed_gradients_and_no_label_at_all():
+    (hidden, weight, _), labels = make_inputs(bias=False)
+    hidden.requires_grad_()
+    loss, count = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    loss.backward()
+    assert count == 0
+    assert loss.item() == 0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert weight.grad is None
+
+
+def test_large_logits_do_not_overflow():
+    hidden = torch.tensor([[1000.0, -1000.0]], requires_grad=True)
+    loss, _ = chunked_cross_entropy(hidden, torch.eye(2), torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == 2000
+    assert torch.equal(hidden.grad, torch.tensor([[1.0, -1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(3, 12, dtype=torch.long)}, "labels"),
+        ({"lm_head_weight": torch.zeros(65, 23)}, "lm_head_weight"),
+        ({"lm_head_weight": torch.zeros(65, 24, dtype=torch.bfloat16)}, "dtype"),
+        ({"chunk_size": 0}, "chunk_size"),
+    ],
+)
+def test_bad_arguments(change, message):
+    (hidden, weight, _), labels = make_inputs(bias=False)
+    with pytest.raises(ValueError, match=message):
+        chunked_cross_entropy(**{"hidden": hidden, "lm_head_weight": weight, "labels": labels, **change})

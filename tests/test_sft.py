@@ -1,0 +1,385 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
+from torch.nn import functional as F
+
+from lora_kernels.methods.lora import LoRAConfig, inject
+from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.data import build_dataset
+from lora_kernels.train.loop import StepPlan, lr_factor, truncate_metrics
+from lora_kernels.train.sft import AnswerLoss, run_sft, target_modules, train_sft
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.json"
+    path.write_text(json.dumps(tiny_records(22)))
+    return path
+
+
+def tiny_dataset(count=22, seed=0):
+    records = [(record, f"data:{i}") for i, record in enumerate(tiny_records(count, seed))]
+    return build_dataset(records, tiny_tokenizer(), 128, "data")
+
+
+def settings(output_dir, **changes):
+    defaults = {"model": "tiny", "data": "tiny", "r": 4, "lora_alpha": 8, "lr": 5e-3, "epochs": 1.0, "dtype": "float32"}
+    return SFTConfig(**{**defaults, "output_dir": str(output_dir), **changes})
+
+
+def read_metrics(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_tiny(output_dir, dataset=None, eval_set=None, model=None, callbacks=(), **changes):
+    config = settings(output_dir, **changes)
+    if model is None:
+        model = tiny_llama()
+        torch.manual_seed(1)
+        inject(model, LoRAConfig(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout))
+    result = train_sft(
+        model, tiny_tokenizer(), dataset or tiny_dataset(), eval_set, config, callbacks=callbacks, progress=False
+    )
+    return model, result
+
+
+def losses(output_dir):
+    return [record["loss"] for record in read_metrics(output_dir) if "loss" in record]
+
+
+def run_python(code, *arguments, launcher=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [sys.executable, *launcher, *(["-c", code] if not launcher else [code]), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_run_from_files_writes_everything_and_the_loss_falls(tmp_path, model_dir, data):
+    from peft import PeftModel
+
+    out, seen = tmp_path / "out", []
+    config = settings(
+        out,
+        model=str(model_dir),
+        data=str(data),
+        eval_data=str(data),
+        epochs=8,
+        batch_size=8,
+        lora_dropout=0.05,
+        lr=2e-2,
+    )
+    result = run_sft(config, callbacks=[seen.append], progress=False)
+    metrics = read_metrics(out)
+    assert seen == metrics
+    train = [record for record in metrics if "loss" in record]
+    assert [record["step"] for record in train] == list(range(1, result.steps + 1))
+    assert result.steps == math.ceil(8 * 22 / 8)
+    assert train[-1]["loss"] < 0.7 * train[0]["loss"]
+    assert train[-1]["epoch"] == 8
+    assert train[-1]["lr"] < 0.05 * config.lr
+    assert {"grad_norm", "tokens", "tokens_per_second"} <= train[0].keys()
+    evals = [record["eval_loss"] for record in metrics if "eval_loss" in record]
+    assert result.best_eval_loss == min(evals) < evals[0]
+    files = "adapter_config.json adapter_model.safetensors checkpoint-last config.yaml loss.png metrics.jsonl"
+    assert sorted(path.name for path in out.iterdir()) == files.split()
+    assert SFTConfig.from_yaml(out / "config.yaml") == config
+    base = tiny_llama()
+    adapted = PeftModel.from_pretrained(base, out).eval()
+    dataset = tiny_dataset()
+    batch = dataset.batch(range(len(dataset)))
+    logits = adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert loss.item() == pytest.approx(result.best_eval_loss, rel=1e-4)
+
+    with pytest.raises(FileExistsError, match="holds another run"):
+        run_sft(config, progress=False)
+    finished = run_sft(dataclasses.replace(config, resume=True), progress=False)
+    assert (finished.steps, finished.loss) == (result.steps, None)
+    assert read_metrics(out) == metrics
+    with pytest.raises(ValueError, match=r"made with lr = 0.02, this run has 0.001"):
+        run_sft(dataclasses.replace(config, resume=True, lr=1e-3), progress=False)
+
+
+def test_the_template_of_a_model_without_one_is_saved_with_every_adapter(tmp_path, data):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "model")
+    config = settings(tmp_path / "out", model=str(tmp_path / "model"), data=str(data), max_steps=1, target="q_proj")
+    run_sft(config, progress=False)
+    for directory in (tmp_path / "out", tmp_path / "out" / "checkpoint-last"):
+        assert "### Response:" in (directory / "chat_template.jinja").read_text()
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["q_proj"]
+
+
+def test_loss_is_the_mean_over_the_answer_tokens_of_a_padded_step(tmp_path):
+    """Against the model's own logits, with its own attention mask."""
+    dataset = tiny_dataset()
+    model = tiny_llama()
+    config = {"max_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 3, "seed": 5}
+    plan = StepPlan(rows=22, batch_size=2, accumulation=3, processes=1, epochs=1, max_steps=1, seed=5)
+    batch = dataset.batch(plan.step_rows(0))
+    assert (batch["attention_mask"] == 0).any()
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    train_tiny(tmp_path, dataset, **config)
+    assert losses(tmp_path) == pytest.approx([expected.item()], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["accumulation", "checkpointing"])
+def test_same_training_however_the_step_is_computed(tmp_path, method):
+    common = {"max_steps": 8, "weight_decay": 0.1, "lr_scheduler": "linear"}
+    model, _ = train_tiny(tmp_path / "a", batch_size=4, **common)
+    if method == "accumulation":
+        other, _ = train_tiny(tmp_path / "b", batch_size=1, gradient_accumulation_steps=4, **common)
+    else:
+        other, _ = train_tiny(tmp_path / "b", batch_size=4, gradient_checkpointing=True, **common)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        if ours.requires_grad:
+            assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4), name
+
+
+def test_trains_like_peft(tmp_path):
+    """Same data, same initial adapters, 20 steps of the same loop: PEFT's modules against the fused ones."""
+    import peft
+
+    ours = tiny_llama()
+    torch.manual_seed(1)
+    inject(ours, LoRAConfig(r=4, lora_alpha=8))
+    theirs = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    pairs = {"lora_A.default.weight": "lora_a", "lora_B.default.weight": "lora_b"}
+    mine = dict(ours.named_parameters())
+    count = 0
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.")
+            for spelling, own in pairs.items():
+                name = name.replace(spelling, own)
+            parameter.data.copy_(mine[name])
+            count += 1
+    assert count == 2 * 7 * 2 == sum(parameter.requires_grad for parameter in mine.values())
+    common = {"max_steps": 20, "batch_size": 4}
+    train_tiny(tmp_path / "ours", model=ours, **common)
+    config = settings(tmp_path / "theirs", **common)
+    train_sft(
+        theirs, tiny_tokenizer(), tiny_dataset(), None, config, progress=False,
+        save_adapter=lambda model, directory: model.save_pretrained(directory),
+    )  # fmt: skip
+    assert len(losses(tmp_path / "ours")) == 20
+    assert losses(tmp_path / "ours")[-1] < losses(tmp_path / "ours")[0]
+    assert losses(tmp_path / "ours") == pytest.approx(losses(tmp_path / "theirs"), rel=1e-4)
+
+
+KILLED = """
+import os, signal, sys
+import test_sft as t
+die_at = int(sys.argv[2])
+def callback(record):
+    if record["step"] == die_at and "loss" in record:
+        os.kill(os.getpid(), signal.SIGKILL)
+t.train_for_resume(sys.argv[1], callbacks=[callback])
+"""
+
+
+def train_for_resume(output_dir, **changes):
+    eval_set = tiny_dataset(6, seed=9)
+    config = {"lora_dropout": 0.3, "epochs": 3, "batch_size": 4, "save_steps": 5, "eval_steps": 4, "logging_steps": 3}
+    return train_tiny(output_dir, eval_set=eval_set, **{**config, **changes})
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    model, result = train_for_resume(tmp_path / "whole")
+    process = run_python(KILLED, tmp_path / "killed", 9)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    state = json.loads((tmp_path / "killed" / "checkpoint-last" / "training_state.json").read_text())
+    assert state["step"] == 5
+    assert state["window_answer_tokens"] > 0
+    other, resumed = train_for_resume(tmp_path / "killed", resume=True)
+    assert resumed.steps == result.steps == 17
+    whole, killed = (read_metrics(tmp_path / name) for name in ("whole", "killed"))
+    for record in whole + killed:
+        for timing in ("tokens_per_second", "eval_seconds"):
+            record.pop(timing, None)
+    assert whole == killed
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for file in ("adapter_model.safetensors", "checkpoint-last/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_resume_refuses_another_run_and_survives_a_death_between_renames(tmp_path):
+    train_for_resume(tmp_path, epochs=1)
+    os.replace(tmp_path / "checkpoint-last", tmp_path / ".checkpoint-last.old")
+    _, result = train_for_resume(tmp_path, epochs=1, resume=True)
+    assert result.steps == 6
+    assert result.loss is None
+    with pytest.raises(ValueError, match="total_steps = 6, this run has 11"):
+        train_for_resume(tmp_path, epochs=2, resume=True)
+    with pytest.raises(ValueError, match="data rows = 22, this run has 21"):
+        train_for_resume(tmp_path, max_steps=6, resume=True, dataset=tiny_dataset(21))
+    model = inject(tiny_llama(), LoRAConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"down_proj\.lora_a is missing here, \[4, 48\] there"):
+        train_for_resume(tmp_path, epochs=1, resume=True, model=model)
+    assert SFTConfig.from_yaml(tmp_path / "config.yaml").epochs == 1
+
+
+TWO_PROCESSES = """
+import sys
+import test_sft as t
+t.train_for_processes(sys.argv[1], gradient_accumulation_steps=2)
+"""
+
+
+def train_for_processes(output_dir, **changes):
+    # 45 rows in steps of 8: the last one has 5, so one of two processes gets an empty micro-batch.
+    eval_set = tiny_dataset(5, seed=9)
+    return train_tiny(
+        output_dir, eval_set=eval_set, batch_size=2, epochs=2.04, logging_steps=2, save_steps=3, **changes
+    )
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = run_python(str(script), tmp_path / "two", launcher=launcher)
+    assert process.returncode == 0, process.stderr
+    train_for_processes(tmp_path / "one", gradient_accumulation_steps=4)
+    assert (tmp_path / "two" / "checkpoint-last" / "rng-1.json").exists()
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [record["step"] for record in one] == [record["step"] for record in two]
+    for key, tolerance in {"loss": 1e-4, "eval_loss": 1e-4, "grad_norm": 1e-3, "lr": 0}.items():
+        single, shared = ([record[key] for record in records if key in record] for records in (one, two))
+        assert len(single) >= 2
+        assert single == pytest.approx(shared, rel=tolerance), key
+
+
+def test_every_row_once_an_epoch_and_the_same_rows_however_shared():
+    def plan(**changes):
+        defaults = {"rows": 10, "batch_size": 2, "accumulation": 2, "processes": 1, "epochs": 2.5, "max_steps": None}
+        return StepPlan(**{**defaults, "seed": 3, **changes})
+
+    one, two = plan(), plan(accumulation=1, processes=2)
+    order = [row for step in range(one.total_steps) for row in one.step_rows(step)]
+    assert len(order) == 25
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10] != order[10:20] != list(range(10))
+    lengths = torch.arange(10).numpy()
+    for step in range(one.total_steps):
+        rows = two.step_rows(step)
+        assert rows == one.step_rows(step)
+        shares = [two.micro_batches(rows, lengths, process) for process in range(2)]
+        assert len(shares[0]) == len(shares[1])
+        assert all(len(batch) <= 2 for share in shares for batch in share)
+        assert sorted(row for share in shares for batch in share for row in batch) == sorted(rows)
+    assert plan(max_steps=3).total_steps == 3
+    assert plan(seed=4).step_rows(0) != one.step_rows(0)
+
+
+def test_lr_factor():
+    assert [lr_factor(step, 10, 2, "cosine") for step in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert lr_factor(9, 10, 2, "linear") == pytest.approx(1 / 8)
+    assert [lr_factor(step, 10, 0, "constant") for step in (0, 9)] == [1.0, 1.0]
+    assert lr_factor(9, 10, 10, "cosine") == 1.0
+
+
+def test_models_with_scaled_or_capped_logits_and_those_that_can_not_be_trained(tmp_path):
+    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    shape = {
+        "vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    row = torch.arange(3, 11)
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=0.05)),
+        CohereForCausalLM(CohereConfig(**{k: v for k, v in shape.items() if k != "head_dim"}, logit_scale=0.25)),
+    ):
+        AnswerLoss(model).check(row)
+    capped = AnswerLoss(Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=0.05)))
+    capped.logit_softcap = None
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM computes its logits in a way"):
+        capped.check(row)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        train_tiny(tmp_path, model=tiny_llama().requires_grad_(False))
+    model = inject(tiny_llama(tie_word_embeddings=False), LoRAConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="output embedding must be an nn.Linear without adapter, got FusedLoRALinear"):
+        train_tiny(tmp_path, model=model)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    def poison(record):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
+
+    model = inject(tiny_llama(), LoRAConfig(r=2))
+    with pytest.raises(FloatingPointError, match="became nan"):
+        train_tiny(tmp_path, model=model, callbacks=[poison], save_steps=1, max_steps=4)
+    state = json.loads((tmp_path / "checkpoint-last" / "training_state.json").read_text())
+    assert state["step"] == 1
+
+
+def test_truncate_metrics_drops_later_steps_and_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_target_modules():
+    assert target_modules("all-linear") == "all-linear"
+    assert target_modules("q_proj") == ["q_proj"]
+    assert target_modules("q_proj, self_attn.v_proj") == ["q_proj", "self_attn.v_proj"]
+    assert target_modules(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
+    assert target_modules(["q_proj"]) == ["q_proj"]
+
+
+def test_config_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d.json\nlr: 2e-4\nmax_steps: 10\ntarget: [q_proj, v_proj]\n")
+    config = SFTConfig.from_yaml(path, r=8)
+    assert (config.lr, config.max_steps, config.r, config.target) == (2e-4, 10, 8, ["q_proj", "v_proj"])
+    config.save_yaml(tmp_path / "saved.yaml")
+    assert SFTConfig.from_yaml(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\ndata: d\nrank: 3\n", "unknown field 'rank'; allowed: model"),
+        ("model: m\n", "missing field 'data'"),
+        ("- a\n", "expected a mapping"),
+        ("model: m\ndata: d\nr: 1.5\n", "r must be int, got 1.5"),
+        ("model: m\ndata: d\nr: 0\n", "r must be >= 1, got 0"),
+        ("model: m\ndata: d\nlr: fast\n", "lr must be float, got 'fast'"),
+        ("model: m\ndata: d\nresume: 1\n", "resume must be bool, got 1"),
+        ("model: m\ndata: d\nmethod: dora\n", "method must be one of lora, got 'dora'"),
+        ("model: m\ndata: d\nlr_scheduler: step\n", "lr_scheduler must be one of cosine, linear, constant"),
+        ("model: m\ndata: d\nlora_dropout: 1\n", r"lora_dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_config_errors(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        SFTConfig.from_yaml(tmp_path / "run.yaml")

@@ -1,0 +1,280 @@
+"""The Triton kernels under the interpreter, against float64."""
+
+import os
+import random
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels import reference
+from lora_kernels import triton as backend
+from lora_kernels.testing import assert_close_to_reference, lora_inputs
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from lora_kernels.triton import configs, lora_linear, lora_linear_bwd, lora_linear_fwd  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not lora_linear.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
+ALL = (True, True, True, True)
+SCALING = 1.5
+# A negative seed and an offset beyond 32 bits use all the bits of the key and of the counter.
+RNG = torch.tensor([-1234567890123, (7 << 33) + 5])
+
+
+@pytest.fixture(autouse=True)
+def patch_language_once_per_launch(monkeypatch):
+    """The interpreter patches triton.language again at each call of a device function, which is most of its time."""
+    patched = set()
+    original = interpreter._patch_lang
+
+    class Scope(interpreter._LangPatchScope):
+        def restore(self):
+            patched.clear()
+            super().restore()
+
+    def patch_lang(fn):
+        key = frozenset(id(v) for v in fn.__globals__.values() if v is tl or v is tl.core)
+        if key in patched:
+            return interpreter._LangPatchScope()
+        patched.add(key)
+        return original(fn)
+
+    monkeypatch.setattr(interpreter, "_LangPatchScope", Scope)
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+
+
+class Case:
+    """Inputs, results and expectations of one problem, all by name."""
+
+    def __init__(self, M, N, K, R, dtype=FP32, adapter_dtype=None, dropout_p=0.0, bias=False, lora_e=False, needs=ALL):
+        self.inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias, lora_e)
+        self.dtype, self.dropout_p, self.needs = dtype, dropout_p, needs
+        self.rng = RNG if dropout_p else None
+        self.dy = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None):
+        """y, h and the gradients from a backend's two functions; `place` may move each input elsewhere."""
+        t = {name: None if t is None else place(name, t.to(dtype or t.dtype)) for name, t in self.inputs.items()}
+        rest = (t["lora_e"], self.dropout_p, self.rng)
+        y, h = fwd(t["x"], t["weight"], t["lora_a"], t["lora_b"], SCALING, t["bias"], *rest)
+        dy = place("dy", self.dy.to(dtype or self.dtype))
+        h = place("h", h)
+        gradients = bwd(dy, t["x"], h, t["weight"], t["lora_a"], t["lora_b"], SCALING, *rest, self.needs)
+        return {"y": y, "h": h, **dict(zip(GRADIENTS, gradients, strict=True))}
+
+    def eager(self):
+        # Adapters are converted to the dtype of x for the tensor cores, so the eager version has one dtype throughout.
+        leaves = {name: None if t is None else t.to(self.dtype).requires_grad_() for name, t in self.inputs.items()}
+        y = reference.lora_linear_ref(**leaves, scaling=SCALING, dropout_p=self.dropout_p, rng=self.rng)
+        y.backward(self.dy)
+        gradients = {f"d{name}": None if t is None else t.grad for name, t in leaves.items()}
+        return {"y": y.detach(), **gradients}
+
+    def check(self, place=lambda name, t: t):
+        actual = self.run(lora_linear_fwd, lora_linear_bwd, place)
+        exact = self.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
+        eager = self.eager()
+        assert actual["h"].dtype == FP32
+        torch.testing.assert_close(actual["h"].double(), exact["h"], atol=0.03 if self.dtype != FP32 else 1e-5, rtol=0)
+        for name in ("y", *GRADIENTS):
+            if exact[name] is None:
+                assert actual[name] is None, f"{name} was not asked for"
+                continue
+            source = self.inputs["x" if name == "y" else name[1:]]
+            assert actual[name].dtype == source.dtype, name
+            assert_close_to_reference(actual[name].to(self.dtype), eager[name], exact[name], name)
+        return actual
+
+
+@triton.jit
+def _mask_kernel(rng_ptr, out_ptr, m0, k0, threshold, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    keep = lora_linear._keep_mask(rng_ptr, m0, k0, threshold, ROWS, COLS)
+    tl.store(out_ptr + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLS)[None, :], keep)
+
+
+@pytest.mark.parametrize("rng", [(0, 0), (-1, -1), (2**63 - 1, 2**40 + 3), tuple(RNG.tolist())])
+def test_mask_is_the_reference_mask_bit_for_bit(rng):
+    rng = torch.tensor(rng)
+    out = torch.empty(16, 64, dtype=torch.bool)
+    for dropout_p in (0.1, 0.5, 0.99999):
+        threshold = reference.dropout_threshold(dropout_p)
+        _mask_kernel[(1,)](rng, out, 32, 128, threshold, out.stride(0), ROWS=16, COLS=64)
+        assert torch.equal(out, reference.keep_mask(rng, dropout_p, 48, 192)[32:, 128:])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(M=1, N=1, K=1, R=1),
+        dict(M=1, N=129, K=63, R=4, lora_e=True),
+        dict(M=63, N=65, K=129, R=17, dropout_p=0.3, bias=True, lora_e=True),
+        dict(M=65, N=63, K=64, R=64, dropout_p=0.5),
+        dict(M=63, N=65, K=129, R=8, dtype=BF16, dropout_p=0.1, bias=True),
+        dict(M=129, N=300, K=65, R=16, dtype=BF16, adapter_dtype=FP32, dropout_p=0.3, bias=True, lora_e=True),
+        dict(M=65, N=129, K=63, R=70, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, lora_e=True),
+        dict(M=64, N=64, K=128, R=1, dtype=FP16, adapter_dtype=FP32, bias=True),
+        dict(M=65, N=63, K=129, R=4, dtype=FP16, dropout_p=0.5, lora_e=True),
+    ],
+    ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}-{str(c.get('dtype', FP32))[6:]}",
+)
+def test_forward_and_backward_against_float64(case):
+    Case(**case).check()
+
+
+@pytest.mark.parametrize(
+    "needs", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 1), (0, 0, 0, 0)]
+)
+def test_only_what_is_needed_is_computed(needs):
+    Case(17, 33, 24, 4, dropout_p=0.2, lora_e=True, needs=tuple(map(bool, needs))).check()
+
+
+def test_lora_e_gradient_is_none_without_lora_e():
+    assert Case(5, 6, 7, 2).check()["dlora_e"] is None
+
+
+def strided(name, t):
+    """x and dy as rows of a wider tensor, weight as a Conv1D's transposed view."""
+    if name in ("x", "dy"):
+        wide = torch.full((t.shape[0], t.shape[1] + 5), float("nan"), dtype=t.dtype)
+        wide[:, 2:-3] = t
+        return wide[:, 2:-3]
+    return t.T.contiguous().T if name == "weight" else t
+
+
+def test_strided_inputs_and_transposed_weight():
+    Case(33, 65, 40, 5, dtype=BF16, dropout_p=0.2, bias=True).check(strided)
+
+
+CANARY = 0x7FC0BEEF  # a NaN, so that a stray read spoils the result, with bits of its own, so that a stray write shows
+
+
+def test_guarded_buffers(monkeypatch):
+    """Nothing outside the tensors is read or written, and every output element is: all of them start as NaN."""
+    pad = 256
+    arenas = []
+
+    def guarded(shape, dtype, device="cpu"):
+        arena = torch.full((torch.Size(shape).numel() + 2 * pad,), CANARY, dtype=torch.int32)
+        arenas.append(arena)
+        return arena.view(dtype)[pad:-pad].view(shape)
+
+    case = Case(35, 67, 41, 5, dropout_p=0.2, bias=True, lora_e=True)
+    exact = case.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
+    monkeypatch.setattr(torch, "empty", guarded)
+    actual = case.run(lora_linear_fwd, lora_linear_bwd, lambda name, t: guarded(t.shape, t.dtype).copy_(t))
+    assert len(arenas) == 18
+    for arena in arenas:
+        assert (arena[:pad] == CANARY).all() and (arena[-pad:] == CANARY).all()
+    for name, t in actual.items():
+        torch.testing.assert_close(t.double(), exact[name], atol=1e-4, rtol=1e-4)
+
+
+def shuffled_range(generator):
+    def shuffled(*bounds):
+        values = list(range(*bounds))
+        generator.shuffle(values)
+        return values
+
+    return shuffled
+
+
+def small_blocks(monkeypatch):
+    """Several programs along every axis of every grid, for a shape the interpreter can afford."""
+    lookup = configs.lookup
+
+    def small(family, kernel, block_r, is_float32):
+        config = lookup(family, kernel, block_r, is_float32)
+        limit = 512 if kernel == "reduce" else 32
+        return {name: min(value, limit) if name.startswith("BLOCK") else value for name, value in config.items()}
+
+    monkeypatch.setattr(configs, "lookup", small)
+
+
+def test_the_order_of_programs_does_not_matter(monkeypatch):
+    small_blocks(monkeypatch)
+    case = Case(70, 40, 40, 33, dropout_p=0.2, lora_e=True)
+    first = case.check()
+    monkeypatch.setattr(interpreter, "range", shuffled_range(random.Random(0)), raising=False)
+    second = case.run(lora_linear_fwd, lora_linear_bwd)
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), f"{name} depends on the order of programs"
+
+
+class OperatorLog(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches(monkeypatch):
+    """Two forward and four backward, and no other operator that would launch one."""
+    launches = []
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: launches.append(self.fn.__name__))
+    case = Case(9, 10, 11, 3, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
+    with OperatorLog() as log:
+        case.run(lora_linear_fwd, lora_linear_bwd)
+    assert launches == ["_h_kernel", "_gemm_kernel", "_dh_dlora_b_kernel", "_reduce_kernel", "_dlora_a_kernel",
+                        "_gemm_kernel"]  # fmt: skip
+    assert set(log.names) <= {"empty", "permute", "t"}, log.names
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_low_rank_term_alone(dtype):
+    case = Case(65, 63, 64, 8, dtype=dtype)
+    case.inputs["weight"].zero_()
+    case.check()
+
+
+def test_the_low_rank_term_beside_a_full_weight():
+    """At ‖scaling B A‖ = 1e-3 ‖W‖ an allclose on y sees nothing of the term; its projection does."""
+    inputs = lora_inputs(512, 128, 128, 8, BF16)
+    update = SCALING * inputs["lora_b"].double() @ inputs["lora_a"].double()
+    inputs["lora_b"] *= 1e-3 * inputs["weight"].double().norm() / update.norm()
+    x, weight, lora_a, lora_b = (inputs[name].double() for name in ("x", "weight", "lora_a", "lora_b"))
+    delta = SCALING * x @ lora_a.T @ lora_b.T
+    y, _ = lora_linear_fwd(*(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")), SCALING, None, None, 0.0, None)
+    projection = ((y.double() - x @ weight.T) * delta).sum() / (delta * delta).sum()
+    assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
+
+
+def test_errors_name_the_argument():
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    with pytest.raises(TypeError, match="x: .*float64"):
+        lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.0, None)
+    with pytest.raises(ValueError, match="rng: .*got None"):
+        x = x.float()
+        lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.5, None)
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused():
+    script = """
+import torch
+from lora_kernels import triton as backend
+x = torch.zeros(2, 2)
+assert torch.cuda.is_available() or "TRITON_INTERPRET" in backend.unavailable, backend.unavailable
+try:
+    backend.lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.0, None)
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "x is on cpu" in result.stdout
+
+
+def test_importable_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "triton can't be imported" in runpy.run_path(backend.__file__)["unavailable"]
