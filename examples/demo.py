@@ -105,6 +105,8 @@ def main() -> None:
             batch_size=arguments.batch_size,
             lr=arguments.lr,
             warmup_ratio=0.08,
+            # One evaluation, at the end: with several, the best adapter would be picked on the held-out records.
+            eval_steps=arguments.max_steps,
         )
     )
     seconds = time.perf_counter() - clock

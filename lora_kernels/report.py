@@ -48,11 +48,13 @@ def smooth(values: list[float], weight: float) -> list[float]:
     return smoothed
 
 
-def plot_loss(metrics: str | Path, output: str | Path, title: str = "Training loss", smoothing: float = 0.9) -> Path:
+def plot_loss(
+    metrics: str | Path, output: str | Path, title: str = "Training loss", smoothing: float | None = None
+) -> Path:
     """Draw `loss` (raw and smoothed) and `eval_loss` of a metrics.jsonl over `step` as a PNG; returns its path.
 
-    `smoothing` is the weight in `smooth`, the same as TensorBoard's slider. Raises FileNotFoundError for a missing file
-    and ValueError for one without a loss.
+    `smoothing` is the weight in `smooth`, the same as TensorBoard's slider; None averages over about a twentieth of the
+    run. Raises FileNotFoundError for a missing file and ValueError for one without a loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,6 +73,8 @@ def plot_loss(metrics: str | Path, output: str | Path, title: str = "Training lo
         steps, losses = (list(column) for column in zip(*train, strict=True))
         marker = "." if len(steps) == 1 else ""
         axes.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=1, label="train", marker=marker)
+        if smoothing is None:
+            smoothing = min(0.98, max(0.0, 1 - 20 / len(losses)))
         if len(steps) > 1:
             axes.plot(steps, smooth(losses, smoothing), color=_BLUE, linewidth=2, label="train, smoothed")
     if evaluation:

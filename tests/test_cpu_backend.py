@@ -18,7 +18,9 @@ ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
 RNG = torch.tensor([0x1234_5678_9ABC_DEF0, (3 << 32) + 17])
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
+# x's dtype, the adapters', and whether the base product is in bfloat16, which this processor may or may not have.
+DTYPES = [(dtype, adapters, False) for dtype in (FP32, BF16, FP16) for adapters in {FP32: 0, dtype: 0}]
+DTYPES += [(BF16, FP32, True), (BF16, BF16, True)]
 # Every size and rank of the design appears, and each rank in a tile of its own shape.
 SIZES = [(1, 1, 1, 1), (63, 65, 129, 4), (65, 129, 63, 8), (129, 63, 65, 17), (129, 65, 1, 16), (1, 129, 65, 64)]
 
@@ -31,13 +33,6 @@ def isa(request):
     cpu._C.set_isa(request.param)
     yield request.param
     cpu._C.set_isa(previous)
-
-
-@pytest.fixture(params=[False, True], ids=["converted", "native"])
-def native(request, monkeypatch):
-    """Both ways of the base product, whichever this processor would take."""
-    monkeypatch.setattr(cpu, "_native_bfloat16", lambda: request.param)
-    return request.param
 
 
 def make_case(M, N, K, R, dtype, adapter_dtype, dropout_p, extras=True):
@@ -83,12 +78,11 @@ def assert_case(case):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("dtype, adapter_dtype, native", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
-def test_matches_float64(isa, native, sizes, dtypes, dropout_p):
-    if native and dtypes[0] != BF16:
-        pytest.skip("only bfloat16 has two ways")
-    assert_case(make_case(*sizes, *dtypes, dropout_p))
+def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
+    monkeypatch.setattr(cpu, "_native_bfloat16", lambda: native)
+    assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -104,6 +98,7 @@ def test_strided_rows_and_transposed_weight(isa):
     wide_x[:, 3:132], wide_dy[:, 5:68] = inputs["x"], dy
     strided = inputs | {"x": wide_x[:, 3:132], "weight": inputs["weight"].T.contiguous().T}
     for name, t in run(cpu, strided, wide_dy[:, 5:68], *rest).items():
+        # torch may sum a product in another order for another layout.
         torch.testing.assert_close(t, plain[name], msg=name)
 
 
@@ -192,9 +187,11 @@ def test_lora_term_alone(isa, dtype):
     assert_case((inputs, *rest))
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_small_lora_term_is_not_rounded_away(isa, native, dropout_p):
+def test_small_lora_term_is_not_rounded_away(isa, monkeypatch, native, dropout_p):
     """At ‖sBA‖/‖W0‖ = 1e-3 the term's projection on its true value is 1 within 1 %, in bfloat16."""
+    monkeypatch.setattr(cpu, "_native_bfloat16", lambda: native)
     inputs = lora_inputs(2048, 96, 64, 8, BF16, FP32)
     x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
     scaling = 1e-3 * weight.double().norm().item() / (lora_b.double() @ lora_a.double()).norm().item()

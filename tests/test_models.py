@@ -230,13 +230,16 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path):
     assert list((tmp_path / "a").iterdir()) == []
     with new_directory(target) as staged:
         (staged / "whole").write_text("x")
+        (staged / "whole").chmod(0o600)
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]
     with pytest.raises(ValueError, match="exists and is not empty"), new_directory(target):
         pass
     plain = tmp_path / "plain"
     plain.mkdir()
+    (plain / "file").write_text("x")
     assert target.stat().st_mode == plain.stat().st_mode
+    assert (target / "whole").stat().st_mode == (plain / "file").stat().st_mode
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):

@@ -22,9 +22,9 @@ FLOAT_ARGUMENTS = {"scale", "scaling", "inv_keep"}
 
 
 def variants(full: bool) -> list[dict]:
-    """Kernel, dtype, BLOCK_R and flags of each variant: what training in bf16 at R <= 16 launches, or everything."""
+    """Kernel, dtype, rank and flags of each variant: what training in bf16 at R <= 16 launches, or everything."""
 
-    def some(dtype: str, block_r: int, even: bool = True, dropout: bool = True, conv1d: bool = False) -> list[dict]:
+    def some(dtype: str, rank: int, even: bool = True, dropout: bool = True, conv1d: bool = False) -> list[dict]:
         need = {"NEED_DH": True, "NEED_DB": True, "NEED_DE": True}
         forward = {"HAS_BIAS": True, "HAS_E": True, "HAS_DROPOUT": False, "EVEN_K": even}
         backward = {"HAS_BIAS": False, "HAS_E": False, "HAS_DROPOUT": dropout, "EVEN_K": even}
@@ -36,9 +36,9 @@ def variants(full: bool) -> list[dict]:
             ("dlora_a", "dlora_a", {"HAS_DROPOUT": dropout}),
             ("gemm", "dx", backward),
         ]
-        notes = [dtype, f"R{block_r}", *(["ragged K"] * (not even)), *(["p=0"] * (not dropout)), *(["W^T"] * conv1d)]
+        notes = [dtype, f"R{rank}", *(["ragged K"] * (not even)), *(["p=0"] * (not dropout)), *(["W^T"] * conv1d)]
         return [
-            {"kernel": kernel, "label": f"{label} {' '.join(notes)}", "dtype": dtype, "block_r": block_r,
+            {"kernel": kernel, "label": f"{label} {' '.join(notes)}", "dtype": dtype, "rank": rank,
              "flags": flags, "unit_stride": "stride_wk" if (label == "y") != conv1d else "stride_wn", "low_rank": label}
             for kernel, label, flags in kernels
         ]  # fmt: skip
@@ -63,10 +63,10 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
 
     kernel = getattr(lora_linear, f"_{variant['kernel']}_kernel")
     is_float32 = variant["dtype"] == "fp32"
-    config = configs.lookup(configs.families()[chip], variant["kernel"], variant["block_r"], is_float32)
+    config = configs.lookup(configs.families()[chip], variant["kernel"], variant["rank"], is_float32)
     options = {name: value for name, value in config.items() if name.startswith("num_")}
     constants = {**variant["flags"], **{name: value for name, value in config.items() if name not in options}}
-    constants |= {"BLOCK_R": variant["block_r"], variant["unit_stride"]: 1}
+    constants[variant["unit_stride"]] = 1
     constants["PRECISION"] = "tf32x3" if is_float32 and isinstance(chip, int) else "ieee"
     constants["stride_vn" if variant["low_rank"] == "dx" else "stride_vr"] = 1
     if constants.get("HAS_BIAS") is False:
@@ -137,7 +137,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--full", action="store_true", help="every dtype, rank block and flag instead of bf16 at R <= 16"
+        "--full", action="store_true", help="every dtype, rank step and flag instead of bf16 at R <= 16"
     )
     parser.add_argument("--chips", nargs="*", help="some of " + " ".join(map(str, configs.families())))
     parser.add_argument("--kernel", default="", help="only variants whose name contains this")

@@ -462,9 +462,10 @@ bool lora_a_bwd(const LoraABwd& p) {
             }
           }
           if (p.dx)
-            rank_update(p.dh + row * p.R, p.R, a_panels.data + col * p.R, rows, cols, {mask.at(0, col), mask.stride},
-                        nullptr, (const TBase*)p.base + row * p.ld_base + col, p.ld_base,
-                        (T*)p.dx + row * p.ld_dx + col, p.ld_dx);
+            rank_update(p.dh + row * p.R, p.R, a_panels.data + col * p.R, rows, cols,
+                        {mask.at(0, col), mask.stride, p.undo_dropped ? ~0u : 0u}, nullptr,
+                        (const TBase*)p.base + row * p.ld_base + col, p.ld_base, (T*)p.dx + row * p.ld_dx + col,
+                        p.ld_dx);
         }
       }
     }

@@ -79,6 +79,10 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         staged = outer / target.name
         staged.mkdir()
         yield staged
+        for file in staged.rglob("*"):
+            if file.is_file():
+                # safetensors writes files that only their owner may read, whatever the umask.
+                file.chmod(staged.stat().st_mode & 0o666)
         if target.is_dir():
             target.rmdir()
         os.replace(staged, target)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_kernels.io.files import replacing
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules, named_by, pattern_matches, plan
 
 CONFIG_NAME = "adapter_config.json"
@@ -89,20 +90,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         wide = tensor.float() if key.endswith((".lora_A.weight", ".lora_B.weight")) and tensor.itemsize < 4 else tensor
         tensors[key] = wide.detach().to("cpu", copy=True).contiguous()
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_peft_config(model, config), indent=2, sort_keys=True) + "\n"
     # The config goes last: a directory that has one for the first time is complete.
-    _write(directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _write(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(directory / WEIGHTS_NAME) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with replacing(directory / CONFIG_NAME) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def _config_of(model: nn.Module) -> LoRAConfig:

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_kernels.io.files import replacing
+
 LAST = "checkpoint-last"
 _WRITING, _REPLACED = ".checkpoint-last.tmp", ".checkpoint-last.old"
 _TENSORS, _STATE = "training_state.safetensors", "training_state.json"
@@ -61,7 +63,8 @@ def save_checkpoint(
         tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
         for name, value in parameters.items():
             tensors |= {f"optimizer/{name}/{key}": item for key, item in optimizer.state[value].items()}
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, writing / _TENSORS)
+        with replacing(writing / _TENSORS) as path:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path)
         (writing / _STATE).write_text(json.dumps({**asdict(state), "run": run}, indent=1))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
+from lora_kernels.io.files import replacing
+
 METHODS = ("lora",)
 DTYPES = ("auto", "float32", "bfloat16")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -127,9 +129,8 @@ class SFTConfig:
 
     def save_yaml(self, path: str | os.PathLike) -> None:
         """Write every field, defaults too."""
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
+from lora_kernels.io.files import replacing
 from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, save_checkpoint
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset
@@ -338,6 +338,5 @@ def truncate_metrics(path: Path, step: int) -> None:
             break
         if record["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -9,8 +9,6 @@ import functools
 
 import torch
 
-MAX_BLOCK_R = 64
-
 # Shared memory one block may use, in bytes; the families below are sized for the smallest chip in them.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
                  "gfx90a": 64 << 10, "gfx942": 64 << 10}  # fmt: skip
@@ -30,11 +28,11 @@ def _gemm(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
 
 # The two big GEMMs: family -> (16-bit, float32). The interpreter's cost is the number of operations, not their size.
 _GEMM = {
-    "sm80": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 4, 3)),
-    "sm86": (_gemm(128, 128, 32, 8, 4), _gemm(64, 64, 32, 4, 3)),
-    "sm90": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 4, 3)),
-    "sm100": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 4, 3)),
-    "gfx9": (_gemm(128, 128, 32, 8, 2), _gemm(64, 64, 32, 4, 2)),
+    "sm80": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
+    "sm86": (_gemm(128, 128, 32, 8, 4), _gemm(64, 64, 32, 8, 3)),
+    "sm90": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 8, 3)),
+    "sm100": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 8, 3)),
+    "gfx9": (_gemm(128, 128, 32, 8, 2), _gemm(64, 64, 32, 8, 2)),
     "interpreter": (_gemm(64, 64, 64, 4, 1), _gemm(64, 64, 64, 4, 1)),
 }
 
@@ -47,36 +45,41 @@ _SKINNY = {
     },
     "dh_dlora_b": {
         16: _config(8, 3, BLOCK_M=64, BLOCK_N=256),
-        32: _config(8, 2, BLOCK_M=64, BLOCK_N=256),
-        64: _config(8, 2, BLOCK_M=64, BLOCK_N=128),
+        32: _config(8, 2, BLOCK_M=32, BLOCK_N=256),
     },
     "dlora_a": {
         16: _config(4, 4, BLOCK_M=128, BLOCK_K=32),
         32: _config(4, 3, BLOCK_M=128, BLOCK_K=32),
         64: _config(4, 3, BLOCK_M=64, BLOCK_K=32),
     },
-    "reduce": {r: _config(4, 1, BLOCK_P=16, BLOCK_L=128) for r in (16, 32, 64)},
 }
 
 
-def block_r(rank: int) -> int:
-    """Columns of the rank handled at once: `rank` padded to 16, 32 or 64; larger ranks take several steps of 64."""
-    return 16 if rank <= 16 else 32 if rank <= 32 else MAX_BLOCK_R
+def block_r(kernel: str, rank: int, is_float32: bool) -> int:
+    """Columns of the rank that `kernel` handles at once: `rank` padded to 16, 32 or 64; larger ranks take more steps.
+
+    Registers set the limit: the GEMMs hold a large accumulator, dh_dlora_b two products, and float32 the pieces of
+    its emulation by TF32.
+    """
+    largest = 16 if is_float32 or kernel == "gemm" else 32 if kernel == "dh_dlora_b" else 64
+    return next(step for step in (16, 32, 64) if step >= min(rank, largest))
 
 
-def lookup(family: str, kernel: str, block_r: int, is_float32: bool) -> dict[str, int]:
+def lookup(family: str, kernel: str, rank: int, is_float32: bool) -> dict[str, int]:
     """Blocks, num_warps and num_stages for `kernel` ("gemm", "h", "dh_dlora_b", "reduce" or "dlora_a")."""
+    step = block_r(kernel, rank, is_float32)
     if kernel == "gemm":
-        return _GEMM[family][is_float32]
-    config = dict(_SKINNY[kernel][block_r])
-    if is_float32 and kernel != "reduce":
-        side = "BLOCK_K" if kernel == "h" else "BLOCK_M"
-        config[side] //= 2
+        return {**_GEMM[family][is_float32], "BLOCK_R": step}
+    if kernel == "reduce":
+        return _config(4, 1, BLOCK_P=16, BLOCK_L=2048 if family == "interpreter" else 128)
+    config = {**_SKINNY[kernel][step], "BLOCK_R": step}
+    if is_float32:
+        config["BLOCK_K" if kernel == "h" else "BLOCK_M"] //= 2
         config["num_stages"] = 2
+        if kernel == "dh_dlora_b":
+            config["BLOCK_N"] = 64
     if family == "gfx9":
         config["num_stages"] = min(config["num_stages"], 2)
-    if family == "interpreter" and kernel == "reduce":
-        config["BLOCK_L"] = 2048
     return config
 
 

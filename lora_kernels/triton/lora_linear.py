@@ -344,7 +344,7 @@ class _Launcher:
         self.rng = rng
         self.inv_keep = 65536 / (65536 - self.threshold)
         self.is_float32 = x.dtype == torch.float32
-        self.block_r = configs.block_r(rank)
+        self.rank = rank
         self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
         self.family = configs.device_family(x.get_device()) if x.is_cuda else "interpreter"
         self.program_target = _program_target(x.get_device()) if x.is_cuda else 4
@@ -353,7 +353,7 @@ class _Launcher:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     def config(self, kernel: str) -> dict[str, int]:
-        return configs.lookup(self.family, kernel, self.block_r, self.is_float32)
+        return configs.lookup(self.family, kernel, self.rank, self.is_float32)
 
     def gemm(self, x, weight, bias, u, lora_e, v, out, scale, dropout: bool) -> None:
         """out = x weightᵀ + bias + dropout((scale u ∘ lora_e) v); weight [N, K] and v [R, N] with any strides."""
@@ -364,7 +364,7 @@ class _Launcher:
             x, weight, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
             self.threshold, x.stride(0), weight.stride(0), weight.stride(1), v.stride(0), v.stride(1), out.stride(0),
             HAS_BIAS=bias is not None, HAS_E=lora_e is not None, HAS_DROPOUT=dropout,
-            EVEN_K=k % config["BLOCK_K"] == 0, PRECISION=self.precision, BLOCK_R=self.block_r, **config,
+            EVEN_K=k % config["BLOCK_K"] == 0, PRECISION=self.precision, **config,
         )  # fmt: skip
 
 
@@ -383,9 +383,9 @@ def lora_linear_fwd(
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     config = run.config("h")
     with run.device:
-        _h_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(rank, run.block_r))](
+        _h_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(rank, config["BLOCK_R"]))](
             x, lora_a, h, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
-            HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, BLOCK_R=run.block_r, **config,
+            HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
         )  # fmt: skip
         run.gemm(x, weight, bias, h, lora_e, lora_b.T, y, scaling, dropout=False)
     return y, h
@@ -426,9 +426,9 @@ def lora_linear_bwd(
     needs_flags = {"NEED_DH": need_dh, "NEED_DB": need_db, "NEED_DE": need_de}
     dropout = run.threshold > 0
     with run.device:
-        _dh_dlora_b_kernel[(column_blocks, splits, triton.cdiv(rank, run.block_r))](
+        _dh_dlora_b_kernel[(column_blocks, splits, triton.cdiv(rank, config["BLOCK_R"]))](
             dy, h, lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0),
-            **needs_flags, PRECISION=run.precision, BLOCK_R=run.block_r, **config,
+            **needs_flags, PRECISION=run.precision, **config,
         )  # fmt: skip
         config = run.config("reduce")
         dh_blocks = triton.cdiv(m * rank, config["BLOCK_L"]) if need_dh else 0
@@ -441,9 +441,9 @@ def lora_linear_bwd(
         )  # fmt: skip
         if need_da:
             config = run.config("dlora_a")
-            _dlora_a_kernel[(triton.cdiv(k, config["BLOCK_K"]), triton.cdiv(rank, run.block_r))](
+            _dlora_a_kernel[(triton.cdiv(k, config["BLOCK_K"]), triton.cdiv(rank, config["BLOCK_R"]))](
                 x, dh, dlora_a, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
-                HAS_DROPOUT=dropout, PRECISION=run.precision, BLOCK_R=run.block_r, **config,
+                HAS_DROPOUT=dropout, PRECISION=run.precision, **config,
             )  # fmt: skip
         if need_dx:
             run.gemm(dy, weight.T, None, dh, None, lora_a, dx, run.inv_keep, dropout)
