@@ -45,7 +45,7 @@ _SKINNY = {
     },
     "dh_dlora_b": {
         16: _config(8, 3, BLOCK_M=64, BLOCK_N=256),
-        32: _config(8, 2, BLOCK_M=32, BLOCK_N=256),
+        32: _config(8, 2, BLOCK_M=64, BLOCK_N=128),
     },
     "dlora_a": {
         16: _config(4, 4, BLOCK_M=128, BLOCK_K=32),
