@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels import lora_linear
+from lora_kernels.io.files import replacing
 from lora_kernels.testing import lora_inputs
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]
@@ -194,9 +195,8 @@ def main() -> None:
     if arguments.output:
         settings = {name: getattr(arguments, name) for name in ("M", "r", "dtype", "threads", "rounds")}
         report = {"command": " ".join(sys.argv), "machine": machine(), **settings, "results": results}
-        temporary = arguments.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, arguments.output)
+        with replacing(arguments.output) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

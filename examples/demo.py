@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lora_kernels.io.files import replacing
 from lora_kernels.io.models import load_model
 from lora_kernels.io.peft import load_adapter
 from lora_kernels.train.config import SFTConfig
@@ -129,9 +129,8 @@ def main() -> None:
         "after": {"loss": after.loss, "exact_match": after.exact_match},
     }
     path = arguments.output_dir / "results.json"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     console.print(f"adapter, metrics.jsonl, loss.png and results.json are in {arguments.output_dir}")
 
 

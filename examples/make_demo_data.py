@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 from pathlib import Path
+
+from lora_kernels.io.files import replacing
 
 TRAIN_SIZE, EVAL_SIZE, CHINESE_SHARE = 360, 40, 0.2
 
@@ -121,10 +122,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, records in zip(("demo_train.jsonl", "demo_eval.jsonl"), make_data(arguments.seed), strict=True):
         path = arguments.output_dir / name
-        temporary = path.with_name(path.name + ".tmp")
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
         print(f"{path}: {len(records)} records")
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from lora_kernels.io.files import replacing
 from lora_kernels.train.config import SFTConfig
 
 app = typer.Typer(
@@ -70,9 +72,11 @@ def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        # What a warning says is for the user; which of our lines said it is not.
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, yaml.YAMLError) as error:
+        except (ValueError, OSError, FloatingPointError, yaml.YAMLError) as error:
             if os.environ.get("LORA_KERNELS_TRACEBACK"):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
@@ -200,7 +204,8 @@ def generate(
     if output is None:
         typer.echo("".join(lines), nl=False)
     else:
-        _write_text(output, "".join(lines))
+        with replacing(output) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 @app.command()
@@ -331,13 +336,6 @@ def _prompt_of(record: Any, where: str) -> Any:
     conversation = to_conversation(record, where)
     messages = conversation.messages[: conversation.answers[-1]]
     return messages[0]["content"] if len(messages) == 1 else messages
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from lora_kernels.io.files import replacing
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"
@@ -89,9 +90,6 @@ def plot_loss(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
 
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, output)
-    return output
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(output)

@@ -116,7 +116,8 @@ def _read_amdgcn(text: str) -> dict:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+    # Scalar registers spill into lanes of vector registers, not to memory; the private segment would show it if they did.
+    spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     matrix = re.search(r"v_mfma\w+", text)
     return {"registers": number("vgpr_count"), "spills": spills, "matrix": matrix and matrix.group()}
 

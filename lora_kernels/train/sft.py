@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.io.files import replacing
 from lora_kernels.train.checkpoint import find_checkpoint
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset, set_chat_template
@@ -157,7 +158,8 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
     def save(trained: nn.Module, directory: Path) -> None:
         save_adapter(trained, directory)
         if tokenizer.chat_template != own_template:
-            (directory / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+            with replacing(directory / TEMPLATE) as path:
+                path.write_text(tokenizer.chat_template, encoding="utf-8")
 
     return train_sft(
         model,

@@ -45,7 +45,7 @@ _SKINNY = {
     },
     "dh_dlora_b": {
         16: _config(8, 3, BLOCK_M=64, BLOCK_N=256),
-        32: _config(8, 2, BLOCK_M=64, BLOCK_N=128),
+        32: _config(8, 2, BLOCK_M=32, BLOCK_N=256),
     },
     "dlora_a": {
         16: _config(4, 4, BLOCK_M=128, BLOCK_K=32),
@@ -80,6 +80,8 @@ def lookup(family: str, kernel: str, rank: int, is_float32: bool) -> dict[str, i
             config["BLOCK_N"] = 64
     if family == "gfx9":
         config["num_stages"] = min(config["num_stages"], 2)
+        if kernel == "dh_dlora_b" and step == 32:
+            config["BLOCK_N"] = 128
     return config
 
 
