@@ -67,7 +67,9 @@ def losses(output_dir):
 
 
 def run_python(code, *arguments, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    # As many threads as here: the order of a parallel sum, and so its last bit, depends on their number.
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
     command = [sys.executable, *launcher, *(["-c", code] if not launcher else [code]), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 

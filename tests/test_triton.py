@@ -193,8 +193,8 @@ def small_blocks(monkeypatch):
     """Several programs along every axis of every grid, for a shape the interpreter can afford."""
     lookup = configs.lookup
 
-    def small(family, kernel, rank, is_float32):
-        config = lookup(family, kernel, rank, is_float32)
+    def small(family, kernel, *problem):
+        config = lookup(family, kernel, *problem)
         limit = 512 if kernel == "reduce" else 32
         return {name: min(value, limit) if name.startswith("BLOCK") else value for name, value in config.items()}
 

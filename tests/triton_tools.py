@@ -26,8 +26,8 @@ def variants(full: bool) -> list[dict]:
 
     def some(dtype: str, rank: int, even: bool = True, dropout: bool = True, conv1d: bool = False) -> list[dict]:
         need = {"NEED_DH": True, "NEED_DB": True, "NEED_DE": True}
-        forward = {"HAS_BIAS": True, "HAS_E": True, "HAS_DROPOUT": False, "EVEN_K": even}
-        backward = {"HAS_BIAS": False, "HAS_E": False, "HAS_DROPOUT": dropout, "EVEN_K": even}
+        forward = {"HAS_BIAS": True, "HAS_E": True, "HAS_DROPOUT": False}
+        backward = {"HAS_BIAS": False, "HAS_E": False, "HAS_DROPOUT": dropout}
         kernels = [
             ("h", "h", {"HAS_DROPOUT": dropout}),
             ("gemm", "y", forward),
@@ -39,7 +39,8 @@ def variants(full: bool) -> list[dict]:
         notes = [dtype, f"R{rank}", *(["ragged K"] * (not even)), *(["p=0"] * (not dropout)), *(["W^T"] * conv1d)]
         return [
             {"kernel": kernel, "label": f"{label} {' '.join(notes)}", "dtype": dtype, "rank": rank,
-             "flags": flags, "unit_stride": "stride_wk" if (label == "y") != conv1d else "stride_wn", "low_rank": label}
+             "flags": flags, "depth": 0 if even else 1, "low_rank": label,
+             "unit_stride": "stride_wk" if (label == "y") != conv1d else "stride_wn"}
             for kernel, label, flags in kernels
         ]  # fmt: skip
 
@@ -63,7 +64,7 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
 
     kernel = getattr(lora_linear, f"_{variant['kernel']}_kernel")
     is_float32 = variant["dtype"] == "fp32"
-    config = configs.lookup(configs.families()[chip], variant["kernel"], variant["rank"], is_float32)
+    config = configs.lookup(configs.families()[chip], variant["kernel"], variant["rank"], is_float32, variant["depth"])
     options = {name: value for name, value in config.items() if name.startswith("num_")}
     constants = {**variant["flags"], **{name: value for name, value in config.items() if name not in options}}
     constants[variant["unit_stride"]] = 1
@@ -116,7 +117,7 @@ def _read_amdgcn(text: str) -> dict:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
 
-    # Scalar registers spill into lanes of vector registers, not to memory; the private segment would show it if they did.
+    # Scalar registers spill into lanes of vector registers; if that reached memory the private segment would show it.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     matrix = re.search(r"v_mfma\w+", text)
     return {"registers": number("vgpr_count"), "spills": spills, "matrix": matrix and matrix.group()}

@@ -65,11 +65,18 @@ def block_r(kernel: str, rank: int, is_float32: bool) -> int:
     return next(step for step in (16, 32, 64) if step >= min(rank, largest))
 
 
-def lookup(family: str, kernel: str, rank: int, is_float32: bool) -> dict[str, int]:
-    """Blocks, num_warps and num_stages for `kernel` ("gemm", "h", "dh_dlora_b", "reduce" or "dlora_a")."""
+def lookup(family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0) -> dict[str, int]:
+    """Blocks, num_warps and num_stages for `kernel` ("gemm", "h", "dh_dlora_b", "reduce" or "dlora_a").
+
+    `depth` is the length of a GEMM's sum; where BLOCK_K doesn't divide it, the masks need the registers of half a step.
+    """
     step = block_r(kernel, rank, is_float32)
     if kernel == "gemm":
-        return {**_GEMM[family][is_float32], "BLOCK_R": step}
+        config = {**_GEMM[family][is_float32], "BLOCK_R": step}
+        config["EVEN_K"] = depth % config["BLOCK_K"] == 0
+        if not config["EVEN_K"]:
+            config["BLOCK_K"] //= 2
+        return config
     if kernel == "reduce":
         return _config(4, 1, BLOCK_P=16, BLOCK_L=2048 if family == "interpreter" else 128)
     config = {**_SKINNY[kernel][step], "BLOCK_R": step}

@@ -352,19 +352,19 @@ class _Launcher:
         if self.is_float32 and not torch.version.hip:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
-    def config(self, kernel: str) -> dict[str, int]:
-        return configs.lookup(self.family, kernel, self.rank, self.is_float32)
+    def config(self, kernel: str, depth: int = 0) -> dict[str, int]:
+        return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth)
 
     def gemm(self, x, weight, bias, u, lora_e, v, out, scale, dropout: bool) -> None:
         """out = x weightᵀ + bias + dropout((scale u ∘ lora_e) v); weight [N, K] and v [R, N] with any strides."""
         (m, k), n = x.shape, weight.shape[0]
-        config = self.config("gemm")
+        config = self.config("gemm", k)
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
         _gemm_kernel[grid](
             x, weight, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
             self.threshold, x.stride(0), weight.stride(0), weight.stride(1), v.stride(0), v.stride(1), out.stride(0),
             HAS_BIAS=bias is not None, HAS_E=lora_e is not None, HAS_DROPOUT=dropout,
-            EVEN_K=k % config["BLOCK_K"] == 0, PRECISION=self.precision, **config,
+            PRECISION=self.precision, **config,
         )  # fmt: skip
 
 
