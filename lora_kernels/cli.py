@@ -188,13 +188,13 @@ def generate(
     _check_backend(backend)
     import torch
 
-    from lora_kernels.backends import use_backend
+    from lora_kernels.backends import backend_option
     from lora_kernels.train.generate import generate as generate_texts
 
     network, tokenizer = _load(model, adapter, dtype, chat_template)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
-    with use_backend(backend):
+    with backend_option(backend):
         answers = generate_texts(network, tokenizer, prompts, max_new_tokens, batch_size, temperature, top_p)
     if output is None and len(prompts) == 1 and prompts_file is None:
         typer.echo(answers[0])
@@ -274,13 +274,13 @@ def doctor() -> None:
 
 
 def _check_backend(name: str) -> None:
-    from lora_kernels.backends import available
+    from lora_kernels import backends
 
-    reasons = available()
-    if name != "auto" and name not in reasons:
-        raise ValueError(f"backend is {name!r}; allowed: auto, {', '.join(reasons)}")
-    if reason := reasons.get(name):
-        raise ValueError(f"backend {name} can't run here: {reason}")
+    try:
+        backends.check(name, "backend")
+        backends.selected()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _load(model: str | None, adapter: Path | None, dtype: str, chat_template: str | None) -> tuple[Any, Any]:

@@ -45,7 +45,7 @@ _BLOCK_ROWS = 512
 
 
 @cache
-def _native_bfloat16() -> bool:
+def native_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu._is_avx512_bf16_supported()
@@ -140,7 +140,7 @@ def lora_linear_fwd(
         y = F.linear(x, weight, bias)
         _low_rank_fwd(y, None, he, lora_b, scaling, y)
         return y, h
-    if x.dtype == torch.bfloat16 and _native_bfloat16():
+    if x.dtype == torch.bfloat16 and native_bfloat16():
         wide_weight = torch.cat([weight, (scaling * lora_b.float()).to(x.dtype)], dim=1)
         return F.linear(torch.cat([x, he.to(x.dtype)], dim=1), wide_weight, bias), h
 
@@ -167,7 +167,8 @@ def lora_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dlora_a, dlora_b, dlora_e) of lora_linear_fwd, None where ``needs`` says False.
 
-    See reference.lora_linear_bwd for the formulas. dx is rounded once, adapter gradients are accumulated in float32
+    See reference.lora_linear_bwd for the formulas. dx is rounded once (twice where dropout
+    hit it and bfloat16 is native), adapter gradients are accumulated in float32
     and rounded to their adapter's dtype. The result depends on torch.get_num_threads() but not on timing.
     """
     _check(x, lora_a, lora_b, lora_e)
@@ -202,7 +203,7 @@ def lora_linear_bwd(
         return None, None, dlora_b, dlora_e
     dh = dhe if lora_e is None else dhe * lora_e.float()
 
-    native = x.dtype == torch.bfloat16 and _native_bfloat16()
+    native = x.dtype == torch.bfloat16 and native_bfloat16()
     in_blocks = need_x and x.dtype != torch.float32 and not native
     threshold = dropout_threshold(dropout_p)
     dx = dlora_a = weight32 = None

@@ -240,6 +240,16 @@ def test_generate_equals_token_by_token_decoding(tiny):
         assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
+def test_generate_stops_at_the_model_s_own_end_of_turn(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    ids = tokenizer("<user>a<end><assistant>", add_special_tokens=False, return_tensors="pt").input_ids
+    first = model(ids).logits[0, -1].argmax().item()
+    assert generate(model, tokenizer, ["a"], max_new_tokens=6) != [tokenizer.decode([first])]
+    model.generation_config.eos_token_id = [first, tokenizer.eos_token_id]
+    assert generate(model, tokenizer, ["a"], max_new_tokens=6) == [tokenizer.decode([first])]
+
+
 def test_generate_samples_from_the_seed(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny / "model")
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")

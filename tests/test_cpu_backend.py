@@ -81,7 +81,7 @@ def assert_case(case):
 @pytest.mark.parametrize("dtype, adapter_dtype, native", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
-    monkeypatch.setattr(cpu, "_native_bfloat16", lambda: native)
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
     assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
 
@@ -191,7 +191,7 @@ def test_lora_term_alone(isa, dtype):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_small_lora_term_is_not_rounded_away(isa, monkeypatch, native, dropout_p):
     """At ‖sBA‖/‖W0‖ = 1e-3 the term's projection on its true value is 1 within 1 %, in bfloat16."""
-    monkeypatch.setattr(cpu, "_native_bfloat16", lambda: native)
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
     inputs = lora_inputs(2048, 96, 64, 8, BF16, FP32)
     x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
     scaling = 1e-3 * weight.double().norm().item() / (lora_b.double() @ lora_a.double()).norm().item()

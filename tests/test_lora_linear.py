@@ -196,7 +196,8 @@ def test_zero_features():
     assert inputs["lora_a"].grad.shape == (2, 0)
 
 
-def test_non_contiguous_inputs():
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_non_contiguous_inputs(backend):
     base = lora_inputs(12, 10, 14, 4, bias=True)
     contiguous = with_grad(base)
     strided = {
@@ -204,14 +205,16 @@ def test_non_contiguous_inputs():
         "weight": base["weight"].T.contiguous().T,
         "lora_a": base["lora_a"].T.contiguous().T.requires_grad_(),
         "lora_b": torch.cat([base["lora_b"]] * 2, dim=1)[:, :4].requires_grad_(),
-        "bias": base["bias"],
-        "lora_e": None,
+        "bias": torch.stack([base["bias"]] * 2, dim=1)[:, 0],
+        "lora_e": torch.full((1,), 0.5).expand(4),
     }
-    expected, actual = call(contiguous), call(strided)
-    torch.testing.assert_close(actual, expected)
-    # sum's gradient is an expanded scalar: stride 0 in both dimensions.
-    expected.sum().backward()
-    actual.sum().backward()
+    contiguous["lora_e"] = torch.full((4,), 0.5)
+    with use_backend(backend):
+        expected, actual = call(contiguous), call(strided)
+        torch.testing.assert_close(actual, expected)
+        # sum's gradient is an expanded scalar: stride 0 in both dimensions.
+        expected.sum().backward()
+        actual.sum().backward()
     for name in ("x", "lora_a", "lora_b"):
         torch.testing.assert_close(strided[name].grad, contiguous[name].grad)
 

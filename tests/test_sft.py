@@ -342,6 +342,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert state["step"] == 1
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path):
+    model = inject(tiny_llama(), LoRAConfig(r=2))
+    calls = []
+
+    def poison(grad):
+        calls.append(None)
+        return grad * math.inf if len(calls) == 3 else grad
+
+    next(p for p in model.parameters() if p.requires_grad).register_hook(poison)
+    with pytest.raises(FloatingPointError, match="gradient was not finite.*up to step 3"):
+        train_tiny(tmp_path, model=model, save_steps=1, logging_steps=10, max_steps=4, gradient_accumulation_steps=1)
+    state = json.loads((tmp_path / "checkpoint-last" / "training_state.json").read_text())
+    assert state["step"] == 2
+
+
 def test_truncate_metrics_drops_later_steps_and_a_cut_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')

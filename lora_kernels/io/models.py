@@ -309,9 +309,9 @@ def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | str:
         return getattr(torch, dtype)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.bfloat16 if native else torch.float32
+    from lora_kernels.cpu import native_bfloat16
+
+    return torch.bfloat16 if native_bfloat16() else torch.float32
 
 
 def load_model(

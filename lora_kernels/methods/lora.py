@@ -14,11 +14,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_conv1d
 
 ALL_LINEAR = "all-linear"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CLASSIFICATION_HEADS = ("score", "classifier")
 
 
@@ -162,6 +164,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             f"and transformers' Conv1D. Leave it out with exclude_modules, or name the linear layers: "
             f"{_shorten(linears)}"
         )
+    for name in chosen:
+        dtype = modules[name].weight.dtype
+        if dtype not in _DTYPES:
+            allowed = ", ".join(str(allowed) for allowed in _DTYPES)
+            raise ValueError(f"target_modules includes {name!r}, whose weight is {dtype}; allowed: {allowed}")
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, argument):
             if not any(pattern_matches(pattern, name) for name in chosen):

@@ -47,15 +47,20 @@ def _run(name: str, x: Tensor, weight: Tensor, *args):
         return function(*args)
 
 
+def _vector(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng):
     adapters = (lora_a.contiguous(), lora_b.contiguous())
-    args = (_rows(x), _matrix(weight), *adapters, scaling, bias, lora_e, dropout_p, rng)
+    args = (_rows(x), _matrix(weight), *adapters, scaling, _vector(bias), _vector(lora_e), dropout_p, rng)
     return _run("lora_linear_fwd", x, weight, *args)
 
 
 def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs):
     adapters = (lora_a.contiguous(), lora_b.contiguous())
-    args = (_rows(dy), _rows(x), h.contiguous(), _matrix(weight), *adapters, scaling, lora_e, dropout_p, rng, needs)
+    tensors = (_rows(dy), _rows(x), h.contiguous(), _matrix(weight), *adapters)
+    args = (*tensors, scaling, _vector(lora_e), dropout_p, rng, needs)
     grads = _run("lora_linear_bwd", x, weight, *args)
     # An op's schema has no optional results: a gradient that nobody asked for is an empty tensor.
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)

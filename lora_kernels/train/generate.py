@@ -52,6 +52,10 @@ def generate(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
+    # Chat models end a turn with a token of their own, which their generation config names.
+    own = model.generation_config.eos_token_id
+    stop_tokens = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    stop_tokens = sorted(stop_tokens - {None})
     answers = [""] * len(rows)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
@@ -72,7 +76,7 @@ def generate(
                     attention_mask=attention_mask.to(device),
                     max_new_tokens=max_new_tokens,
                     pad_token_id=pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=stop_tokens or None,
                     use_cache=True,
                     **sampling,
                 )

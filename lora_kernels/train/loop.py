@@ -169,10 +169,11 @@ class Loop:
     def run_identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to continue the same computation."""
         config = self.config
-        names = ("method", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr", "lr_scheduler", "warmup_ratio")
-        names += ("weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
+        names = ("model", "method", "target", "init", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr")
+        names += ("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
         return {
             **{name: getattr(config, name) for name in names},
+            "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
             "total_steps": self.plan.total_steps,
             "batch_size": self.plan.batch_size,
             "gradient_accumulation_steps": self.plan.accumulation,
@@ -197,6 +198,7 @@ class Loop:
         """Train from where `restore` went to the end; leaves the module in eval mode."""
         self.module.train()
         self.window_loss = torch.tensor(self.state.window_loss if self.main else 0.0, device=self.accelerator.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         self.window_seconds, self.window_tokens = 0.0, 0
         with self.progress:
             self.progress.update(self.state.step)
@@ -228,6 +230,7 @@ class Loop:
                 self.accelerator.backward(loss * scale)
             self.window_loss += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm or math.inf)
+        self.finite &= torch.isfinite(grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -269,9 +272,10 @@ class Loop:
     def _window_loss(self) -> float:
         """Summed loss since the last log over all processes."""
         loss = self.accelerator.reduce(self.window_loss.clone(), "sum").item()
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and self.finite.item()):
+            what = "gradient was not finite" if math.isfinite(loss) else f"loss became {loss}"
             raise FloatingPointError(
-                f"the loss became {loss} in the {self.config.logging_steps} steps up to step {self.state.step}; "
+                f"the {what} in the {self.config.logging_steps} steps up to step {self.state.step}; "
                 "checkpoint-last holds the state before; a lower lr or dtype float32 may help"
             )
         return loss
@@ -282,7 +286,7 @@ class Loop:
         loss = evaluate(self.module, self.eval_set, self.config.batch_size, self.accelerator)
         self.module.train()
         self.last_eval_loss = loss
-        best = self.state.best_eval_loss is None or loss < self.state.best_eval_loss
+        best = loss < (math.inf if self.state.best_eval_loss is None else self.state.best_eval_loss)
         if best:
             self.state.best_eval_loss = loss
         seconds = round(time.perf_counter() - started, 3)

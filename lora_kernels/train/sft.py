@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.backends import backend_option
 from lora_kernels.io.files import replacing
 from lora_kernels.train.checkpoint import find_checkpoint
 from lora_kernels.train.config import SFTConfig
@@ -205,7 +206,8 @@ def train_sft(
     output_dir = Path(config.output_dir)
     started = time.perf_counter()
     module = AnswerLoss(model)
-    module.check(torch.from_numpy(train_set.input_ids[0]).long())
+    with backend_option(config.backend):
+        module.to(accelerator.device).check(torch.from_numpy(train_set.input_ids[0]).long())
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
     if accelerator.is_main_process:
@@ -225,7 +227,7 @@ def train_sft(
     loop.restore()
     if accelerator.is_main_process:
         config.save_yaml(output_dir / CONFIG)
-    with _backend(config.backend), board or nullcontext():
+    with backend_option(config.backend), board or nullcontext():
         loop.run()
     if accelerator.is_main_process:
         from lora_kernels.report import plot_loss
@@ -251,15 +253,6 @@ def _enable_checkpointing(model: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:  # transformers before 5.23
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
-def _backend(name: str) -> Any:
-    # "auto" leaves the choice to the environment variable or to a surrounding `with use_backend(...)`.
-    if name == "auto":
-        return nullcontext()
-    from lora_kernels.backends import use_backend
-
-    return use_backend(name)
 
 
 class _TensorBoard:

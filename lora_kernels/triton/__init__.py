@@ -14,11 +14,14 @@ try:
 except ImportError as error:
     unavailable = f"triton can't be imported: {error}"
 else:
+    from .configs import unsupported_gpu
     from .lora_linear import INTERPRETED, lora_linear_bwd, lora_linear_fwd
 
     if isinstance(triton.language.zeros, triton.runtime.JITFunction) == INTERPRETED:
         unavailable = "TRITON_INTERPRET changed after triton was imported; set it before"
     elif not INTERPRETED and not torch.cuda.is_available():
         unavailable = "torch sees no CUDA or ROCm GPU, and TRITON_INTERPRET=1 was not set before triton was imported"
+    elif not INTERPRETED:
+        unavailable = unsupported_gpu()
 
 __all__ = ["lora_linear_bwd", "lora_linear_fwd", "unavailable"]

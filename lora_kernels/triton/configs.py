@@ -101,6 +101,18 @@ def device_family(index: int) -> str:
     return _FAMILY.get(10 * major + minor, "sm86")
 
 
+def unsupported_gpu() -> str | None:
+    """Why the first visible GPU that the kernels can't run on is one, or None."""
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        if torch.version.hip:
+            if gpu.gcnArchName.split(":")[0] not in _FAMILY:
+                return f"GPU {index} is a {gpu.name} ({gpu.gcnArchName}); of AMD's, gfx90a and gfx942 are supported"
+        elif gpu.major < 8:
+            return f"GPU {index} is a {gpu.name} (sm_{gpu.major}{gpu.minor}); sm_80 and newer are supported"
+    return None
+
+
 def families() -> dict[int | str, str]:
     """Every chip the table is checked on, and its family."""
     return {chip: _FAMILY[chip] for chip in SHARED_MEMORY}

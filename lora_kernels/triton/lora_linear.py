@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.reference import dropout_scale, dropout_threshold
+
 from . import configs
 
 
@@ -338,11 +340,11 @@ class _Launcher:
                 f"x is on {x.device}: the triton backend takes GPU tensors; for CPU tensors set TRITON_INTERPRET=1 "
                 "before triton is imported (slow, for tests) or use the cpu backend"
             )
-        self.threshold = min(round(dropout_p * 65536), 65535)
+        self.threshold = dropout_threshold(dropout_p)
         if self.threshold and rng is None:
             raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
         self.rng = rng
-        self.inv_keep = 65536 / (65536 - self.threshold)
+        self.inv_keep = dropout_scale(dropout_p)
         self.is_float32 = x.dtype == torch.float32
         self.rank = rank
         self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
