@@ -312,6 +312,7 @@ def test_models_with_scaled_or_capped_logits_and_those_that_can_not_be_trained(t
     shape = {
         "vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "initializer_range": 0.5,
     }  # fmt: skip
     row = torch.arange(3, 11)
     for model in (
