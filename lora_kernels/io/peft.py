@@ -22,7 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_kernels.io.files import replacing
-from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules, named_by, pattern_matches, plan
+from lora_kernels.methods.lora import (
+    LoRAConfig,
+    from_pattern,
+    inject,
+    inside,
+    lora_modules,
+    named_by,
+    pattern_matches,
+    plan,
+)
+from lora_kernels.nn.lora_linear import lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -125,7 +135,7 @@ def _peft_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
     layers = dict(lora_modules(model))
     saved = list(model.lora_originals)
     # PEFT looks for targets outside of modules_to_save only, and for the latter by the end of the string.
-    targets = _suffixes(layers, [name for name in names if not any(_within(name, outer) for outer in saved)])
+    targets = _suffixes(layers, [name for name in names if not inside(name, saved)])
     taken = [name for name in names if any(name.endswith(suffix) for suffix in saved)]
     if sorted(taken) != sorted(saved):
         other = next(name for name in taken if name not in saved)
@@ -155,10 +165,6 @@ def _peft_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
 
 def _integer_if_whole(value: float) -> float:
     return int(value) if float(value).is_integer() else value
-
-
-def _within(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(outer + ".")
 
 
 def _suffixes(chosen: Mapping[str, Any], names: list[str]) -> list[str] | None:
@@ -284,7 +290,7 @@ def _lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str,
     if not isinstance(ends_saved, (list, tuple)):
         raise ValueError(f"{path}: modules_to_save is {ends_saved!r}; expected a list of names")
     saved = [name for name in names if any(name.endswith(suffix) for suffix in ends_saved)]
-    present = [name for name in names if not any(_within(name, outer) for outer in saved)]
+    present = [name for name in names if not inside(name, saved)]
     end = ".lora_A.weight"
     adapted = [key.removeprefix(_PREFIX).removesuffix(end) for key in tensors if key.endswith(end)]
 
@@ -313,10 +319,6 @@ def _lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str,
     return config
 
 
-def _scaling(config: LoRAConfig, r: int, lora_alpha: float) -> float:
-    return lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-
-
 def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Size]:
     planned = plan(model, config)
     shapes = {}
@@ -336,9 +338,9 @@ def _check_same_adapters(model: nn.Module, config: LoRAConfig) -> None:
     for name, layer in lora_modules(model):
         if layer.merged:
             raise ValueError(f"{name} is merged; call unmerge() before loading an adapter")
-        r = next((n for p, n in config.rank_pattern.items() if pattern_matches(p, name)), config.r)
-        lora_alpha = next((n for p, n in config.alpha_pattern.items() if pattern_matches(p, name)), config.lora_alpha)
-        scaling = _scaling(config, r, lora_alpha)
+        r = from_pattern(config.rank_pattern, name, config.r)
+        lora_alpha = from_pattern(config.alpha_pattern, name, config.lora_alpha)
+        scaling = lora_scaling(r, lora_alpha, config.use_rslora)
         if not math.isclose(layer.scaling, scaling, rel_tol=1e-6):
             raise ValueError(
                 f"{name}: the file has scaling {scaling:g} (r={r}, lora_alpha={lora_alpha:g}, "

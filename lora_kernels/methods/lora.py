@@ -107,7 +107,8 @@ def _matches(name: str, names: str | Sequence[str]) -> bool:
     return any(named_by(name, suffix) for suffix in names)
 
 
-def _from_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+def from_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first key of rank_pattern or alpha_pattern that means the module path `name`, or `default`."""
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
 
 
@@ -146,11 +147,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
     if config.target_modules == ALL_LINEAR:
         skipped = _heads(model)
-        chosen = [name for name in linears if not _inside(name, skipped)]
+        chosen = [name for name in linears if not inside(name, skipped)]
     else:
         chosen = [name for name in modules if _matches(name, config.target_modules)]
     excluded = config.exclude_modules
-    chosen = [name for name in chosen if not _inside(name, saved) and not (excluded and _matches(name, excluded))]
+    chosen = [name for name in chosen if not inside(name, saved) and not (excluded and _matches(name, excluded))]
     if not chosen:
         raise ValueError(
             f"target_modules={config.target_modules!r} leaves no module for an adapter; linear layers of the model: "
@@ -175,8 +176,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
                 raise ValueError(f"{argument}: {pattern!r} matches none of the adapted modules: {_shorten(chosen)}")
     adapters = {
         name: (
-            _from_pattern(config.rank_pattern, name, config.r),
-            _from_pattern(config.alpha_pattern, name, config.lora_alpha),
+            from_pattern(config.rank_pattern, name, config.r),
+            from_pattern(config.alpha_pattern, name, config.lora_alpha),
         )
         for name in chosen
     }
@@ -203,7 +204,8 @@ def _shorten(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)) or "none"
 
 
-def _inside(name: str, outer: Iterable[str]) -> bool:
+def inside(name: str, outer: Iterable[str]) -> bool:
+    """Whether the module path `name` is one of `outer` or lies below one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in outer)
 
 

@@ -33,6 +33,11 @@ def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init: s
         raise ValueError(f"init is {init!r}; allowed: {', '.join(INITS)}")
 
 
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """lora_alpha / r, or lora_alpha / √r with use_rslora (Kalajdzievski 2023)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
 class FusedLoRALinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank update (LoRA, Hu et al. 2021, section 4.1):
 
@@ -141,7 +146,7 @@ class FusedLoRALinear(nn.Module):
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = bool(use_rslora)
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = lora_scaling(r, lora_alpha, use_rslora)
         self.adapters_enabled = True
         # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as
         # a parameter: it must not show up in state_dict or parameters() under a second name.
