@@ -37,10 +37,11 @@ def compile_commands(build_dir: Path) -> dict[Path, list[str]]:
     compiler = os.environ.get("CXX", "c++").split()
     flags = [*CXX_FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split()]
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    units = [("bindings", "csrc/bindings.cpp", includes), ("lora_linear", "csrc/cpu/lora_linear.cpp", [])]
-    for isa, (lanes, isa_flags) in ISAS.items():
-        defines = [f"-DLK_ISA={isa}", f"-DLK_LANES={lanes}"]
-        units.append((f"lora_linear_{isa}", "csrc/cpu/lora_linear_kernels.cpp", [*defines, *isa_flags]))
+    units = [("bindings", "csrc/bindings.cpp", includes), ("isa", "csrc/cpu/isa.cpp", [])]
+    for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):
+        for isa, (lanes, isa_flags) in ISAS.items():
+            defines = [f"-DLK_ISA={isa}", f"-DLK_LANES={lanes}"]
+            units.append((f"{source.stem}_{isa}", str(source), [*defines, *isa_flags]))
     return {
         build_dir / f"{name}.o": [*compiler, *flags, *extra, "-c", source, "-o", str(build_dir / f"{name}.o")]
         for name, source, extra in units

@@ -5,7 +5,7 @@
 #include <new>
 #include <string>
 
-#include "cpu/lora_linear.h"
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 using namespace lora_kernels::cpu;
@@ -13,9 +13,9 @@ using namespace lora_kernels::cpu;
 namespace {
 
 struct Isas {
-  const Kernels* list[kMaxIsas];
+  const Isa* list[kMaxIsas];
   int count;
-  std::atomic<const Kernels*> current;
+  std::atomic<const Isa*> current;
   Isas() : count(supported_isas(list)), current(list[0]) {}
 };
 Isas isas;
@@ -35,10 +35,10 @@ void set_isa(const std::string& name) {
   throw py::value_error("instruction set '" + name + "' can't run on this processor; it has: " + isa_names());
 }
 
-template <class Params>
-void launch(bool (*Kernels::*kernel)(const Params&), const Params& params) {
+template <class Kernels, class Params>
+void launch(const Kernels* Isa::* op, bool (*Kernels::*kernel)(const Params&), const Params& params) {
   py::gil_scoped_release release;
-  if (!(isas.current.load()->*kernel)(params)) throw std::bad_alloc();
+  if (!(isas.current.load()->*op->*kernel)(params)) throw std::bad_alloc();
 }
 
 template <class T = void>
@@ -67,7 +67,7 @@ PYBIND11_MODULE(_C, m) {
       "lora_a_fwd",
       [](uintptr_t x, int x_dtype, int64_t ld_x, uintptr_t lora_a, int lora_a_dtype, uintptr_t h, int64_t M, int64_t K,
          int64_t R, uint64_t seed, uint64_t offset, uint32_t threshold, int num_threads) {
-        launch(&Kernels::lora_a_fwd,
+        launch(&Isa::lora_linear, &LoraLinearKernels::lora_a_fwd,
                LoraAFwd{pointer(x), DType(x_dtype), ld_x, pointer(lora_a), DType(lora_a_dtype), pointer<float>(h), M, K,
                         R, Dropout{seed, offset, threshold}, num_threads});
       },
@@ -80,9 +80,10 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t base, int base_dtype, int64_t ld_base, uintptr_t bias, uintptr_t h, uintptr_t lora_b,
          int lora_b_dtype, float scaling, uintptr_t y, int y_dtype, int64_t ld_y, int64_t M, int64_t N, int64_t R,
          int num_threads) {
-        launch(&Kernels::lora_b_fwd, LoraBFwd{pointer(base), DType(base_dtype), ld_base, pointer<float>(bias),
-                                              pointer<float>(h), pointer(lora_b), DType(lora_b_dtype), scaling,
-                                              pointer(y), DType(y_dtype), ld_y, M, N, R, num_threads});
+        launch(&Isa::lora_linear, &LoraLinearKernels::lora_b_fwd,
+               LoraBFwd{pointer(base), DType(base_dtype), ld_base, pointer<float>(bias), pointer<float>(h),
+                        pointer(lora_b), DType(lora_b_dtype), scaling, pointer(y), DType(y_dtype), ld_y, M, N, R,
+                        num_threads});
       },
       py::kw_only(), py::arg("base"), py::arg("base_dtype"), py::arg("ld_base"), py::arg("bias"), py::arg("h"),
       py::arg("lora_b"), py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("y"), py::arg("y_dtype"), py::arg("ld_y"),
@@ -92,7 +93,7 @@ PYBIND11_MODULE(_C, m) {
       "lora_b_bwd",
       [](uintptr_t dy, int dy_dtype, int64_t ld_dy, uintptr_t h, uintptr_t lora_b, int lora_b_dtype, float scaling,
          uintptr_t dh, uintptr_t dlora_b, int64_t M, int64_t N, int64_t R, int num_threads) {
-        launch(&Kernels::lora_b_bwd,
+        launch(&Isa::lora_linear, &LoraLinearKernels::lora_b_bwd,
                LoraBBwd{pointer(dy), DType(dy_dtype), ld_dy, pointer<float>(h), pointer(lora_b), DType(lora_b_dtype),
                         scaling, pointer<float>(dh), pointer<float>(dlora_b), M, N, R, num_threads});
       },
@@ -105,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t x, int x_dtype, int64_t ld_x, uintptr_t dh, uintptr_t lora_a, int lora_a_dtype, uintptr_t dlora_a,
          uintptr_t base, int base_dtype, int64_t ld_base, uintptr_t dx, int64_t ld_dx, int64_t M, int64_t K, int64_t R,
          uint64_t seed, uint64_t offset, uint32_t threshold, bool undo_dropped, int64_t first_row, int num_threads) {
-        launch(&Kernels::lora_a_bwd,
+        launch(&Isa::lora_linear, &LoraLinearKernels::lora_a_bwd,
                LoraABwd{pointer(x), DType(x_dtype), ld_x, pointer<float>(dh), pointer(lora_a), DType(lora_a_dtype),
                         pointer<float>(dlora_a), pointer(base), DType(base_dtype), ld_base, pointer(dx), ld_dx, M, K, R,
                         Dropout{seed, offset, threshold}, undo_dropped, first_row, num_threads});
@@ -114,4 +115,68 @@ PYBIND11_MODULE(_C, m) {
       py::arg("lora_a_dtype"), py::arg("dlora_a"), py::arg("base"), py::arg("base_dtype"), py::arg("ld_base"),
       py::arg("dx"), py::arg("ld_dx"), py::arg("M"), py::arg("K"), py::arg("R"), py::arg("seed"), py::arg("offset"),
       py::arg("threshold"), py::arg("undo_dropped"), py::arg("first_row"), py::arg("num_threads"));
+
+  m.def(
+      "nf4_quantize",
+      [](uintptr_t weight, int weight_dtype, int64_t size, int64_t block_size, uintptr_t packed, uintptr_t absmax,
+         int num_threads) {
+        launch(&Isa::nf4, &Nf4Kernels::quantize,
+               Nf4Quantize{pointer(weight), DType(weight_dtype), size, block_size, pointer<uint8_t>(packed),
+                           pointer<float>(absmax), num_threads});
+      },
+      py::kw_only(), py::arg("weight"), py::arg("weight_dtype"), py::arg("size"), py::arg("block_size"),
+      py::arg("packed"), py::arg("absmax"), py::arg("num_threads"));
+
+  m.def(
+      "nf4_quantize_absmax",
+      [](uintptr_t absmax, int64_t blocks, float absmax_offset, uintptr_t absmax_code, uintptr_t codes,
+         uintptr_t absmax_scale, int) {
+        launch(&Isa::nf4, &Nf4Kernels::quantize_absmax,
+               Nf4QuantizeAbsmax{pointer<float>(absmax), blocks, absmax_offset, pointer<float>(absmax_code),
+                                 pointer<uint8_t>(codes), pointer<float>(absmax_scale)});
+      },
+      py::kw_only(), py::arg("absmax"), py::arg("blocks"), py::arg("absmax_offset"), py::arg("absmax_code"),
+      py::arg("codes"), py::arg("absmax_scale"), py::arg("num_threads"));
+
+  py::class_<Nf4Weight>(m, "Nf4Weight")
+      .def(py::init([](uintptr_t packed, uintptr_t absmax, uintptr_t absmax_scale, uintptr_t absmax_code,
+                       float absmax_offset, int64_t block_size, int64_t N, int64_t K) {
+             return Nf4Weight{pointer<uint8_t>(packed),
+                              pointer(absmax),
+                              pointer<float>(absmax_scale),
+                              pointer<float>(absmax_code),
+                              absmax_offset,
+                              block_size,
+                              N,
+                              K};
+           }),
+           py::kw_only(), py::arg("packed"), py::arg("absmax"), py::arg("absmax_scale"), py::arg("absmax_code"),
+           py::arg("absmax_offset"), py::arg("block_size"), py::arg("N"), py::arg("K"));
+
+  m.def(
+      "nf4_dequantize",
+      [](const Nf4Weight& weight, int64_t row_first, int64_t row_last, int64_t col_first, int64_t col_last,
+         uintptr_t out, int out_dtype, int64_t ld_out, int num_threads) {
+        launch(&Isa::nf4, &Nf4Kernels::dequantize,
+               Nf4Dequantize{weight, row_first, row_last, col_first, col_last, pointer(out), DType(out_dtype), ld_out,
+                             num_threads});
+      },
+      py::kw_only(), py::arg("weight"), py::arg("row_first"), py::arg("row_last"), py::arg("col_first"),
+      py::arg("col_last"), py::arg("out"), py::arg("out_dtype"), py::arg("ld_out"), py::arg("num_threads"));
+
+  m.def(
+      "nf4_forward",
+      [](const Nf4Weight& weight, uintptr_t x, uintptr_t y, int64_t M, int num_threads) {
+        launch(&Isa::nf4, &Nf4Kernels::forward,
+               Nf4Forward{weight, pointer<float>(x), pointer<float>(y), M, num_threads});
+      },
+      py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("y"), py::arg("M"), py::arg("num_threads"));
+
+  m.def(
+      "nf4_backward",
+      [](const Nf4Weight& weight, uintptr_t dy, uintptr_t dx, int64_t M, int num_threads) {
+        launch(&Isa::nf4, &Nf4Kernels::backward,
+               Nf4Backward{weight, pointer<float>(dy), pointer<float>(dx), M, num_threads});
+      },
+      py::kw_only(), py::arg("weight"), py::arg("dy"), py::arg("dx"), py::arg("M"), py::arg("num_threads"));
 }

@@ -10,31 +10,39 @@ if TYPE_CHECKING:
     from lora_kernels.io.peft import load_adapter, save_adapter
     from lora_kernels.methods.lora import LoRAConfig, adapters_disabled, inject, merge
     from lora_kernels.nn.lora_linear import FusedLoRALinear
+    from lora_kernels.nn.nf4_linear import NF4Linear
     from lora_kernels.ops.lora_linear import lora_linear
+    from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
 
 __version__ = "0.1.0"
 
 _HOME = {
     "FusedLoRALinear": "nn.lora_linear",
     "LoRAConfig": "methods.lora",
+    "NF4Linear": "nn.nf4_linear",
+    "NF4Weight": "ops.nf4",
     "adapters_disabled": "methods.lora",
     "available": "backends",
     "inject": "methods.lora",
     "load_adapter": "io.peft",
     "lora_linear": "ops.lora_linear",
     "merge": "methods.lora",
+    "quantize_nf4": "ops.nf4",
     "save_adapter": "io.peft",
     "use_backend": "backends",
 }
 __all__ = [
     "FusedLoRALinear",
     "LoRAConfig",
+    "NF4Linear",
+    "NF4Weight",
     "adapters_disabled",
     "available",
     "inject",
     "load_adapter",
     "lora_linear",
     "merge",
+    "quantize_nf4",
     "save_adapter",
     "use_backend",
 ]

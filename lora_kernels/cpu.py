@@ -1,4 +1,4 @@
-"""The CPU backend of lora_linear: torch's matrix products for the frozen weight, C++ kernels for everything low-rank.
+"""The CPU backend: torch's matrix products for the frozen weight, C++ kernels for everything low-rank and for NF4.
 
 Per layer, forward and backward, the kernels read x twice and dy once, and add the low-rank terms to y and dx in place
 while a block of rows is in cache. Dropout is drawn inside, in registers, from (seed, offset).
@@ -9,21 +9,32 @@ unit of its last place. So the base product runs
 - in float32, in place, for float32;
 - in bfloat16 where this processor has it in hardware, with the low-rank term inside the same product:
   y = [x, h] [W, scaling · lora_b]ᵀ, and dx likewise;
-- otherwise in float32 on converted blocks of rows. torch's own bfloat16 and float16 products are several times slower
-  there.
+- otherwise in float32, to be rounded with the low-rank term. torch's own bfloat16 and float16 products are several
+  times slower there.
+
+The weight comes to torch in panels: W itself where it is dense and of the right dtype, else some rows of it (columns,
+for dx) at a time, converted or decoded into a buffer that is kept. With few rows in x an NF4 weight is decoded in
+cache inside the product instead.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lora_kernels.reference import dropout_scale, dropout_threshold
+from lora_kernels.reference import (
+    ABSMAX_BLOCK,
+    NF4,
+    dropout_scale,
+    dropout_threshold,
+    dynamic_code,
+)
 
 ISA_ENVIRONMENT_VARIABLE = "LORA_KERNELS_CPU_ISA"
 
@@ -40,8 +51,14 @@ else:
         except ValueError as error:
             unavailable = f"environment variable {ISA_ENVIRONMENT_VARIABLE}: {error}"
 
-# Rows of x per float32 block of the base product. The block is still in cache when the low-rank term is added to it.
-_BLOCK_ROWS = 512
+# Elements of a panel of the weight: large enough for torch's products, small enough to stay in a cache.
+_PANEL = 1 << 20
+# Rows of x up to which an NF4 weight is decoded inside the product.
+_FUSED_ROWS, _FUSED_ROWS_NATIVE = 64, 16
+# Elements of the float32 rows of dx that wait for the low-rank term.
+_BASE = 1 << 23
+
+_buffers = threading.local()
 
 
 @cache
@@ -75,14 +92,95 @@ def _check(x: Tensor, *adapters: Tensor | None) -> None:
             raise ValueError(f"adapter weights are {adapter.dtype}; allowed: torch.float32 and x's {x.dtype}")
 
 
-def _row_blocks(M: int) -> Iterator[slice]:
-    for start in range(0, M, _BLOCK_ROWS):
-        yield slice(start, min(start + _BLOCK_ROWS, M))
+def _buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Memory that this thread keeps: freshly allocated, its pages would cost more than what is written to them."""
+    size, key = math.prod(shape), (name, dtype)
+    kept = getattr(_buffers, "kept", None)
+    if kept is None:
+        kept = _buffers.kept = {}
+    if key not in kept or kept[key].numel() < size:
+        kept[key] = torch.empty(size, dtype=dtype)
+    return kept[key][:size].view(shape)
+
+
+def _nf4(weight: NF4) -> _C.Nf4Weight:
+    """The C++ view of weight, which must outlive it."""
+    N, K = weight.shape
+    double_quant = weight.absmax_scale is not None
+    return _C.Nf4Weight(
+        packed=weight.packed.data_ptr(),
+        absmax=weight.absmax.data_ptr(),
+        absmax_scale=weight.absmax_scale.data_ptr() if double_quant else 0,
+        absmax_code=dynamic_code().data_ptr(),
+        absmax_offset=weight.absmax_offset.item() if double_quant else 0.0,
+        block_size=weight.block_size,
+        N=N,
+        K=K,
+    )
+
+
+def _copy_weight(weight: Tensor | NF4, rows: slice, cols: slice, out: Tensor) -> None:
+    """out = weight[rows, cols] in the dtype of out, whose rows are contiguous."""
+    if not isinstance(weight, NF4):
+        out.copy_(weight[rows, cols])
+        return
+    _launch(
+        "nf4_dequantize",
+        weight=_nf4(weight),
+        row_first=rows.start,
+        row_last=rows.stop,
+        col_first=cols.start,
+        col_last=cols.stop,
+        out=out,
+        out_dtype=_DTYPES[out.dtype],
+        ld_out=out.stride(0),
+    )
+
+
+def _steps(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _panels(
+    weight: Tensor | NF4, dtype: torch.dtype, by_columns: bool, extra: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(range, W[range]) in `dtype` over the rows of W [N, K], or (range, W[:, range]) over its columns.
+
+    `extra` [N, R], or [R, K] by columns, is put beside (below) W. A panel holds until the next one is asked for.
+    """
+    if extra is None and not isinstance(weight, NF4) and weight.dtype == dtype:
+        yield slice(0, weight.shape[by_columns]), weight
+        return
+    N, K = weight.shape
+    size, depth = (K, N) if by_columns else (N, K)
+    R = 0 if extra is None else extra.shape[not by_columns]
+    step = max(32, _PANEL // depth // 32 * 32)
+    for part in _steps(size, step):
+        width = part.stop - part.start
+        if by_columns:
+            panel = _buffer("panel", dtype, N + R, width)
+            _copy_weight(weight, slice(0, N), part, panel[:N])
+            if extra is not None:
+                panel[N:] = extra[:, part]
+        else:
+            panel = _buffer("panel", dtype, width, K + R)
+            _copy_weight(weight, part, slice(0, K), panel[:, :K])
+            if extra is not None:
+                panel[:, K:] = extra[part]
+        yield part, panel
+
+
+def _fused(weight: Tensor | NF4, M: int, native: bool) -> bool:
+    most = _FUSED_ROWS_NATIVE if native else _FUSED_ROWS
+    return isinstance(weight, NF4) and M <= most  # noqa: SIM300
 
 
 def _low_rank_fwd(base: Tensor, bias: Tensor | None, h: Tensor, lora_b: Tensor, scaling: float, y: Tensor) -> None:
     """y = base + bias + scaling · h lora_bᵀ, rounded once; base may be y."""
     (M, N), R = y.shape, h.shape[1]
+    if R == 0 and bias is None and base.data_ptr() == y.data_ptr():
+        return
     _launch(
         "lora_b_fwd",
         base=base,
@@ -104,7 +202,7 @@ def _low_rank_fwd(base: Tensor, bias: Tensor | None, h: Tensor, lora_b: Tensor, 
 
 def lora_linear_fwd(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -121,34 +219,44 @@ def lora_linear_fwd(
     _check(x, lora_a, lora_b, lora_e)
     (M, K), (N, R) = x.shape, lora_b.shape
     h = x.new_empty(M, R, dtype=torch.float32)
-    _launch(
-        "lora_a_fwd",
-        x=x,
-        x_dtype=_DTYPES[x.dtype],
-        ld_x=x.stride(0),
-        lora_a=lora_a,
-        lora_a_dtype=_DTYPES[lora_a.dtype],
-        h=h,
-        M=M,
-        K=K,
-        R=R,
-        threshold=dropout_threshold(dropout_p),
-        rng=rng,
-    )
+    if R:
+        _launch(
+            "lora_a_fwd",
+            x=x,
+            x_dtype=_DTYPES[x.dtype],
+            ld_x=x.stride(0),
+            lora_a=lora_a,
+            lora_a_dtype=_DTYPES[lora_a.dtype],
+            h=h,
+            M=M,
+            K=K,
+            R=R,
+            threshold=dropout_threshold(dropout_p),
+            rng=rng,
+        )
     he = h if lora_e is None else h * lora_e.float()
-    if x.dtype == torch.float32:
-        y = F.linear(x, weight, bias)
-        _low_rank_fwd(y, None, he, lora_b, scaling, y)
-        return y, h
-    if x.dtype == torch.bfloat16 and native_bfloat16():
-        wide_weight = torch.cat([weight, (scaling * lora_b.float()).to(x.dtype)], dim=1)
-        return F.linear(torch.cat([x, he.to(x.dtype)], dim=1), wide_weight, bias), h
-
+    native = x.dtype == torch.bfloat16 and native_bfloat16()
     y = x.new_empty(M, N)
-    weight32 = weight.float()
+    if native and not _fused(weight, M, native):
+        wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
+        for cols, panel in _panels(weight, x.dtype, by_columns=False, extra=scaling * lora_b.float()):
+            if bias is None:
+                torch.mm(wide_x, panel.T, out=y[:, cols])
+            else:
+                torch.addmm(bias[cols], wide_x, panel.T, out=y[:, cols])
+        return y, h
+
+    x32 = x.float()
     bias32 = None if bias is None else bias.float()
-    for rows in _row_blocks(M):
-        _low_rank_fwd(x[rows].float() @ weight32.T, bias32, he[rows], lora_b, scaling, y[rows])
+    if _fused(weight, M, native):
+        base = y if y.dtype == torch.float32 else _buffer("base", torch.float32, M, N)
+        _launch("nf4_forward", weight=_nf4(weight), x=x32.contiguous(), y=base, M=M)
+        _low_rank_fwd(base, bias32, he, lora_b, scaling, y)
+        return y, h
+    for cols, panel in _panels(weight, torch.float32, by_columns=False):
+        base = y[:, cols] if y.dtype == torch.float32 else _buffer("base", torch.float32, M, panel.shape[0])
+        torch.mm(x32, panel.T, out=base)
+        _low_rank_fwd(base, None if bias32 is None else bias32[cols], he, lora_b[cols], scaling, y[:, cols])
     return y, h
 
 
@@ -156,7 +264,7 @@ def lora_linear_bwd(
     dy: Tensor,
     x: Tensor,
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -167,9 +275,9 @@ def lora_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dlora_a, dlora_b, dlora_e) of lora_linear_fwd, None where ``needs`` says False.
 
-    See reference.lora_linear_bwd for the formulas. dx is rounded once (twice where dropout
-    hit it and bfloat16 is native), adapter gradients are accumulated in float32
-    and rounded to their adapter's dtype. The result depends on torch.get_num_threads() but not on timing.
+    See reference.lora_linear_bwd for the formulas. dx is rounded once (twice where dropout hit it and bfloat16 is
+    native), adapter gradients are accumulated in float32 and rounded to their adapter's dtype. The result depends on
+    torch.get_num_threads() but not on timing.
     """
     _check(x, lora_a, lora_b, lora_e)
     need_x, need_a, need_b, need_e = needs
@@ -179,7 +287,7 @@ def lora_linear_bwd(
 
     dhe = torch.empty(M, R, **float32) if need_x or need_a or need_e else None
     dlora_b = torch.empty(N, R, **float32) if need_b else None
-    if dhe is not None or dlora_b is not None:
+    if R and (dhe is not None or dlora_b is not None):
         _launch(
             "lora_b_bwd",
             dy=dy,
@@ -204,23 +312,23 @@ def lora_linear_bwd(
     dh = dhe if lora_e is None else dhe * lora_e.float()
 
     native = x.dtype == torch.bfloat16 and native_bfloat16()
-    in_blocks = need_x and x.dtype != torch.float32 and not native
+    native_dx = need_x and native and not _fused(weight, M, native)
+    dx = x.new_empty(M, K) if need_x else None
+    if native_dx:
+        wide_dy = torch.cat([dy, dh.to(x.dtype)], dim=1)
+        for cols, panel in _panels(weight, x.dtype, True, extra=dropout_scale(dropout_p) * lora_a.float()):
+            torch.mm(wide_dy, panel, out=dx[:, cols])
     threshold = dropout_threshold(dropout_p)
-    dx = dlora_a = weight32 = None
-    if in_blocks:
-        dx, weight32 = x.new_empty(M, K), weight.float()
-    elif need_x and native:
-        scaled_a = dropout_scale(dropout_p) * lora_a.float()
-        dx = torch.cat([dy, dh.to(x.dtype)], dim=1) @ torch.cat([weight, scaled_a.to(x.dtype)])
-    elif need_x:
-        dx = dy @ weight
     # Without dropout, native's dx is complete.
-    dx_in_kernel = None if native and not threshold else dx
-    if dx_in_kernel is None and not need_a:
+    finish_dx = need_x and not (native_dx and not threshold)
+    if not (finish_dx or need_a):
         return dx, None, dlora_b, dlora_e
 
-    for rows in _row_blocks(M) if in_blocks else [slice(0, M)]:
-        base = dy[rows].float() @ weight32 if in_blocks else dx_in_kernel
+    dlora_a = None
+    for rows in _steps(M, max(512, _BASE // K) if finish_dx and x.dtype != torch.float32 else M):
+        base = None
+        if finish_dx:
+            base = dx[rows] if native_dx else _base_of_dx(dy[rows], weight, dx[rows], native)
         block = torch.empty(R, K, **float32) if need_a else None
         _launch(
             "lora_a_bwd",
@@ -234,12 +342,12 @@ def lora_linear_bwd(
             base=base,
             base_dtype=_DTYPES[x.dtype if base is None else base.dtype],
             ld_base=0 if base is None else base.stride(0),
-            dx=None if dx_in_kernel is None else dx_in_kernel[rows],
+            dx=dx[rows] if finish_dx else None,
             ld_dx=K,
             M=rows.stop - rows.start,
             K=K,
             R=R,
-            undo_dropped=native,
+            undo_dropped=native_dx,
             first_row=rows.start,
             threshold=threshold,
             rng=rng,
@@ -248,3 +356,57 @@ def lora_linear_bwd(
     if dlora_a is not None:
         dlora_a = dlora_a.to(lora_a.dtype)
     return dx, dlora_a, dlora_b, dlora_e
+
+
+def _base_of_dx(dy: Tensor, weight: Tensor | NF4, dx: Tensor, native: bool) -> Tensor:
+    """dy W in float32: in dx itself if that is float32, else in a buffer."""
+    M, K = dx.shape
+    base = dx if dx.dtype == torch.float32 else _buffer("base", torch.float32, M, K)
+    dy32 = dy.float()
+    if _fused(weight, M, native):
+        _launch("nf4_backward", weight=_nf4(weight), dy=dy32.contiguous(), dx=base, M=M)
+    else:
+        for cols, panel in _panels(weight, torch.float32, by_columns=True):
+            torch.mm(dy32, panel, out=base[:, cols])
+    return base
+
+
+def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
+    """NF4 of a contiguous weight [N, K] of float32, bfloat16 or float16; see reference.quantize_nf4.
+
+    A block with an element that is not finite gets an absmax that is not finite.
+    """
+    size = weight.numel()
+    blocks = -(-size // block_size)
+    packed = torch.empty((size + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(blocks)
+    _launch(
+        "nf4_quantize",
+        weight=weight,
+        weight_dtype=_DTYPES[weight.dtype],
+        size=size,
+        block_size=block_size,
+        packed=packed,
+        absmax=absmax,
+    )
+    if not double_quant:
+        return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
+    offset = absmax.mean()
+    codes = torch.empty(blocks, dtype=torch.uint8)
+    absmax_scale = torch.empty(-(-blocks // ABSMAX_BLOCK))
+    _launch(
+        "nf4_quantize_absmax",
+        absmax=absmax,
+        blocks=blocks,
+        absmax_offset=offset.item(),
+        absmax_code=dynamic_code(),
+        codes=codes,
+        absmax_scale=absmax_scale,
+    )
+    return NF4(packed, codes, absmax_scale, offset, block_size, tuple(weight.shape))
+
+
+def dequantize_nf4(weight: NF4, out: Tensor) -> None:
+    """Writes the dense weight to out, [N, K] with contiguous rows; see reference.dequantize_nf4."""
+    N, K = weight.shape
+    _copy_weight(weight, slice(0, N), slice(0, K), out)

@@ -7,11 +7,45 @@ This file is the oracle that all backends are tested against, and the documentat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 unavailable: str | None = None
+
+# NormalFloat4 (Dettmers et al. 2023, QLoRA, section 3 and appendix E), the values that bitsandbytes uses.
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Below it the reciprocal of a block's largest magnitude would overflow; such a block is quantised as if it had it.
+NF4_SMALLEST_ABSMAX = 1e-38
+# Block scales that share one scale of their own under double quantisation.
+ABSMAX_BLOCK = 256
+
+
+class NF4(NamedTuple):
+    """A [N, K] weight in 4 bits, laid out as bitsandbytes does.
+
+    packed: uint8 [(N·K + 1) // 2]; element 2j of the row-major weight is the high half of byte j, 2j + 1 the low half.
+    absmax: one scale for each block of `block_size` elements, counted through the flat weight, the last one possibly
+        shorter; float32 [blocks], or uint8 [blocks] under double quantisation.
+    absmax_scale, absmax_offset: float32 [(blocks + 255) // 256] and float32 [] under double quantisation, else None:
+        a block's scale is then dynamic_code()[absmax] · absmax_scale + absmax_offset, rounded after either operation.
+
+    An element is NF4_CODE[its 4 bits] · its block's scale, in float32, rounded once to the dtype that is asked for.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    block_size: int
+    shape: tuple[int, int]
+
 
 # Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11). Seven rounds are
 # the fewest that pass BigCrush (its Table 2); the usual ten only add a margin that a dropout mask has no use for.
@@ -79,9 +113,17 @@ def _acc(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def _dense(weight: Tensor | NF4, x: Tensor) -> Tensor:
+    if not isinstance(weight, NF4):
+        return _acc(weight)
+    dense = x.new_empty(weight.shape, dtype=_acc(x).dtype)
+    dequantize_nf4(weight, dense)
+    return dense
+
+
 def lora_linear_fwd(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -92,12 +134,12 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ and h = dropout(x) Aᵀ.
 
-    x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], lora_e [R]. Accumulates in float32 (float64 for
-    float64 inputs); y [M, N] is rounded once to the dtype of x, h [M, R] stays in the accumulation dtype.
+    x [M, K], weight [N, K] dense or NF4, lora_a [R, K], lora_b [N, R], bias [N], lora_e [R]. Accumulates in float32
+    (float64 for float64 inputs); y [M, N] is rounded once to the dtype of x, h [M, R] stays in the accumulation dtype.
     """
     h = dropout(_acc(x), dropout_p, rng) @ _acc(lora_a).T
     he = h if lora_e is None else h * _acc(lora_e)
-    y = _acc(x) @ _acc(weight).T + scaling * (he @ _acc(lora_b).T)
+    y = _acc(x) @ _dense(weight, x).T + scaling * (he @ _acc(lora_b).T)
     if bias is not None:
         y = y + _acc(bias)
     return y.to(x.dtype), h
@@ -107,7 +149,7 @@ def lora_linear_bwd(
     dy: Tensor,
     x: Tensor,
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -129,7 +171,7 @@ def lora_linear_bwd(
 
     dx = dlora_a = dlora_b = dlora_e = None
     if need_x:
-        dx = (dy_acc @ _acc(weight) + dropout(dh @ _acc(lora_a), dropout_p, rng)).to(x.dtype)
+        dx = (dy_acc @ _dense(weight, x) + dropout(dh @ _acc(lora_a), dropout_p, rng)).to(x.dtype)
     if need_a:
         dlora_a = (dh.T @ dropout(_acc(x), dropout_p, rng)).to(lora_a.dtype)
     if need_b:
@@ -162,3 +204,71 @@ def lora_linear_ref(
         h = h * lora_e
     delta = scaling * (h @ lora_b.T)
     return (y + delta.reshape(y.shape)).to(x.dtype)
+
+
+@cache
+def dynamic_code() -> Tensor:
+    """The 256 values of the signed dynamic 8-bit type (Dettmers 2015, 1511.04561), sorted, float32, on the CPU.
+
+    Seven decades below 1; decade i has 2^i means of neighbours on an even grid over [0.1, 1], either sign; then 0
+    and 1. Double quantisation stores block scales in it.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        grid = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        decade = (10.0 ** (i - 6) * ((grid[:-1] + grid[1:]) / 2)).tolist()
+        values += decade + [-value for value in decade]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def _midpoints(code: Tensor) -> Tensor:
+    return (code[:-1] + code[1:]) / 2
+
+
+def _in_blocks(t: Tensor, block_size: int) -> Tensor:
+    """t flat, padded with zeros to whole blocks: [blocks, block_size]."""
+    flat = t.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+
+
+def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
+    """NF4 of weight [N, K], whose elements must be finite (see the op for the checks).
+
+    scale = max |w| over the block; code = the number of NF4_CODE's midpoints below w · (1 / scale), so that a tie
+    goes down. Under double quantisation the scales, less their mean, are quantised likewise to dynamic_code() in
+    blocks of 256.
+    """
+    device = weight.device
+    blocks = _in_blocks(weight.float(), block_size)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / absmax.clamp(min=NF4_SMALLEST_ABSMAX))[:, None]
+    codes = torch.bucketize(scaled, _midpoints(torch.tensor(NF4_CODE, device=device)))
+    codes = codes.reshape(-1)[: weight.numel()].to(torch.uint8)
+    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7).view(-1, 2)
+    packed = (pairs[:, 0] << 4) | pairs[:, 1]
+    if not double_quant:
+        return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
+    offset = absmax.mean()
+    centred = _in_blocks(absmax - offset, ABSMAX_BLOCK)
+    absmax_scale = centred.abs().amax(1)
+    scaled = centred * (1.0 / absmax_scale.clamp(min=NF4_SMALLEST_ABSMAX))[:, None]
+    absmax_codes = torch.bucketize(scaled, _midpoints(dynamic_code().to(device)))
+    absmax_codes = absmax_codes.reshape(-1)[: absmax.numel()].to(torch.uint8)
+    return NF4(packed, absmax_codes, absmax_scale, offset, block_size, tuple(weight.shape))
+
+
+def nf4_absmax(weight: NF4) -> Tensor:
+    """The blocks' scales in float32, [blocks]; double quantisation undone."""
+    if weight.absmax_scale is None:
+        return weight.absmax
+    codes = dynamic_code().to(weight.absmax.device)[weight.absmax.int()]
+    return codes * weight.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: codes.numel()] + weight.absmax_offset
+
+
+def dequantize_nf4(weight: NF4, out: Tensor) -> None:
+    """Writes the dense weight to out [N, K]: NF4_CODE[code] · scale in float32, rounded once to the dtype of out."""
+    N, K = weight.shape
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1)[: N * K]
+    values = torch.tensor(NF4_CODE, device=codes.device)[codes.int()]
+    scales = nf4_absmax(weight)[:, None]
+    out.copy_((_in_blocks(values, weight.block_size) * scales).reshape(-1)[: N * K].view(N, K))

@@ -4,11 +4,9 @@
 // Rows of x, y, dx and dy are `ld_*` elements apart with unit column stride; everything else is contiguous.
 #pragma once
 
-#include <cstdint>
+#include "dtype.h"
 
 namespace lora_kernels::cpu {
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // keep(m, k) is drawn by Philox4x32-7; kept elements are scaled by 65536 / (65536 - threshold). threshold 0: no
 // dropout.
@@ -85,17 +83,12 @@ struct LoraABwd {
   int num_threads;
 };
 
-// One instruction set's build of the kernels. Each returns false when memory ran out.
-struct Kernels {
-  const char* name;
+// One instruction set's build. Each returns false when memory ran out.
+struct LoraLinearKernels {
   bool (*lora_a_fwd)(const LoraAFwd&);
   bool (*lora_b_fwd)(const LoraBFwd&);
   bool (*lora_b_bwd)(const LoraBBwd&);
   bool (*lora_a_bwd)(const LoraABwd&);
 };
-
-constexpr int kMaxIsas = 4;
-// Writes the builds this processor can run, best first, and returns how many. The last ones may be slow, for tests.
-int supported_isas(const Kernels** out);
 
 }  // namespace lora_kernels::cpu

@@ -7,49 +7,16 @@
 // b is always packed in "panels": columns in groups of at most kTileCols, each group [P, width] contiguous.
 // Scalings are folded into the panels or applied in the last reduction. Each thread has a fixed range of rows and
 // gradients are reduced in thread order, so a result depends on num_threads but never on timing.
-#include <cstdlib>
-
 #include "lora_linear.h"
-#include "vec.h"
-
-#define LK_CONCAT_(a, b) a##b
-#define LK_CONCAT(a, b) LK_CONCAT_(a, b)
-#define LK_STRING_(a) #a
-#define LK_STRING(a) LK_STRING_(a)
+#include "tile.h"
 
 namespace lora_kernels::cpu {
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 12;  // 24 accumulators of 32 registers
-#else
-constexpr int kTileRows = LK_LANES == 16 ? 3 : 6;  // 12 accumulators of 16 registers
-#endif
-constexpr int kVecs = 2;
-constexpr int kTileCols = kVecs * kLanes;
 constexpr int64_t kBlockRows = 96;
 constexpr int64_t kBlockCols = 256;
 // One cache line more than a power of two: a column of the block must not fall into one cache set.
 constexpr int64_t kBlockStride = kBlockCols + 16;
-// Waking a thread costs some microseconds, and far more on a busy machine.
-constexpr int64_t kMinMultiplyAdds = 1 << 18;
-constexpr int64_t kMinMoves = 1 << 15;
-
-template <int kValue>
-struct Int {
-  static constexpr int value = kValue;
-};
-
-LK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-LK_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
-struct Buffer {
-  explicit Buffer(int64_t floats) : data((float*)aligned_alloc(64, round_up(floats * 4 + 64, 64))) {}
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-  float* data;
-};
-
 // Panels of a [P, J] matrix, its columns padded with zeros to a multiple of `pad`: kLanes or kTileCols.
 struct Panels {
   int64_t P, J;
@@ -69,34 +36,8 @@ LK_INLINE Share share_of(int64_t size, int part, int parts) {
   const int64_t step = round_up((size + parts - 1) / parts, kTileRows);
   return {min64(size, part * step), min64(size, (part + 1) * step)};
 }
-LK_INLINE int thread_count(int requested, int64_t parts, int64_t work, int64_t min_work) {
-  const int64_t threads = min64(requested, min64(parts, work / min_work));
-  return threads < 1 ? 1 : (int)threads;
-}
 LK_INLINE int product_threads(int requested, int64_t M, int64_t cols, int64_t R) {
   return thread_count(requested, (M + kTileRows - 1) / kTileRows, M * cols * R, kMinMultiplyAdds);
-}
-
-template <class F>
-LK_INLINE void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f((float*)nullptr);
-    case DType::kBFloat16:
-      return f((bf16*)nullptr);
-    case DType::kFloat16:
-      return f((fp16*)nullptr);
-  }
-}
-
-template <class T>
-LK_INLINE float to_float(const T* p) {
-  T lanes[kLanes] = {*p};
-  return load(lanes)[0];
-}
-template <>
-LK_INLINE float to_float(const float* p) {
-  return *p;
 }
 
 // Panels of scale · src, where element (p, j) is src[p * stride_p + j * stride_j]. Columns past J are zero.
@@ -128,37 +69,6 @@ void pack(const void* src, DType dtype, int64_t stride_p, int64_t stride_j, floa
   });
 }
 
-// acc[i, :] = Σ_p a(i, p) b[p, :]; a is stored [I, P], or [P, I] when kTransposed.
-template <int kRows, int kCols, bool kTransposed>
-LK_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t P, vf (&acc)[kRows][kCols]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < kCols; ++j) acc[i][j] = vf{};
-#pragma GCC unroll 1
-  for (int64_t p = 0; p < P; ++p) {
-    vf bv[kCols];
-#pragma GCC unroll 2
-    for (int j = 0; j < kCols; ++j) bv[j] = load(b + (p * kCols + j) * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const vf av = splat(kTransposed ? a[p * lda + i] : a[i * lda + p]);
-#pragma GCC unroll 2
-      for (int j = 0; j < kCols; ++j) acc[i][j] += av * bv[j];
-    }
-  }
-}
-
-// Calls f(Int<rows>, first row) for tiles that cover `rows`.
-template <class F>
-LK_INLINE void for_row_tiles(int64_t rows, F f) {
-  int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) f(Int<kTileRows>{}, i);
-  if (kTileRows > 4)
-    for (; i + 4 <= rows; i += 4) f(Int<4>{}, i);
-  for (; i < rows; ++i) f(Int<1>{}, i);
-}
-
 // out[i, :] += Σ_p a(i, p) b[p, :] for one panel b; out is laid out as a panel too.
 template <bool kTransposed>
 void accumulate(const float* a, int64_t lda, int64_t rows, const float* b, int64_t P, int width, float* out) {
@@ -167,7 +77,7 @@ void accumulate(const float* a, int64_t lda, int64_t rows, const float* b, int64
     for_row_tiles(rows, [&](auto tile, int64_t i) {
       constexpr int kRows = decltype(tile)::value;
       vf acc[kRows][kCols];
-      multiply<kRows, kCols, kTransposed>(a + (kTransposed ? i : i * lda), lda, b, P, acc);
+      multiply<kRows, kCols, kTransposed>(a + (kTransposed ? i : i * lda), lda, b, kCols * kLanes, P, acc);
       for (int ii = 0; ii < kRows; ++ii)
         for (int j = 0; j < kCols; ++j) {
           float* o = out + ((i + ii) * kCols + j) * kLanes;
@@ -226,7 +136,7 @@ void rank_update(const float* h, int64_t R, const float* panels, int64_t rows, i
     const float* panel = panels;
     for (int64_t j = 0; j < cols; j += kTileCols, panel += R * kTileCols) {
       vf acc[kRows][kVecs];
-      multiply<kRows, kVecs, false>(h + i * R, R, panel, R, acc);
+      multiply<kRows, kVecs, false>(h + i * R, R, panel, kTileCols, R, acc);
       auto finish = [&](int ii, const TBase* in, TOut* o) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) {
@@ -477,7 +387,7 @@ bool lora_a_bwd(const LoraABwd& p) {
 
 }  // namespace
 
-extern const Kernels LK_CONCAT(kernels_, LK_ISA);
-const Kernels LK_CONCAT(kernels_, LK_ISA) = {LK_STRING(LK_ISA), lora_a_fwd, lora_b_fwd, lora_b_bwd, lora_a_bwd};
+extern const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA);
+const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA) = {lora_a_fwd, lora_b_fwd, lora_b_bwd, lora_a_bwd};
 
 }  // namespace lora_kernels::cpu

@@ -32,7 +32,7 @@ from lora_kernels.methods.lora import (
     pattern_matches,
     plan,
 )
-from lora_kernels.nn.lora_linear import lora_scaling
+from lora_kernels.nn.lora_linear import is_conv1d, lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -324,7 +324,7 @@ def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Si
     shapes = {}
     for name, (r, _) in planned.adapters.items():
         linear = model.get_submodule(name)
-        N, K = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.shape[::-1]
+        N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
         shapes[f"{_PREFIX}{name}.lora_A.weight"] = torch.Size((r, K))
         shapes[f"{_PREFIX}{name}.lora_B.weight"] = torch.Size((N, r))
     for name in planned.modules_to_save:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_conv1d
+from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear
 
 ALL_LINEAR = "all-linear"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -130,7 +130,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     if is_injected(model):
         raise ValueError("model already carries LoRA adapters; merge(model) them first, or load the base model anew")
     modules = {name: module for name, module in model.named_modules() if name}
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_linear(module)]
     for argument in ("target_modules", "exclude_modules", "modules_to_save"):
         _check_names_exist(argument, getattr(config, argument), modules, linears)
 
@@ -157,13 +157,13 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             f"target_modules={config.target_modules!r} leaves no module for an adapter; linear layers of the model: "
             f"{_shorten(linears)}"
         )
-    unsupported = [name for name in chosen if type(modules[name]) is not nn.Linear and not is_conv1d(modules[name])]
+    unsupported = [name for name in chosen if not is_linear(modules[name])]
     if unsupported:
         kind = type(modules[unsupported[0]]).__qualname__
         raise ValueError(
-            f"target_modules={config.target_modules!r} includes {unsupported[0]!r}, a {kind}; allowed: torch.nn.Linear "
-            f"and transformers' Conv1D. Leave it out with exclude_modules, or name the linear layers: "
-            f"{_shorten(linears)}"
+            f"target_modules={config.target_modules!r} includes {unsupported[0]!r}, a {kind}; allowed: "
+            f"torch.nn.Linear, NF4Linear and transformers' Conv1D. Leave it out with exclude_modules, or name the "
+            f"linear layers: {_shorten(linears)}"
         )
     for name in chosen:
         dtype = modules[name].weight.dtype

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.nn.nf4_linear import NF4Linear
+from lora_kernels.ops.lora_linear import frozen_linear, lora_linear
+from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 
@@ -19,6 +20,11 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether module is transformers' Conv1D, a linear layer whose weight is stored [K, N] (GPT-2)."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether module is one that FusedLoRALinear can stand on: nn.Linear, NF4Linear or transformers' Conv1D."""
+    return type(module) in (nn.Linear, NF4Linear) or is_conv1d(module)
 
 
 def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init: str) -> None:
@@ -107,25 +113,38 @@ class FusedLoRALinear(nn.Module):
         use_rslora: bool = False,
         init: str = "default",
         adapter_dtype: torch.dtype = torch.float32,
+        quantize: str | None = None,
+        double_quant: bool = False,
     ) -> FusedLoRALinear:
-        """A FusedLoRALinear over the very weight and bias of `linear` (nn.Linear or transformers' Conv1D).
+        """A FusedLoRALinear over the very weight and bias of `linear` (nn.Linear, NF4Linear or transformers' Conv1D).
 
-        The parameters are shared, not copied, and stop requiring gradients. Arguments as for the class. Raises
-        TypeError for another module (a subclass too, since its forward may differ), ValueError for a bad argument.
+        The parameters are shared, not copied, and stop requiring gradients. With quantize="nf4" the layer holds an
+        NF4 copy of the weight instead, in blocks of 64 (QLoRA; `double_quant` as in `quantize_nf4`). Other arguments
+        as for the class. Raises TypeError for another module (a subclass too, since its forward may differ),
+        ValueError for a bad argument.
         """
-        if type(linear) is not nn.Linear and not is_conv1d(linear):
-            raise TypeError(f"linear is a {type(linear).__qualname__}; allowed: torch.nn.Linear, transformers' Conv1D")
+        if not is_linear(linear):
+            raise TypeError(
+                f"linear is a {type(linear).__qualname__}; allowed: torch.nn.Linear, NF4Linear, transformers' Conv1D"
+            )
         check_lora_arguments(r, lora_alpha, lora_dropout, init)
+        if quantize not in (None, "nf4"):
+            raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
+        if quantize is not None and is_conv1d(linear):
+            raise TypeError("linear is a Conv1D; quantize='nf4' takes torch.nn.Linear only")
+        weight = linear.weight
+        if quantize is not None and not isinstance(weight, NF4Weight):
+            weight = quantize_nf4(weight.detach(), double_quant=double_quant)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(
-            linear.weight, linear.bias, is_conv1d(linear), r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype
+            weight, linear.bias, is_conv1d(linear), r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype
         )
         return layer.train(linear.training)
 
     def _adopt(
         self,
-        weight: nn.Parameter,
+        weight: nn.Parameter | NF4Weight,
         bias: nn.Parameter | None,
         fan_in_fan_out: bool,
         r: int,
@@ -135,7 +154,7 @@ class FusedLoRALinear(nn.Module):
         init: str,
         adapter_dtype: torch.dtype,
     ) -> None:
-        if not weight.is_floating_point():
+        if not weight.dtype.is_floating_point:
             raise ValueError(f"linear.weight has dtype {weight.dtype}; allowed: a floating-point dtype")
         adapter_dtype = torch.float64 if weight.dtype == torch.float64 else adapter_dtype
         if adapter_dtype not in (torch.float32, weight.dtype):
@@ -151,7 +170,7 @@ class FusedLoRALinear(nn.Module):
         # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as
         # a parameter: it must not show up in state_dict or parameters() under a second name.
         self.__dict__["_unmerged_weight"] = None
-        self.weight = weight.requires_grad_(False)
+        self.weight = weight.requires_grad_(False)  # NF4Weight has no parameters, so this says the same of both
         self.bias = None if bias is None else bias.requires_grad_(False)
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, dtype=adapter_dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, dtype=adapter_dtype, device=weight.device))
@@ -192,7 +211,7 @@ class FusedLoRALinear(nn.Module):
             # The call that Conv1D makes, so that disabling the adapters returns the base model's very bits.
             y = torch.addmm(self.bias, x.reshape(-1, self.in_features), weight)
             return y.view(*x.shape[:-1], self.out_features)
-        return F.linear(x, weight, self.bias)
+        return frozen_linear(x, weight, self.bias)
 
     @property
     def merged(self) -> bool:
@@ -205,7 +224,9 @@ class FusedLoRALinear(nn.Module):
             return self.weight.detach().clone()
         acc_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         update = self.scaling * (self.lora_b.to(acc_dtype) @ self.lora_a.to(acc_dtype))
-        merged = (self.weight.to(acc_dtype) + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
+        is_nf4 = isinstance(self.weight, NF4Weight)
+        base = self.weight.dequantize(acc_dtype) if is_nf4 else self.weight.to(acc_dtype)
+        merged = (base + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"the merged weight is not finite in {self.weight.dtype}")
         return merged
@@ -213,6 +234,7 @@ class FusedLoRALinear(nn.Module):
     def merge(self) -> None:
         """Replaces `weight` by W + scaling · lora_b · lora_a, summed in float32 and rounded once to W's dtype.
 
+        An NF4 weight is dequantised for it: the merged one is dense, in the dtype that was quantised.
         The frozen W is set aside, not overwritten: `unmerge` brings back its exact bits, and modules that share it
         (tied embeddings) keep it. The price is a second weight in memory while merged. Rounding to bfloat16 or
         float16 loses the part of the update below W's last bit, so train and evaluate unmerged.
@@ -229,6 +251,8 @@ class FusedLoRALinear(nn.Module):
         """Undoes `merge`: `weight` is the original parameter again, bit for bit. RuntimeError if not merged."""
         if not self.merged:
             raise RuntimeError("the adapter is not merged")
+        # torch puts no module where a parameter is.
+        del self.weight
         self.weight = self._unmerged_weight
         self.__dict__["_unmerged_weight"] = None
 
@@ -252,7 +276,10 @@ class FusedLoRALinear(nn.Module):
         super()._apply(fn, recurse)
         if self.merged:
             with torch.no_grad():
-                self._unmerged_weight.data = fn(self._unmerged_weight.data)
+                if isinstance(self._unmerged_weight, NF4Weight):
+                    self._unmerged_weight._apply(fn)
+                else:
+                    self._unmerged_weight.data = fn(self._unmerged_weight.data)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -260,7 +287,10 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             # Beside lora_a and lora_b a merged weight would count the update twice after loading.
             weight = self._unmerged_weight
-            destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+            if isinstance(weight, NF4Weight):
+                weight._save_to_state_dict(destination, prefix + "weight.", keep_vars)
+            else:
+                destination[prefix + "weight"] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -268,6 +298,7 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             error_msgs.append(f"{prefix[:-1] or 'FusedLoRALinear'} is merged; call unmerge() before loading")
             return
+        load_packed(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

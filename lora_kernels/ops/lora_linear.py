@@ -2,6 +2,8 @@
 
 x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], lora_e [R]; h = dropout(x) Aᵀ [M, R] in float32.
 Saved for backward: x, h and the random (seed, offset). Never the mask, never dropout(x).
+The weight is dense or NF4. An op's schema knows tensors only, so NF4 comes as its parts (`weight` is then `packed`);
+block_size 0 means dense.
 """
 
 from __future__ import annotations
@@ -12,17 +14,20 @@ import torch
 from torch import Tensor
 
 from lora_kernels import backends, reference
+from lora_kernels.ops.nf4 import NF4Weight
+from lora_kernels.reference import NF4
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_NF4_PARTS = "Tensor? absmax=None, Tensor? absmax_scale=None, Tensor? absmax_offset=None, int block_size=0"
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, "
-    "Tensor? lora_e, float dropout_p, Tensor? rng) -> (Tensor, Tensor)"
+    f"Tensor? lora_e, float dropout_p, Tensor? rng, {_NF4_PARTS}) -> (Tensor, Tensor)"
 )
 _library.define(
     "lora_linear_bwd(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, "
-    "Tensor? lora_e, float dropout_p, Tensor? rng, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? lora_e, float dropout_p, Tensor? rng, bool[] needs, {_NF4_PARTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -31,14 +36,16 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """A weight with unit stride along either dimension: a transposed view (Conv1D) is read as it is."""
-    return t if 1 in t.stride() else t.contiguous()
+def _frozen(weight: Tensor, shape: tuple[int, int], absmax=None, absmax_scale=None, absmax_offset=None, block_size=0):
+    """The weight as backends take it: NF4, or dense with unit stride along either dimension (Conv1D's as it is)."""
+    if block_size:
+        return NF4(weight, absmax, absmax_scale, absmax_offset, block_size, shape)
+    return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def _run(name: str, x: Tensor, weight: Tensor, *args):
+def _run(name: str, x: Tensor, lora_b: Tensor, *args):
     """Call the function ``name`` of the backend that is in force."""
-    empty = 0 in (*x.shape, weight.shape[0])
+    empty = 0 in (*x.shape, lora_b.shape[0])
     function = getattr(reference if empty else backends.resolve(x), name)
     if not torch.is_autocast_enabled(x.device.type):
         return function(*args)
@@ -51,30 +58,32 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng):
+def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts):
+    frozen = _frozen(weight, (lora_b.shape[0], x.shape[1]), *nf4_parts)
     adapters = (lora_a.contiguous(), lora_b.contiguous())
-    args = (_rows(x), _matrix(weight), *adapters, scaling, _vector(bias), _vector(lora_e), dropout_p, rng)
-    return _run("lora_linear_fwd", x, weight, *args)
+    args = (_rows(x), frozen, *adapters, scaling, _vector(bias), _vector(lora_e), dropout_p, rng)
+    return _run("lora_linear_fwd", x, lora_b, *args)
 
 
-def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs):
+def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs, *nf4_parts):
+    frozen = _frozen(weight, (lora_b.shape[0], x.shape[1]), *nf4_parts)
     adapters = (lora_a.contiguous(), lora_b.contiguous())
-    tensors = (_rows(dy), _rows(x), h.contiguous(), _matrix(weight), *adapters)
+    tensors = (_rows(dy), _rows(x), h.contiguous(), frozen, *adapters)
     args = (*tensors, scaling, _vector(lora_e), dropout_p, rng, needs)
-    grads = _run("lora_linear_bwd", x, weight, *args)
+    grads = _run("lora_linear_bwd", x, lora_b, *args)
     # An op's schema has no optional results: a gradient that nobody asked for is an empty tensor.
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _fwd_fake(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng):
+def _fwd_fake(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts):
     h_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
-        x.new_empty(x.shape[0], weight.shape[0]),
+        x.new_empty(x.shape[0], lora_b.shape[0]),
         x.new_empty(x.shape[0], lora_a.shape[0], dtype=h_dtype),
     )
 
 
-def _bwd_fake(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs):
+def _bwd_fake(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs, *nf4_parts):
     likes = (x, lora_a, lora_b, lora_e)
     return tuple(
         like.new_empty(like.shape) if need and like is not None else dy.new_empty(0)
@@ -90,25 +99,25 @@ for _name, _implementation, _fake in (("lora_linear_fwd", _fwd, _fwd_fake), ("lo
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng = inputs
+    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *scales, block_size = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, h, weight, lora_a, lora_b, lora_e, rng)
-    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+    ctx.save_for_backward(x, h, weight, lora_a, lora_b, lora_e, rng, *scales)
+    ctx.scaling, ctx.dropout_p, ctx.block_size = scaling, dropout_p, block_size
 
 
 def _autograd(ctx, dy, _dh):
-    x, h, weight, lora_a, lora_b, lora_e, rng = ctx.saved_tensors
+    x, h, weight, lora_a, lora_b, lora_e, rng, *scales = ctx.saved_tensors
     need_x, need_weight, need_a, need_b, _, need_bias, need_e = ctx.needs_input_grad[:7]
     needs = [need_x, need_a, need_b, need_e]
     grads = torch.ops.lora_kernels.lora_linear_bwd(
-        dy, x, h, weight, lora_a, lora_b, ctx.scaling, lora_e, ctx.dropout_p, rng, needs
+        dy, x, h, weight, lora_a, lora_b, ctx.scaling, lora_e, ctx.dropout_p, rng, needs, *scales, ctx.block_size
     )
     dx, da, db, de = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     # The base is frozen in LoRA; these two serve those who train it or its bias as well.
     dweight = dy.T @ x if need_weight else None
     dbias = dy.sum(0) if need_bias else None
-    return dx, dweight, da, db, None, dbias, de, None, None
+    return dx, dweight, da, db, None, dbias, de, None, None, None, None, None, None
 
 
 def _double_backward(ctx, *grads):
@@ -125,13 +134,17 @@ def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtype
     if t.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
         raise TypeError(f"{name} has dtype {t.dtype}; with x of {x.dtype} it must be {allowed}")
+    _check_device(name, t, x)
+
+
+def _check_device(name: str, t: Tensor | NF4Weight, x: Tensor) -> None:
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, x on {x.device}; both must be on the same device")
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -143,7 +156,8 @@ def lora_linear(
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64 (float64 runs on the reference backend).
-        weight: [N, K], the frozen W0, in the dtype of x; a transposed view is read in place.
+        weight: [N, K], the frozen W0: dense in the dtype of x (a transposed view is read in place), or an NF4Weight
+            (QLoRA, Dettmers et al. 2023), which is decoded inside the kernels to at least the precision of x.
         lora_a: [R, K], in the dtype of x or float32.
         lora_b: [N, R], in the dtype of x or float32.
         scaling: lora_alpha / r (rsLoRA: lora_alpha / √r).
@@ -159,45 +173,67 @@ def lora_linear(
 
     Raises ValueError for a wrong shape, device, or dropout_p; TypeError for a wrong dtype.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if x.dtype not in _FLOATING:
-        raise TypeError(f"x has dtype {x.dtype}; allowed: {', '.join(str(dtype) for dtype in _FLOATING)}")
-    if x.dim() < 1 or weight.dim() != 2 or lora_a.dim() != 2:
-        raise ValueError(
-            f"x, weight and lora_a must be [..., K], [N, K] and [R, K]; "
-            f"given {list(x.shape)}, {list(weight.shape)} and {list(lora_a.shape)}"
-        )
+    x, weight, bias = _under_autocast(x, weight, bias)
+    _check_shapes(x, weight, bias)
+    if lora_a.dim() != 2 or lora_a.shape[0] < 1:
+        raise ValueError(f"lora_a has shape {list(lora_a.shape)}; expected [R, K], and the rank R must be at least 1")
     (N, K), R = weight.shape, lora_a.shape[0]
-    if x.shape[-1] != K:
-        raise ValueError(
-            f"x has {x.shape[-1]} features (shape {list(x.shape)}); weight [N, K] = [{N}, {K}] expects {K}"
-        )
-    if R < 1:
-        raise ValueError("lora_a has 0 rows; the rank R must be at least 1")
     adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    _check_tensor("weight", weight, (N, K), x, (x.dtype,))
     _check_tensor("lora_a", lora_a, (R, K), x, adapter_dtypes)
     _check_tensor("lora_b", lora_b, (N, R), x, adapter_dtypes)
-    if bias is not None:
-        _check_tensor("bias", bias, (N,), x, (x.dtype,))
     if lora_e is not None:
         _check_tensor("lora_e", lora_e, (R,), x, adapter_dtypes)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
 
     rng = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p > 0.0 else None
+    return _call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng)
+
+
+def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias of a frozen weight [N, K], dense or NF4, for x [..., K]; differentiable in x (and bias).
+
+    An NF4 weight is decoded inside the kernel, as in `lora_linear`. Raises as `lora_linear` does.
+    """
+    if not isinstance(weight, NF4Weight):
+        return torch.nn.functional.linear(x, weight, bias)
+    x, weight, bias = _under_autocast(x, weight, bias)
+    _check_shapes(x, weight, bias)
+    N, K = weight.shape
+    return _call(x, weight, x.new_empty(0, K), x.new_empty(N, 0), 1.0, bias, None, 0.0, None)
+
+
+def _under_autocast(x: Tensor, *others: Tensor | NF4Weight | None) -> tuple:
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), *(other.to(dtype) if isinstance(other, Tensor) else other for other in others)
+
+
+def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"x has dtype {x.dtype}; allowed: {', '.join(str(dtype) for dtype in _FLOATING)}")
+    if x.dim() < 1 or len(weight.shape) != 2:
+        raise ValueError(f"x and weight must be [..., K] and [N, K]; given {list(x.shape)} and {list(weight.shape)}")
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(
+            f"x has {x.shape[-1]} features (shape {list(x.shape)}); weight [N, K] = [{N}, {K}] expects {K}"
+        )
+    if isinstance(weight, NF4Weight):
+        _check_device("weight", weight, x)
+    else:
+        _check_tensor("weight", weight, (N, K), x, (x.dtype,))
+    if bias is not None:
+        _check_tensor("bias", bias, (N,), x, (x.dtype,))
+
+
+def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng) -> Tensor:
+    (*batch, K), N = x.shape, weight.shape[0]
+    tensor, nf4_parts = weight, ()
+    if isinstance(weight, NF4Weight):
+        tensor, *nf4_parts = weight.tensors()[:-1]
     y, _ = torch.ops.lora_kernels.lora_linear_fwd(
-        x.reshape(math.prod(x.shape[:-1]), K),
-        weight,
-        lora_a,
-        lora_b,
-        float(scaling),
-        bias,
-        lora_e,
-        float(dropout_p),
-        rng,
+        x.reshape(math.prod(batch), K), tensor, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts
     )
-    return y.reshape(*x.shape[:-1], N)
+    return y.reshape(*batch, N)

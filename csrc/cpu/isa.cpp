@@ -1,5 +1,4 @@
-// Which builds of lora_linear_kernels.cpp this processor can run.
-#include "lora_linear.h"
+#include "isa.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -7,11 +6,17 @@
 
 namespace lora_kernels::cpu {
 
-extern const Kernels kernels_generic;
+// *_kernels.cpp is compiled once per instruction set and names its table <op>_<isa>.
+#define LK_ISA_TABLE(isa)                           \
+  extern const LoraLinearKernels lora_linear_##isa; \
+  extern const Nf4Kernels nf4_##isa;                \
+  static const Isa isa_##isa = {#isa, &lora_linear_##isa, &nf4_##isa};
+
+LK_ISA_TABLE(generic)
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx2_wide;
-extern const Kernels kernels_avx512;
+LK_ISA_TABLE(avx2)
+LK_ISA_TABLE(avx2_wide)
+LK_ISA_TABLE(avx512)
 
 static bool has_f16c() {
   unsigned a, b, c, d;
@@ -19,19 +24,19 @@ static bool has_f16c() {
 }
 #endif
 
-int supported_isas(const Kernels** out) {
+int supported_isas(const Isa** out) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    out[count++] = &kernels_avx512;
-  if (avx2) out[count++] = &kernels_avx2;
+    out[count++] = &isa_avx512;
+  if (avx2) out[count++] = &isa_avx2;
 #endif
-  out[count++] = &kernels_generic;
+  out[count++] = &isa_generic;
 #if defined(__x86_64__)
-  if (avx2) out[count++] = &kernels_avx2_wide;
+  if (avx2) out[count++] = &isa_avx2_wide;
 #endif
   return count;
 }

@@ -1,0 +1,73 @@
+// What the *_kernels.cpp share beside their vectors: scratch memory, thread counts, dispatch on storage types.
+#pragma once
+
+#include <cstdlib>
+
+#include "dtype.h"
+#include "vec.h"
+
+#define LK_CONCAT_(a, b) a##b
+#define LK_CONCAT(a, b) LK_CONCAT_(a, b)
+
+namespace lora_kernels::cpu {
+namespace {
+
+// Waking a thread costs some microseconds, and far more on a busy machine.
+constexpr int64_t kMinMultiplyAdds = 1 << 18;
+constexpr int64_t kMinMoves = 1 << 15;
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+LK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+LK_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+struct Buffer {
+  explicit Buffer(int64_t floats) : data((float*)aligned_alloc(64, round_up(floats * 4 + 64, 64))) {}
+  ~Buffer() { free(data); }
+  Buffer(const Buffer&) = delete;
+  float* data;
+};
+
+LK_INLINE int thread_count(int requested, int64_t parts, int64_t work, int64_t min_work) {
+  const int64_t threads = min64(requested, min64(parts, work / min_work));
+  return threads < 1 ? 1 : (int)threads;
+}
+
+template <class F>
+LK_INLINE void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f((float*)nullptr);
+    case DType::kBFloat16:
+      return f((bf16*)nullptr);
+    case DType::kFloat16:
+      return f((fp16*)nullptr);
+  }
+}
+
+template <class T>
+LK_INLINE float to_float(const T* p) {
+  T lanes[kLanes] = {*p};
+  return load(lanes)[0];
+}
+template <>
+LK_INLINE float to_float(const float* p) {
+  return *p;
+}
+
+template <class T>
+LK_INLINE void from_float(T* p, float value) {
+  T lanes[kLanes];
+  store(lanes, splat(value));
+  *p = lanes[0];
+}
+template <>
+LK_INLINE void from_float(float* p, float value) {
+  *p = value;
+}
+
+}  // namespace
+}  // namespace lora_kernels::cpu

@@ -1,0 +1,19 @@
+// The builds of all ops for one instruction set, and which of them this processor can run.
+#pragma once
+
+#include "lora_linear.h"
+#include "nf4.h"
+
+namespace lora_kernels::cpu {
+
+struct Isa {
+  const char* name;
+  const LoraLinearKernels* lora_linear;
+  const Nf4Kernels* nf4;
+};
+
+constexpr int kMaxIsas = 4;
+// Writes the builds this processor can run, best first, and returns how many. The last ones may be slow, for tests.
+int supported_isas(const Isa** out);
+
+}  // namespace lora_kernels::cpu

@@ -1,0 +1,77 @@
+// CPU kernels of NF4 weights: quantise, dequantise, and products that decode in cache. The format is described in
+// lora_kernels/reference.py, class NF4.
+#pragma once
+
+#include "dtype.h"
+
+namespace lora_kernels::cpu {
+
+struct Nf4Weight {
+  const uint8_t* packed;
+  const void* absmax;         // float [blocks], or uint8 [blocks] under double quantisation
+  const float* absmax_scale;  // [(blocks + 255) / 256], or null without double quantisation
+  const float* absmax_code;   // [256], the dynamic 8-bit code
+  float absmax_offset;
+  int64_t block_size;
+  int64_t N, K;
+};
+
+// packed and absmax of `size` elements. An absmax is not finite iff an element of its block is not.
+struct Nf4Quantize {
+  const void* weight;
+  DType weight_dtype;
+  int64_t size;
+  int64_t block_size;
+  uint8_t* packed;
+  float* absmax;
+  int num_threads;
+};
+
+// codes and scales of absmax - offset, in blocks of 256.
+struct Nf4QuantizeAbsmax {
+  const float* absmax;
+  int64_t blocks;
+  float absmax_offset;
+  const float* absmax_code;
+  uint8_t* codes;
+  float* absmax_scale;
+};
+
+// out[n - row_first, k - col_first] = W[n, k] for rows and columns of the ranges, rounded once.
+struct Nf4Dequantize {
+  Nf4Weight weight;
+  int64_t row_first, row_last, col_first, col_last;
+  void* out;
+  DType out_dtype;
+  int64_t ld_out;
+  int num_threads;
+};
+
+// y = x Wᵀ: x [M,K], y [M,N] contiguous.
+struct Nf4Forward {
+  Nf4Weight weight;
+  const float* x;
+  float* y;
+  int64_t M;
+  int num_threads;
+};
+
+// dx = dy W: dy [M,N], dx [M,K] contiguous.
+struct Nf4Backward {
+  Nf4Weight weight;
+  const float* dy;
+  float* dx;
+  int64_t M;
+  int num_threads;
+};
+
+// One instruction set's build. The last two return false when memory ran out.
+struct Nf4Kernels {
+  bool (*quantize)(const Nf4Quantize&);
+  bool (*quantize_absmax)(const Nf4QuantizeAbsmax&);
+  bool (*dequantize)(const Nf4Dequantize&);
+  bool (*forward)(const Nf4Forward&);
+  bool (*backward)(const Nf4Backward&);
+};
+
+}  // namespace lora_kernels::cpu

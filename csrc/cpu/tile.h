@@ -1,0 +1,49 @@
+// The register tile that the matrix products are made of.
+#pragma once
+
+#include "common.h"
+
+namespace lora_kernels::cpu {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int kTileRows = LK_LANES == 16 ? 3 : 6;  // 12 accumulators of 16 registers
+#endif
+constexpr int kVecs = 2;
+constexpr int kTileCols = kVecs * kLanes;
+
+// acc[i, :] = Σ_p a(i, p) b[p, :]; a is stored [I, P], or [P, I] when kTransposed; rows of b are ldb apart.
+template <int kRows, int kCols, bool kTransposed>
+LK_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t P, vf (&acc)[kRows][kCols]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kCols; ++j) acc[i][j] = vf{};
+#pragma GCC unroll 1
+  for (int64_t p = 0; p < P; ++p) {
+    vf bv[kCols];
+#pragma GCC unroll 2
+    for (int j = 0; j < kCols; ++j) bv[j] = load(b + p * ldb + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const vf av = splat(kTransposed ? a[p * lda + i] : a[i * lda + p]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kCols; ++j) acc[i][j] += av * bv[j];
+    }
+  }
+}
+
+// Calls f(Int<rows>, first row) for tiles that cover `rows`.
+template <class F>
+LK_INLINE void for_row_tiles(int64_t rows, F f) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows) f(Int<kTileRows>{}, i);
+  if (kTileRows > 4)
+    for (; i + 4 <= rows; i += 4) f(Int<4>{}, i);
+  for (; i < rows; ++i) f(Int<1>{}, i);
+}
+
+}  // namespace
+}  // namespace lora_kernels::cpu

@@ -1,0 +1,38 @@
+"""NF4Linear: a frozen linear layer whose weight is stored in 4 bits."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
+
+
+class NF4Linear(nn.Module):
+    """y = x Wᵀ + bias with W [N, K] in NF4 (Dettmers et al. 2023), decoded inside the kernels; differentiable in x.
+
+    weight: an NF4Weight, see `quantize_nf4`. bias: [N] or None, frozen. Input x [..., K], output y [..., N] in the
+    dtype of x. The state dict is that of bitsandbytes' Linear4bit.
+    """
+
+    def __init__(self, weight: NF4Weight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.bias = None if bias is None else bias.requires_grad_(False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = False) -> NF4Linear:
+        """An NF4 copy of `linear`, which shares its bias. Raises as `quantize_nf4`."""
+        weight = quantize_nf4(linear.weight.detach(), block_size, double_quant)
+        return cls(weight, linear.bias).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self.weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        load_packed(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

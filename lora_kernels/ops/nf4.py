@@ -1,0 +1,228 @@
+"""NF4 weights (Dettmers et al. 2023, QLoRA, section 3): quantise, dequantise, and the object that a layer holds.
+
+The layout of the tensors is `lora_kernels.reference.NF4`; the state dict is that of bitsandbytes' Linear4bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import backends
+from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_CODE, dynamic_code
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_QUANT_STATE = "quant_state.bitsandbytes__nf4"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class NF4Weight(nn.Module):
+    """A frozen [N, K] weight in 4 bits, to be the `weight` of a layer.
+
+    Args:
+        parts: its tensors, see `lora_kernels.reference.NF4`.
+        dtype: float32, bfloat16 or float16, that of the weight it stands for; what `dequantize` returns by default.
+
+    It is a module so that `.to(device)`, `state_dict` and `load_state_dict` of the layer reach its tensors. Casting a
+    model changes `dtype` only: the 4-bit values and their scales stay as they are. Its state dict has the keys and
+    the bits of bitsandbytes' Linear4bit: `weight`, `weight.absmax`, `weight.quant_map`, `weight.nested_absmax`,
+    `weight.nested_quant_map`, `weight.quant_state.bitsandbytes__nf4`.
+
+    Attributes: shape, dtype, device, block_size, double_quant.
+    """
+
+    def __init__(self, parts: NF4, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._adopt(parts, dtype)
+
+    def _adopt(self, parts: NF4, dtype: torch.dtype) -> None:
+        for name in ("packed", "absmax", "absmax_scale", "absmax_offset"):
+            self.register_buffer(name, getattr(parts, name))
+        self.block_size = parts.block_size
+        self.shape = torch.Size(parts.shape)
+        self.dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def double_quant(self) -> bool:
+        return self.absmax_scale is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def tensors(self) -> NF4:
+        """The tensors as the backends take them."""
+        return NF4(self.packed, self.absmax, self.absmax_scale, self.absmax_offset, self.block_size, tuple(self.shape))
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """The dense weight [N, K]: code · scale in float32, rounded once, bit for bit what bitsandbytes' format means.
+
+        dtype: float32, bfloat16 or float16, by default that of `out` or of the original weight. out: a contiguous
+        [N, K] tensor to write to, which saves the allocation. Raises TypeError for another dtype, ValueError for
+        another `out`.
+        """
+        dtype = dtype or (self.dtype if out is None else out.dtype)
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, _DTYPES))}")
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        found = (out.shape, out.dtype, out.device, out.is_contiguous())
+        if found != (self.shape, dtype, self.device, True):
+            raise ValueError(
+                f"out is {list(out.shape)} of {out.dtype} on {out.device}, strides {list(out.stride())}; expected a "
+                f"contiguous {list(self.shape)} of {dtype} on {self.device}"
+            )
+        backends.resolve(out).dequantize_nf4(self.tensors(), out)
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Weight:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        name = prefix.removesuffix(".") or "weight"
+        for key, tensor in to_bitsandbytes(self).items():
+            destination[name + key] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        if prefix + "packed" not in state_dict:
+            missing_keys.append(prefix.removesuffix("."))
+            return
+        entries = {key[len(prefix) - 1 :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        entries[""] = entries.pop(".packed")
+        try:
+            parts, dtype = from_bitsandbytes(entries)
+            if parts.shape != tuple(self.shape):
+                raise ValueError(f"shape is {list(parts.shape)}, the layer needs {list(self.shape)}")
+        except ValueError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            return
+        device = self.device
+        self._adopt(NF4(*(part.to(device) if isinstance(part, Tensor) else part for part in parts)), dtype)
+
+    def extra_repr(self) -> str:
+        double = ", double_quant=True" if self.double_quant else ""
+        return f"shape={list(self.shape)}, dtype={_dtype_name(self.dtype)}, block_size={self.block_size}{double}"
+
+
+def load_packed(layer: nn.Module, state_dict: dict, prefix: str) -> None:
+    """To be called by the layer before it loads: torch shows a submodule only the keys that begin with its name and a
+    dot, and the packed values are stored under the name alone."""
+    if isinstance(layer.weight, NF4Weight) and prefix + "weight" in state_dict:
+        state_dict[prefix + "weight.packed"] = state_dict.pop(prefix + "weight")
+
+
+def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = False) -> NF4Weight:
+    """Quantises weight [N, K] to NF4: 4 bits an element and a scale for every `block_size` of them.
+
+    Each block, counted through the flat row-major weight, is divided by its largest magnitude, and each element
+    replaced by the nearest of the 16 NF4 values, the lower one of two equally near. The bits are those of
+    bitsandbytes' quantize_4bit.
+
+    Args:
+        weight: float32, bfloat16 or float16; all elements finite.
+        block_size: a power of two from 32 to 4096.
+        double_quant: store the scales, less their mean, in 8 bits, in blocks of 256 (section 3, "Double
+            Quantization"): 4.127 instead of 4.5 bits an element at block_size 64.
+
+    Raises TypeError for another dtype, ValueError for another shape or block size or an element that is not finite.
+    """
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected a non-empty [N, K]")
+    if weight.dtype not in _DTYPES:
+        raise TypeError(f"weight has dtype {weight.dtype}; allowed: {', '.join(map(str, _DTYPES))}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size is {block_size}; allowed: {', '.join(map(str, BLOCK_SIZES))}")
+    with torch.no_grad():
+        parts = backends.resolve(weight).quantize_nf4(weight.contiguous(), block_size, bool(double_quant))
+    # A block with an element that is not finite has such a scale, and the mean of the scales is then not finite either.
+    if not torch.isfinite(parts.absmax_offset if double_quant else parts.absmax).all():
+        raise ValueError("weight has an element that is not finite; NF4 has no code for it")
+    return NF4Weight(parts, weight.dtype)
+
+
+def to_bitsandbytes(weight: NF4Weight) -> dict[str, Tensor]:
+    """The state-dict entries of bitsandbytes' Linear4bit, by what follows the weight's name ("" is the weight)."""
+    state = {
+        "quant_type": "nf4",
+        "blocksize": weight.block_size,
+        "dtype": _dtype_name(weight.dtype),
+        "shape": list(weight.shape),
+    }
+    entries = {
+        "": weight.packed.unsqueeze(1),
+        ".absmax": weight.absmax,
+        ".quant_map": torch.tensor(NF4_CODE, device=weight.device),
+    }
+    if weight.double_quant:
+        entries[".nested_absmax"] = weight.absmax_scale
+        entries[".nested_quant_map"] = dynamic_code().to(weight.device, copy=True)
+        state["nested_blocksize"] = ABSMAX_BLOCK
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = weight.absmax_offset.item()
+    text = torch.frombuffer(bytearray(json.dumps(state), "utf-8"), dtype=torch.uint8)
+    entries["." + _QUANT_STATE] = text.to(weight.device)
+    return entries
+
+
+def from_bitsandbytes(entries: Mapping[str, Tensor]) -> tuple[NF4, torch.dtype]:
+    """The inverse of `to_bitsandbytes`: the tensors, and the dtype of the weight that was quantised.
+
+    A `weight` stored in another dtype (bitsandbytes' quant_storage) is read by its bytes. Raises ValueError for a
+    missing entry, another code, or sizes that don't fit together.
+    """
+
+    def entry(key: str) -> Tensor:
+        if key not in entries:
+            raise ValueError(f"{key.lstrip('.')} is missing")
+        return entries[key]
+
+    def expect(name: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise ValueError(f"{name} is {found}; expected {expected}")
+
+    def flat(key: str, dtype: torch.dtype, size: int) -> Tensor:
+        tensor = entry(key)
+        expect(key.lstrip("."), (tensor.dtype, tensor.numel()), (dtype, size))
+        return tensor.detach().reshape(-1)
+
+    try:
+        state = json.loads(bytes(entry("." + _QUANT_STATE).tolist()))
+        block_size, (N, K), dtype = state["blocksize"], state["shape"], getattr(torch, state["dtype"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{_QUANT_STATE}: {error}") from None
+    expect("quant_type", state.get("quant_type"), "nf4")
+    if block_size not in BLOCK_SIZES or dtype not in _DTYPES:
+        raise ValueError(f"blocksize is {block_size} and dtype {dtype}; allowed: {BLOCK_SIZES} and {_DTYPES}")
+    if not torch.equal(flat(".quant_map", torch.float32, 16).cpu(), torch.tensor(NF4_CODE)):
+        raise ValueError("quant_map is not NF4's")
+    packed = entry("").detach().contiguous().view(-1).view(torch.uint8)
+    expect("bytes of weight", packed.numel(), (N * K + 1) // 2)
+    blocks = -(-N * K // block_size)
+    if ".nested_absmax" not in entries:
+        return NF4(packed, flat(".absmax", torch.float32, blocks), None, None, block_size, (N, K)), dtype
+    if not torch.equal(flat(".nested_quant_map", torch.float32, 256).cpu(), dynamic_code()):
+        raise ValueError("nested_quant_map is not the dynamic 8-bit code")
+    expect("nested_blocksize", state.get("nested_blocksize"), ABSMAX_BLOCK)
+    absmax = flat(".absmax", torch.uint8, blocks)
+    absmax_scale = flat(".nested_absmax", torch.float32, -(-blocks // ABSMAX_BLOCK))
+    offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=packed.device)
+    return NF4(packed, absmax, absmax_scale, offset, block_size, (N, K)), dtype
