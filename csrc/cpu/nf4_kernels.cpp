@@ -2,6 +2,8 @@
 //
 // The products decode a small piece of the weight into cache and use it for every row of x or dy before the next one:
 // the weight is read once, as 4 bits an element, and never exists as a dense [N, K].
+#include <utility>
+
 #include "nf4.h"
 #include "tile.h"
 
@@ -125,12 +127,27 @@ LK_INLINE void decode_row(const Nf4Weight& w, int64_t n, int64_t first, int64_t 
       [&](int64_t k, float value) { from_float(out + (k - first), value); });
 }
 
-LK_INLINE float sum_lanes(vf v) {
-  float lanes[kLanes], sum = 0;
-  store(lanes, v);
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-  return sum;
+// The sums over the lanes of four vectors.
+#if defined(__AVX2__)
+LK_INLINE void sum_lanes(const vf (&v)[4], float (&sums)[4]) {
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+    float lanes[kLanes];
+    store(lanes, v[i]);
+    half[i] = load_raw<__m256>(lanes);
+    if (kLanes == 16) half[i] += load_raw<__m256>(lanes + kLanes / 2);
+  }
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  store_raw(sums, _mm256_castps256_ps128(pairs) + _mm256_extractf128_ps(pairs, 1));
 }
+#else
+LK_INLINE void sum_lanes(const vf (&v)[4], float (&sums)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    sums[i] = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sums[i] += v[i][lane];
+  }
+}
+#endif
 
 template <class T>
 float quantize_block(const T* weight, int64_t size, uint8_t* packed) {
@@ -231,61 +248,99 @@ bool dequantize(const Nf4Dequantize& p) {
 template <int kRows>
 LK_INLINE void forward_from_registers(const Nf4Forward& p, int64_t n) {
   const int64_t K = p.weight.K;
-  vf acc[kRows][2] = {};
+  vf acc[4] = {};
   float rest[kRows] = {};
   for_row(
       p.weight, n, 0, K,
       [&](int64_t k, const vf(&values)[kChunkVecs], vf scale) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kChunkVecs; ++v) {
-          const vf weight = scale * values[v];
 #pragma GCC unroll 4
-          for (int m = 0; m < kRows; ++m) acc[m][v % 2] += weight * load(p.x + m * K + k + v * kLanes);
+        for (int m = 0; m < kRows; ++m) {
+          const float* x = p.x + m * K + k;
+          vf sum = values[0] * load(x);
+#pragma GCC unroll 8
+          for (int v = 1; v < kChunkVecs; ++v) sum += values[v] * load(x + v * kLanes);
+          acc[m] += scale * sum;
         }
       },
       [&](int64_t k, float value) {
         for (int m = 0; m < kRows; ++m) rest[m] += value * p.x[m * K + k];
       });
-  for (int m = 0; m < kRows; ++m) p.y[m * p.weight.N + n] = rest[m] + sum_lanes(acc[m][0] + acc[m][1]);
+  float sums[4];
+  sum_lanes(acc, sums);
+  for (int m = 0; m < kRows; ++m) p.y[m * p.weight.N + n] = sums[m] + rest[m];
 }
 
 // Rows of x up to which a decoded vector is used at once instead of being stored.
 constexpr int kRegisterRows = 4;
-// Tile of dot products over a decoded piece of kDotCols rows of the weight, which fits the first cache.
-constexpr int kDotRows = kTileRows / 2;
-constexpr int kDotCols = 4;
-constexpr int64_t kPieceK = 512;
+// A piece of kTileCols rows of the weight, decoded and turned round, fits the first cache.
+constexpr int64_t kPieceK = 256;
+// One cache line more than a power of two: the rows of a piece must not fall into one cache set.
+constexpr int64_t kPieceStride = kPieceK + 16;
 
-// out[m * ld_out + n] (+)= Σ_k x[m, k] w[n, k]; w is [kDotCols, kPieceK], of which `cols` rows count.
-template <int kRows>
-LK_INLINE void dot_tile(const float* x, int64_t ld_x, const float* w, int64_t K, int cols, bool first, float* out,
-                        int64_t ld_out) {
-  vf acc[kRows][kDotCols] = {};
-  const int64_t whole = K / kLanes * kLanes;
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    vf xv[kRows];
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) xv[m] = load(x + m * ld_x + k);
-#pragma GCC unroll 4
-    for (int n = 0; n < kDotCols; ++n) {
-      const vf wv = load(w + n * kPieceK + k);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) acc[m][n] += xv[m] * wv;
-    }
+// Half of the lanes of a and half of b's: those whose number has bit kStep clear, or set when kHigh, side by side.
+template <int kStep, bool kHigh, size_t... kLane>
+LK_INLINE vf exchange(vf a, vf b, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b,
+                                 (int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
+                                       : kLane & kStep ? kLane - kStep + kLanes
+                                                       : kLane)...);
+#else
+  return __builtin_shuffle(a, b,
+                           vi32{(int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
+                                      : kLane & kStep ? kLane - kStep + kLanes
+                                                      : kLane)...});
+#endif
+}
+
+// Lane i of v[j] and lane j of v[i] change places.
+template <int kStep = 1>
+LK_INLINE void transpose(vf (&v)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & kStep)) {
+        const vf a = v[i], b = v[i + kStep];
+        v[i] = exchange<kStep, false>(a, b, std::make_index_sequence<kLanes>());
+        v[i + kStep] = exchange<kStep, true>(a, b, std::make_index_sequence<kLanes>());
+      }
+    transpose<2 * kStep>(v);
   }
-  for (int m = 0; m < kRows; ++m)
-    for (int n = 0; n < cols; ++n) {
-      float sum = sum_lanes(acc[m][n]);
-      for (int64_t k = whole; k < K; ++k) sum += x[m * ld_x + k] * w[n * kPieceK + k];
-      float& y = out[m * ld_out + n];
-      y = first ? sum : y + sum;
+}
+
+// panel [K, kTileCols] = rows [kTileCols, K] turned round; up to kLanes - 1 rows more are written.
+LK_INLINE void turn_round(const float* rows, int64_t K, float* panel) {
+  for (int64_t k = 0; k < K; k += kLanes)
+    for (int part = 0; part < kVecs; ++part) {
+      vf v[kLanes];
+      for (int i = 0; i < kLanes; ++i) v[i] = load(rows + (part * kLanes + i) * kPieceStride + k);
+      transpose(v);
+      for (int i = 0; i < kLanes; ++i) store(panel + (k + i) * kTileCols + part * kLanes, v[i]);
     }
 }
 
+// out[m, :width] (+)= Σ_p a[m, p] b[p, :]: the tile product of both directions.
+LK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t M, const float* b, int64_t ldb, int64_t P,
+                              bool first, float* out, int64_t ld_out, int64_t width) {
+  for_row_tiles(M, [&](auto tile, int64_t m) {
+    constexpr int kRows = decltype(tile)::value;
+    vf acc[kRows][kVecs];
+    multiply<kRows, kVecs, false>(a + m * lda, lda, b, ldb, P, acc);
+    for (int i = 0; i < kRows; ++i) {
+      float* o = out + (m + i) * ld_out;
+      float sums[kTileCols];
+      for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, acc[i][v]);
+      if (width == kTileCols)
+        for (int c = 0; c < kTileCols; ++c) o[c] = first ? sums[c] : o[c] + sums[c];
+      else
+        for (int64_t c = 0; c < width; ++c) o[c] = first ? sums[c] : o[c] + sums[c];
+    }
+  });
+}
+
 bool forward(const Nf4Forward& p) {
-  const int64_t N = p.weight.N, K = p.weight.K, groups = (N + kDotCols - 1) / kDotCols;
-  const int threads = thread_count(p.num_threads, groups, p.M * N * K, kMinMultiplyAdds);
+  const int64_t N = p.weight.N, K = p.weight.K, tiles = (N + kTileCols - 1) / kTileCols;
+  const int threads = thread_count(p.num_threads, tiles, p.M * N * K, kMinMultiplyAdds);
   if (p.M <= kRegisterRows) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < N; ++n) switch (p.M) {
@@ -303,23 +358,23 @@ bool forward(const Nf4Forward& p) {
       }
     return true;
   }
-  Buffer pieces(threads * kDotCols * kPieceK);
+  constexpr int64_t kRowsSize = kTileCols * kPieceStride, kPanelSize = kPieceK * kTileCols;
+  Buffer pieces(threads * (kRowsSize + kPanelSize));
   if (!pieces.data) return false;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
-    float* piece = pieces.data + part * kDotCols * kPieceK;
-    memset(piece, 0, kDotCols * kPieceK * sizeof(float));
-    // All groups of one piece of K before the next: these columns of x stay in cache.
+    float* rows = pieces.data + part * (kRowsSize + kPanelSize);
+    float* panel = rows + kRowsSize;
+    memset(rows, 0, kRowsSize * sizeof(float));
+    const int64_t last = min64(N, tiles * (part + 1) / threads * kTileCols);
+    // All rows of the weight for one piece of K before the next: these columns of x stay in cache.
     for (int64_t k = 0; k < K; k += kPieceK) {
       const int64_t size = min64(kPieceK, K - k);
-      for (int64_t n = groups * part / threads * kDotCols; n < min64(N, groups * (part + 1) / threads * kDotCols);
-           n += kDotCols) {
-        const int cols = (int)min64(kDotCols, N - n);
-        for (int j = 0; j < cols; ++j) decode_row(p.weight, n + j, k, k + size, piece + j * kPieceK);
-        int64_t m = 0;
-        for (; m + kDotRows <= p.M; m += kDotRows)
-          dot_tile<kDotRows>(p.x + m * K + k, K, piece, size, cols, k == 0, p.y + m * N + n, N);
-        for (; m < p.M; ++m) dot_tile<1>(p.x + m * K + k, K, piece, size, cols, k == 0, p.y + m * N + n, N);
+      for (int64_t n = tiles * part / threads * kTileCols; n < last; n += kTileCols) {
+        const int64_t width = min64(kTileCols, last - n);
+        for (int64_t j = 0; j < width; ++j) decode_row(p.weight, n + j, k, k + size, rows + j * kPieceStride);
+        turn_round(rows, size, panel);
+        multiply_panel(p.x + k, K, p.M, panel, kTileCols, size, k == 0, p.y + n, N, width);
       }
     }
   }
@@ -345,20 +400,9 @@ bool backward(const Nf4Backward& p) {
       for (int64_t n = 0; n < N; n += kSlabRows) {
         const int64_t rows = min64(kSlabRows, N - n);
         for (int64_t i = 0; i < rows; ++i) decode_row(p.weight, n + i, k, k + cols, slab + i * kSlabCols);
-        for_row_tiles(p.M, [&](auto tile, int64_t m) {
-          constexpr int kRows = decltype(tile)::value;
-          for (int64_t j = 0; j < cols; j += kTileCols) {
-            vf acc[kRows][kVecs];
-            multiply<kRows, kVecs, false>(p.dy + m * N + n, N, slab + j, kSlabCols, rows, acc);
-            const int64_t width = min64(kTileCols, cols - j);
-            for (int i = 0; i < kRows; ++i) {
-              float* dx = p.dx + (m + i) * K + k + j;
-              float sums[kTileCols];
-              for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, acc[i][v]);
-              for (int64_t c = 0; c < width; ++c) dx[c] = n ? dx[c] + sums[c] : sums[c];
-            }
-          }
-        });
+        for (int64_t j = 0; j < cols; j += kTileCols)
+          multiply_panel(p.dy + n, N, p.M, slab + j, kSlabCols, rows, n == 0, p.dx + k + j, K,
+                         min64(kTileCols, cols - j));
       }
     }
   }
