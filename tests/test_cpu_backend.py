@@ -87,7 +87,7 @@ def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_several_blocks_of_rows_and_columns(isa, dtype, monkeypatch):
-    """More rows than a block, several panels of the weight either way, more columns than a block, no bias, no lora_e."""
+    """More rows and columns than a block, several panels of the weight either way; no bias, no lora_e."""
     monkeypatch.setattr(cpu, "_PANEL", 1 << 16)
     monkeypatch.setattr(cpu, "_BASE", 1)
     assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False))

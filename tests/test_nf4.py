@@ -192,7 +192,7 @@ RNG = torch.tensor([0x1234_5678_9ABC_DEF0, (3 << 32) + 17])
 # M either side of what is decoded in registers and of what is decoded in cache at all.
 SIZES = [
     (1, 33, 65, 4),
-    (3, 64, 64, 1),
+    (3, 64, 64, 2),
     (4, 100, 96, 17),
     (5, 7, 31, 8),
     (63, 65, 129, 16),
