@@ -17,24 +17,17 @@ adapters dlora_a and dlora_b.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import random
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from common import in_fresh_process, interleave, peak_memory, write_report
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels import lora_linear
-from lora_kernels.io.files import replacing
 from lora_kernels.testing import lora_inputs
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]
@@ -98,66 +91,6 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dtype: torch.dtype
     return step
 
 
-def compare(M: int, N: int, K: int, R: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
-    steps = {contender: make_step(contender, M, N, K, R, dtype) for contender in CONTENDERS}
-    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
-    for step in steps.values():
-        step()
-    order = list(CONTENDERS)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for contender in order:
-            start = time.perf_counter()
-            steps[contender]()
-            seconds[contender].append(time.perf_counter() - start)
-    return {
-        contender: {
-            "median_ms": 1e3 * statistics.median(times),
-            "min_ms": 1e3 * min(times),
-            "ratio": statistics.median(t / b for t, b in zip(times, seconds["bare"], strict=True)),
-            "ratio_of_min": min(times) / min(seconds["bare"]),
-        }
-        for contender, times in seconds.items()
-    }
-
-
-def _memory_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def peak_memory(contender: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> float:
-    """MiB by which one step raises the resident memory of this process, at its peak."""
-    make_step(contender, 64, 64, 64, R, dtype)()
-    step = make_step(contender, M, N, K, R, dtype)
-    # ru_maxrss is no use here: a process starts with its parent's. Linux resets its own peak on this write.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _memory_kib("VmRSS:")
-    step()
-    return (_memory_kib("VmHWM:") - before) / 1024
-
-
-def peak_memory_in_fresh_process(contender: str, shape: tuple[int, int], arguments: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, "--memory-of", contender, "--shapes", "{}x{}".format(*shape)]
-    for name in ("M", "r", "dtype", "threads"):
-        command += [f"--{name}" if len(name) > 1 else f"-{name}", str(getattr(arguments, name))]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def machine() -> dict[str, str | int]:
-    from lora_kernels import cpu
-
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return {
-        "cpu": capabilities.get("cpu_name", platform.processor()),
-        "cores": os.cpu_count() or 0,
-        "isa": "none" if cpu.unavailable else cpu._C.get_isa(),
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-M", type=int, default=2048, help="tokens")
@@ -176,27 +109,28 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes]
     if arguments.memory_of:
-        print(peak_memory(arguments.memory_of, arguments.M, *shapes[0], arguments.r, dtype))
+        make_step(arguments.memory_of, 64, 64, 64, arguments.r, dtype)()
+        print(peak_memory(make_step(arguments.memory_of, arguments.M, *shapes[0], arguments.r, dtype)))
         return
 
     results = []
     print(f"{'out x in':>12} {'bare ms':>9} " + " ".join(f"{c:>7}" for c in CONTENDERS[1:]) + "   (ratio over bare)")
     for N, K in shapes:
-        times = compare(arguments.M, N, K, arguments.r, dtype, arguments.rounds)
+        steps = {name: make_step(name, arguments.M, N, K, arguments.r, dtype) for name in CONTENDERS}
+        times = interleave(steps, arguments.rounds, base="bare")
         result = {"N": N, "K": K, "contenders": times}
         line = f"{f'{N}x{K}':>12} {times['bare']['median_ms']:9.1f} "
         line += " ".join(f"{times[c]['ratio']:7.3f}" for c in CONTENDERS[1:])
         if sys.platform == "linux" and not arguments.no_memory:
-            memory = {c: peak_memory_in_fresh_process(c, (N, K), arguments) for c in CONTENDERS}
+            same = [f"--shapes={N}x{K}", f"-M{arguments.M}", f"-r{arguments.r}", f"--dtype={arguments.dtype}"]
+            same.append(f"--threads={arguments.threads}")
+            memory = {c: float(in_fresh_process(__file__, f"--memory-of={c}", *same)) for c in CONTENDERS}
             result["peak_mib"] = memory
             line += "   peak MiB: " + ", ".join(f"{c} {mib:.0f}" for c, mib in memory.items())
         results.append(result)
         print(line, flush=True)
-    if arguments.output:
-        settings = {name: getattr(arguments, name) for name in ("M", "r", "dtype", "threads", "rounds")}
-        report = {"command": " ".join(sys.argv), "machine": machine(), **settings, "results": results}
-        with replacing(arguments.output) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
+    settings = {name: getattr(arguments, name) for name in ("M", "r", "dtype", "threads", "rounds")}
+    write_report(arguments.output, results, **settings)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
