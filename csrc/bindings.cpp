@@ -138,45 +138,56 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("absmax"), py::arg("blocks"), py::arg("absmax_offset"), py::arg("absmax_code"),
       py::arg("codes"), py::arg("absmax_scale"), py::arg("num_threads"));
 
-  py::class_<Nf4Weight>(m, "Nf4Weight")
-      .def(py::init([](uintptr_t packed, uintptr_t absmax, uintptr_t absmax_scale, uintptr_t absmax_code,
-                       float absmax_offset, int64_t block_size, int64_t N, int64_t K) {
-             return Nf4Weight{pointer<uint8_t>(packed),
-                              pointer(absmax),
-                              pointer<float>(absmax_scale),
-                              pointer<float>(absmax_code),
-                              absmax_offset,
-                              block_size,
-                              N,
-                              K};
-           }),
-           py::kw_only(), py::arg("packed"), py::arg("absmax"), py::arg("absmax_scale"), py::arg("absmax_code"),
-           py::arg("absmax_offset"), py::arg("block_size"), py::arg("N"), py::arg("K"));
+  py::class_<Weight>(m, "Weight")
+      .def_static(
+          "nf4",
+          [](uintptr_t packed, uintptr_t absmax, uintptr_t absmax_scale, uintptr_t absmax_code, float absmax_offset,
+             int64_t block_size, int64_t N, int64_t K) {
+            Weight w{};
+            w.nf4 = {pointer<uint8_t>(packed),
+                     pointer(absmax),
+                     pointer<float>(absmax_scale),
+                     pointer<float>(absmax_code),
+                     absmax_offset,
+                     block_size,
+                     N,
+                     K};
+            w.N = N, w.K = K;
+            return w;
+          },
+          py::kw_only(), py::arg("packed"), py::arg("absmax"), py::arg("absmax_scale"), py::arg("absmax_code"),
+          py::arg("absmax_offset"), py::arg("block_size"), py::arg("N"), py::arg("K"))
+      .def_static(
+          "dense",
+          [](uintptr_t data, int dtype, int64_t ld, int64_t N, int64_t K) {
+            return Weight{{}, pointer(data), DType(dtype), ld, N, K};
+          },
+          py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("ld"), py::arg("N"), py::arg("K"));
 
   m.def(
       "nf4_dequantize",
-      [](const Nf4Weight& weight, int64_t row_first, int64_t row_last, int64_t col_first, int64_t col_last,
-         uintptr_t out, int out_dtype, int64_t ld_out, int num_threads) {
+      [](const Weight& weight, int64_t row_first, int64_t row_last, int64_t col_first, int64_t col_last, uintptr_t out,
+         int out_dtype, int64_t ld_out, int num_threads) {
         launch(&Isa::nf4, &Nf4Kernels::dequantize,
-               Nf4Dequantize{weight, row_first, row_last, col_first, col_last, pointer(out), DType(out_dtype), ld_out,
-                             num_threads});
+               Nf4Dequantize{weight.nf4, row_first, row_last, col_first, col_last, pointer(out), DType(out_dtype),
+                             ld_out, num_threads});
       },
       py::kw_only(), py::arg("weight"), py::arg("row_first"), py::arg("row_last"), py::arg("col_first"),
       py::arg("col_last"), py::arg("out"), py::arg("out_dtype"), py::arg("ld_out"), py::arg("num_threads"));
 
   m.def(
-      "nf4_forward",
-      [](const Nf4Weight& weight, uintptr_t x, uintptr_t y, int64_t M, int num_threads) {
-        launch(&Isa::nf4, &Nf4Kernels::forward,
-               Nf4Forward{weight, pointer<float>(x), pointer<float>(y), M, num_threads});
+      "few_rows_forward",
+      [](const Weight& weight, uintptr_t x, uintptr_t y, int64_t M, int num_threads) {
+        launch(&Isa::few_rows, &FewRowsKernels::forward,
+               FewRowsForward{weight, pointer<float>(x), pointer<float>(y), M, num_threads});
       },
       py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("y"), py::arg("M"), py::arg("num_threads"));
 
   m.def(
-      "nf4_backward",
-      [](const Nf4Weight& weight, uintptr_t dy, uintptr_t dx, int64_t M, int num_threads) {
-        launch(&Isa::nf4, &Nf4Kernels::backward,
-               Nf4Backward{weight, pointer<float>(dy), pointer<float>(dx), M, num_threads});
+      "few_rows_backward",
+      [](const Weight& weight, uintptr_t dy, uintptr_t dx, int64_t M, int num_threads) {
+        launch(&Isa::few_rows, &FewRowsKernels::backward,
+               FewRowsBackward{weight, pointer<float>(dy), pointer<float>(dx), M, num_threads});
       },
       py::kw_only(), py::arg("weight"), py::arg("dy"), py::arg("dx"), py::arg("M"), py::arg("num_threads"));
 }

@@ -13,8 +13,8 @@ unit of its last place. So the base product runs
   times slower there.
 
 The weight comes to torch in panels: W itself where it is dense and of the right dtype, else some rows of it (columns,
-for dx) at a time, converted or decoded into a buffer that is kept. With few rows in x an NF4 weight is decoded in
-cache inside the product instead.
+for dx) at a time, converted or decoded into a buffer that is kept. With few rows in x, as in generation, a kernel of
+our own converts or decodes it in cache instead.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ else:
 
 # Elements of a panel of the weight: large enough for torch's products, small enough to stay in a cache.
 _PANEL = 1 << 20
-# Rows of x up to which an NF4 weight is decoded inside the product.
-_FUSED_ROWS, _FUSED_ROWS_NATIVE = 64, 16
+# Rows of x up to which an NF4 or 16-bit weight is converted to float32 in cache, inside the product; the second number
+# is for bfloat16 where the processor could multiply that instead.
+_FEW_ROWS = (128, 16)
 # Elements of the float32 rows of dx that wait for the low-rank term.
 _BASE = 1 << 23
 
@@ -103,11 +104,13 @@ def _buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
     return kept[key][:size].view(shape)
 
 
-def _nf4(weight: NF4) -> _C.Nf4Weight:
+def _weight(weight: Tensor | NF4) -> _C.Weight:
     """The C++ view of weight, which must outlive it."""
     N, K = weight.shape
+    if not isinstance(weight, NF4):
+        return _C.Weight.dense(data=weight.data_ptr(), dtype=_DTYPES[weight.dtype], ld=weight.stride(0), N=N, K=K)
     double_quant = weight.absmax_scale is not None
-    return _C.Nf4Weight(
+    return _C.Weight.nf4(
         packed=weight.packed.data_ptr(),
         absmax=weight.absmax.data_ptr(),
         absmax_scale=weight.absmax_scale.data_ptr() if double_quant else 0,
@@ -126,7 +129,7 @@ def _copy_weight(weight: Tensor | NF4, rows: slice, cols: slice, out: Tensor) ->
         return
     _launch(
         "nf4_dequantize",
-        weight=_nf4(weight),
+        weight=_weight(weight),
         row_first=rows.start,
         row_last=rows.stop,
         col_first=cols.start,
@@ -171,9 +174,11 @@ def _panels(
         yield part, panel
 
 
-def _fused(weight: Tensor | NF4, M: int, native: bool) -> bool:
-    most = _FUSED_ROWS_NATIVE if native else _FUSED_ROWS
-    return isinstance(weight, NF4) and M <= most  # noqa: SIM300
+def _few_rows(weight: Tensor | NF4, M: int, native: bool) -> bool:
+    """Whether the product converts the weight in cache: never for a float32 one, nor a dense one of another layout."""
+    if not isinstance(weight, NF4) and (weight.dtype == torch.float32 or weight.stride(1) != 1):
+        return False
+    return _FEW_ROWS[native] >= M
 
 
 def _low_rank_fwd(base: Tensor, bias: Tensor | None, h: Tensor, lora_b: Tensor, scaling: float, y: Tensor) -> None:
@@ -237,7 +242,7 @@ def lora_linear_fwd(
     he = h if lora_e is None else h * lora_e.float()
     native = x.dtype == torch.bfloat16 and native_bfloat16()
     y = x.new_empty(M, N)
-    if native and not _fused(weight, M, native):
+    if native and not _few_rows(weight, M, native):
         wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
         for cols, panel in _panels(weight, x.dtype, by_columns=False, extra=scaling * lora_b.float()):
             if bias is None:
@@ -248,9 +253,9 @@ def lora_linear_fwd(
 
     x32 = x.float()
     bias32 = None if bias is None else bias.float()
-    if _fused(weight, M, native):
+    if _few_rows(weight, M, native):
         base = y if y.dtype == torch.float32 else _buffer("base", torch.float32, M, N)
-        _launch("nf4_forward", weight=_nf4(weight), x=x32.contiguous(), y=base, M=M)
+        _launch("few_rows_forward", weight=_weight(weight), x=x32.contiguous(), y=base, M=M)
         _low_rank_fwd(base, bias32, he, lora_b, scaling, y)
         return y, h
     for cols, panel in _panels(weight, torch.float32, by_columns=False):
@@ -312,7 +317,7 @@ def lora_linear_bwd(
     dh = dhe if lora_e is None else dhe * lora_e.float()
 
     native = x.dtype == torch.bfloat16 and native_bfloat16()
-    native_dx = need_x and native and not _fused(weight, M, native)
+    native_dx = need_x and native and not _few_rows(weight, M, native)
     dx = x.new_empty(M, K) if need_x else None
     if native_dx:
         wide_dy = torch.cat([dy, dh.to(x.dtype)], dim=1)
@@ -363,8 +368,8 @@ def _base_of_dx(dy: Tensor, weight: Tensor | NF4, dx: Tensor, native: bool) -> T
     M, K = dx.shape
     base = dx if dx.dtype == torch.float32 else _buffer("base", torch.float32, M, K)
     dy32 = dy.float()
-    if _fused(weight, M, native):
-        _launch("nf4_backward", weight=_nf4(weight), dy=dy32.contiguous(), dx=base, M=M)
+    if _few_rows(weight, M, native):
+        _launch("few_rows_backward", weight=_weight(weight), dy=dy32.contiguous(), dx=base, M=M)
     else:
         for cols, panel in _panels(weight, torch.float32, by_columns=True):
             torch.mm(dy32, panel, out=base[:, cols])

@@ -82,7 +82,9 @@ def assert_case(case):
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
-    assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
+    for few_rows in {(0, 0), (0, 1024)} if native else {(0, 0), (1024, 0)}:
+        monkeypatch.setattr(cpu, "_FEW_ROWS", few_rows)
+        assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

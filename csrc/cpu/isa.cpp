@@ -10,7 +10,8 @@ namespace lora_kernels::cpu {
 #define LK_ISA_TABLE(isa)                           \
   extern const LoraLinearKernels lora_linear_##isa; \
   extern const Nf4Kernels nf4_##isa;                \
-  static const Isa isa_##isa = {#isa, &lora_linear_##isa, &nf4_##isa};
+  extern const FewRowsKernels few_rows_##isa;       \
+  static const Isa isa_##isa = {#isa, &lora_linear_##isa, &nf4_##isa, &few_rows_##isa};
 
 LK_ISA_TABLE(generic)
 #if defined(__x86_64__)

@@ -1,6 +1,7 @@
 // The builds of all ops for one instruction set, and which of them this processor can run.
 #pragma once
 
+#include "few_rows.h"
 #include "lora_linear.h"
 #include "nf4.h"
 
@@ -10,6 +11,7 @@ struct Isa {
   const char* name;
   const LoraLinearKernels* lora_linear;
   const Nf4Kernels* nf4;
+  const FewRowsKernels* few_rows;
 };
 
 constexpr int kMaxIsas = 4;

@@ -1,5 +1,4 @@
-// CPU kernels of NF4 weights: quantise, dequantise, and products that decode in cache. The format is described in
-// lora_kernels/reference.py, class NF4.
+// CPU kernels of NF4 weights: quantise and dequantise. The format is described in lora_kernels/reference.py, class NF4.
 #pragma once
 
 #include "dtype.h"
@@ -47,31 +46,11 @@ struct Nf4Dequantize {
   int num_threads;
 };
 
-// y = x Wᵀ: x [M,K], y [M,N] contiguous.
-struct Nf4Forward {
-  Nf4Weight weight;
-  const float* x;
-  float* y;
-  int64_t M;
-  int num_threads;
-};
-
-// dx = dy W: dy [M,N], dx [M,K] contiguous.
-struct Nf4Backward {
-  Nf4Weight weight;
-  const float* dy;
-  float* dx;
-  int64_t M;
-  int num_threads;
-};
-
-// One instruction set's build. The last two return false when memory ran out.
+// One instruction set's build.
 struct Nf4Kernels {
   bool (*quantize)(const Nf4Quantize&);
   bool (*quantize_absmax)(const Nf4QuantizeAbsmax&);
   bool (*dequantize)(const Nf4Dequantize&);
-  bool (*forward)(const Nf4Forward&);
-  bool (*backward)(const Nf4Backward&);
 };
 
 }  // namespace lora_kernels::cpu

@@ -1,0 +1,128 @@
+// NF4 values from packed bytes, for one instruction set.
+#pragma once
+
+#include "common.h"
+#include "nf4.h"
+
+namespace lora_kernels::cpu {
+namespace {
+
+constexpr float kCode[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+constexpr float kSmallestAbsmax = 1e-38f;
+constexpr int64_t kAbsmaxBlock = 256;
+constexpr int kChunk = 32;  // elements that are decoded at once, from 16 bytes
+constexpr int kChunkVecs = kChunk / kLanes;
+
+// The values of the 32 elements in 16 bytes, in their order, without their scale.
+#if defined(__AVX512F__) && LK_LANES == 16
+LK_INLINE void decode(const uint8_t* packed, vf (&out)[kChunkVecs]) {
+  const __m128i bytes = load_raw<__m128i>(packed), low = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), low), odd = _mm_and_si128(bytes, low);
+  const __m512 code = load_raw<__m512>(kCode);
+  out[0] = (vf)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd)), code);
+  out[1] = (vf)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, odd)), code);
+}
+#elif defined(__AVX2__) && LK_LANES == 8
+// A byte shuffle looks up 16 entries where a float permutation knows only 8: one for each of a float's four bytes.
+struct BytePlanes {
+  alignas(16) uint8_t byte[4][16];
+  constexpr BytePlanes() : byte() {
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, kCode[i]);
+      for (int b = 0; b < 4; ++b) byte[b][i] = (uint8_t)(bits >> (8 * b));
+    }
+  }
+};
+constexpr BytePlanes kPlanes;
+
+LK_INLINE void decode(const uint8_t* packed, vf (&out)[kChunkVecs]) {
+  const __m128i bytes = load_raw<__m128i>(packed), low = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), low), odd = _mm_and_si128(bytes, low);
+  const __m128 first = (__m128)_mm_unpacklo_epi8(even, odd), second = (__m128)_mm_unpackhi_epi8(even, odd);
+  // Every second group of four goes to the upper half: the unpacking below then ends in the right order.
+  const __m256i index =
+      _mm256_setr_m128i((__m128i)_mm_shuffle_ps(first, second, 0x88), (__m128i)_mm_shuffle_ps(first, second, 0xdd));
+  __m256i plane[4];
+  for (int b = 0; b < 4; ++b)
+    plane[b] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_raw<__m128i>(kPlanes.byte[b])), index);
+  const __m256i low_lo = _mm256_unpacklo_epi8(plane[0], plane[1]), high_lo = _mm256_unpacklo_epi8(plane[2], plane[3]);
+  const __m256i low_hi = _mm256_unpackhi_epi8(plane[0], plane[1]), high_hi = _mm256_unpackhi_epi8(plane[2], plane[3]);
+  out[0] = (vf)_mm256_unpacklo_epi16(low_lo, high_lo);
+  out[1] = (vf)_mm256_unpackhi_epi16(low_lo, high_lo);
+  out[2] = (vf)_mm256_unpacklo_epi16(low_hi, high_hi);
+  out[3] = (vf)_mm256_unpackhi_epi16(low_hi, high_hi);
+}
+#else
+LK_INLINE void decode(const uint8_t* packed, vf (&out)[kChunkVecs]) {
+  float values[kChunk];
+  for (int j = 0; j < kChunk / 2; ++j) {
+    values[2 * j] = kCode[packed[j] >> 4];
+    values[2 * j + 1] = kCode[packed[j] & 15];
+  }
+  for (int v = 0; v < kChunkVecs; ++v) out[v] = load(values + v * kLanes);
+}
+#endif
+
+LK_INLINE float code_at(const uint8_t* packed, int64_t i) {
+  return kCode[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
+}
+
+LK_INLINE float scale_of(const Nf4Weight& w, int64_t block) {
+  if (!w.absmax_scale) return ((const float*)w.absmax)[block];
+  float scale = w.absmax_code[((const uint8_t*)w.absmax)[block]] * w.absmax_scale[block / kAbsmaxBlock];
+  // The format rounds the product before the sum: hide it from the compiler, which would fuse the two.
+  __asm__("" : "+m"(scale));
+  return scale + w.absmax_offset;
+}
+
+// Calls chunk(k, vectors, scale) or one(k, value) for all columns k in [first, last) of row n, in order.
+template <class Chunk, class One>
+LK_INLINE void for_row(const Nf4Weight& w, int64_t n, int64_t first, int64_t last, Chunk chunk, One one) {
+  const int shift = __builtin_ctzll(w.block_size);
+  const int64_t start = n * w.K;
+  for (int64_t i = start + first, end = start + last; i < end;) {
+    const int64_t block = i >> shift, stop = min64(end, (block + 1) << shift);
+    const float scale = scale_of(w, block);
+    if (i % 2) {
+      one(i - start, scale * code_at(w.packed, i));
+      ++i;
+    }
+    for (; i + kChunk <= stop; i += kChunk) {
+      vf values[kChunkVecs];
+      decode(w.packed + i / 2, values);
+      chunk(i - start, values, splat(scale));
+    }
+    for (; i < stop; ++i) one(i - start, scale * code_at(w.packed, i));
+  }
+}
+
+// Writes columns [first, last) of row n to out.
+template <class W, class T>
+LK_INLINE void decode_row(const W& w, int64_t n, int64_t first, int64_t last, T* out) {
+  for_row(
+      w, n, first, last,
+      [&](int64_t k, const vf(&values)[kChunkVecs], vf scale) {
+        for (int v = 0; v < kChunkVecs; ++v) store(out + (k - first) + v * kLanes, scale * values[v]);
+      },
+      [&](int64_t k, float value) { from_float(out + (k - first), value); });
+}
+
+}  // namespace
+}  // namespace lora_kernels::cpu
