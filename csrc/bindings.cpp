@@ -1,9 +1,12 @@
 // lora_kernels._C: the only file that knows Python. Tensors arrive as addresses; all checks are made in Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -190,4 +193,29 @@ PYBIND11_MODULE(_C, m) {
                FewRowsBackward{weight, pointer<float>(dy), pointer<float>(dx), M, num_threads});
       },
       py::kw_only(), py::arg("weight"), py::arg("dy"), py::arg("dx"), py::arg("M"), py::arg("num_threads"));
+
+  m.def(
+      "adamw_step",
+      [](const std::vector<uintptr_t>& param, const std::vector<uintptr_t>& grad, const std::vector<int>& grad_dtype,
+         const std::vector<uintptr_t>& exp_avg, const std::vector<uintptr_t>& exp_avg_sq,
+         const std::vector<uintptr_t>& step, const std::vector<uintptr_t>& master, const std::vector<int64_t>& numel,
+         const std::vector<int>& param_dtype, const std::vector<int>& group,
+         const std::vector<std::array<double, 5>>& settings, double max_grad_norm, uintptr_t grad_norm,
+         int num_threads) {
+        std::vector<AdamWTensor> tensors;
+        for (size_t i = 0; i < param.size(); ++i)
+          tensors.push_back({pointer(param[i]), pointer<float>(master.at(i)), pointer(grad.at(i)),
+                             pointer<float>(exp_avg.at(i)), pointer<float>(exp_avg_sq.at(i)),
+                             pointer<float>(step.at(i)), numel.at(i), DType(param_dtype.at(i)), DType(grad_dtype.at(i)),
+                             group.at(i)});
+        std::vector<AdamWGroup> groups;
+        for (const auto& [lr, beta1, beta2, eps, weight_decay] : settings)
+          groups.push_back({lr, beta1, beta2, eps, weight_decay});
+        launch(&Isa::adamw, &AdamWKernels::step,
+               AdamWStep{tensors.data(), int64_t(tensors.size()), groups.data(), max_grad_norm,
+                         pointer<float>(grad_norm), num_threads});
+      },
+      py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("grad_dtype"), py::arg("exp_avg"),
+      py::arg("exp_avg_sq"), py::arg("step"), py::arg("master"), py::arg("numel"), py::arg("param_dtype"),
+      py::arg("group"), py::arg("settings"), py::arg("max_grad_norm"), py::arg("grad_norm"), py::arg("num_threads"));
 }

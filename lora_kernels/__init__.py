@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from lora_kernels.nn.nf4_linear import NF4Linear
     from lora_kernels.ops.lora_linear import lora_linear
     from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
+    from lora_kernels.optim.loraplus import LoRAPlusAdamW
 
 __version__ = "0.1.0"
 
 _HOME = {
     "FusedLoRALinear": "nn.lora_linear",
     "LoRAConfig": "methods.lora",
+    "LoRAPlusAdamW": "optim.loraplus",
     "NF4Linear": "nn.nf4_linear",
     "NF4Weight": "ops.nf4",
     "adapters_disabled": "methods.lora",
@@ -34,6 +36,7 @@ _HOME = {
 __all__ = [
     "FusedLoRALinear",
     "LoRAConfig",
+    "LoRAPlusAdamW",
     "NF4Linear",
     "NF4Weight",
     "adapters_disabled",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
 
-# name -> module with lora_linear_fwd, lora_linear_bwd and `unavailable` (None, or why it can't run here).
+# name -> module with lora_linear_fwd, lora_linear_bwd, adamw_step and `unavailable` (None, or why it can't run here).
 _MODULES = {
     "reference": "lora_kernels.reference",
     "cpu": "lora_kernels.cpu",

@@ -50,6 +50,8 @@ _SFT_HELP = {
     "max_steps": ("Optimisation", "Optimizer steps; decides instead of --epochs where given."),
     "batch_size": ("Optimisation", "Sequences per micro-batch and process."),
     "gradient_accumulation_steps": ("Optimisation", "Micro-batches per optimizer step."),
+    "optimizer": ("Optimisation", "adamw or loraplus, which trains lora_b with lr * lr_ratio."),
+    "lr_ratio": ("Optimisation", "Learning rate of lora_b over that of the rest, for loraplus."),
     "lr": ("Optimisation", "Peak learning rate of AdamW."),
     "lr_scheduler": ("Optimisation", "cosine, linear or constant."),
     "warmup_ratio": ("Optimisation", "Share of the steps over which the learning rate rises."),

@@ -24,6 +24,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from torch import Tensor
 from lora_kernels.reference import (
     ABSMAX_BLOCK,
     NF4,
+    AdamWGroup,
+    adamw_columns,
     dropout_scale,
     dropout_threshold,
     dynamic_code,
@@ -415,3 +418,38 @@ def dequantize_nf4(weight: NF4, out: Tensor) -> None:
     """Writes the dense weight to out, [N, K] with contiguous rows; see reference.dequantize_nf4."""
     N, K = weight.shape
     _copy_weight(weight, slice(0, N), slice(0, K), out)
+
+
+def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache: dict[str, Any]) -> Tensor | None:
+    """One AdamW step over all tensors in one call, in place, gradients clipped; see reference.adamw_step.
+
+    Parameters and gradients are float32, bfloat16 or float16. Arithmetic is float32. The result does not depend on
+    the number of threads. Raises ValueError for another dtype or device.
+    """
+    (params, grads, *states), changed = adamw_columns(groups, cache)
+    grad_dtypes = [_DTYPES.get(grad.dtype) for grad in grads]
+    if None in grad_dtypes:
+        dtype = grads[grad_dtypes.index(None)].dtype
+        raise ValueError(f"the cpu backend got a gradient of {dtype}; it takes float32, bfloat16 and float16")
+    if not params[0].is_cpu:
+        raise ValueError(f"the cpu backend got parameters on {params[0].device}; it takes CPU tensors only")
+    if changed:
+        cache["fixed"] = {
+            name: [0 if t is None else t.data_ptr() for t in column]
+            for name, column in zip(("exp_avg", "exp_avg_sq", "step", "master"), states, strict=True)
+        }
+        cache["fixed"]["numel"] = [param.numel() for param in params]
+        cache["fixed"]["param_dtype"] = [_DTYPES[param.dtype] for param in params]
+        cache["fixed"]["group"] = [index for index, group in enumerate(groups) for _ in group.params]
+    grad_norm = None if max_grad_norm is None else torch.empty((), dtype=torch.float32)
+    _C.adamw_step(
+        param=cache["pointers"],
+        grad=[grad.data_ptr() for grad in grads],
+        grad_dtype=grad_dtypes,
+        **cache["fixed"],
+        settings=[group[6:] for group in groups],
+        max_grad_norm=max_grad_norm or 0.0,
+        grad_norm=0 if grad_norm is None else grad_norm.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return grad_norm

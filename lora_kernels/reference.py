@@ -6,9 +6,11 @@ This file is the oracle that all backends are tested against, and the documentat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -272,3 +274,103 @@ def dequantize_nf4(weight: NF4, out: Tensor) -> None:
     values = torch.tensor(NF4_CODE, device=codes.device)[codes.int()]
     scales = nf4_absmax(weight)[:, None]
     out.copy_((_in_blocks(values, weight.block_size) * scales).reshape(-1)[: N * K].view(N, K))
+
+
+class AdamWGroup(NamedTuple):
+    """Tensors that share their settings: one list entry per parameter that has a gradient. All of it is contiguous.
+
+    params and grads: any floating dtypes. exp_avgs, exp_avg_sqs: of the parameter's shape, float32 (float64 for a
+    float64 parameter). steps: scalar tensors, float32, the number of steps taken so far. masters: the unrounded
+    float32 parameter for each float16 or bfloat16 one, None for the others.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    masters: Sequence[Tensor | None]
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[list[list[Tensor | None]], bool]:
+    """The six columns of tensors over all groups, for a backend that reads memory by address; and if they changed.
+
+    They changed if a parameter has moved or a tensor but a gradient is another one than in the last call with this
+    ``cache``. Then everything is checked: ValueError names what is not a contiguous float32, bfloat16 or float16
+    parameter, or a state that doesn't fit it. Gradients, new in each step, are the caller's to check.
+    """
+    columns = [[t for group in groups for t in group[column]] for column in range(6)]
+    params, _, *states = columns
+    # Reading an attribute of a tensor takes 0.1 us or more, and there are hundreds of them.
+    now = {"pointers": [param.data_ptr() for param in params], "sizes": [len(group.params) for group in groups]}
+    tensors = [t for column in (params, *states) for t in column]
+    same = all(cache.get(name) == value for name, value in now.items())
+    if same and all(map(is_, cache["tensors"], tensors)):
+        return columns, False
+    cache.clear()
+    device = params[0].device
+    for index, (param, *state) in enumerate(zip(params, *states, strict=True)):
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not param.is_contiguous():
+            raise ValueError(
+                f"parameter {index} is {param.dtype} with strides {param.stride()}; allowed: contiguous float32, "
+                "bfloat16 and float16"
+            )
+        if param.device != device:
+            raise ValueError(f"parameter {index} is on {param.device}, the first one on {device}; allowed: one device")
+        if (state[3] is None) != (param.dtype == torch.float32):
+            raise ValueError(
+                f"master of parameter {index}: exactly bfloat16 and float16 ones have one, not {param.dtype}"
+            )
+        for name, t, shape in zip(AdamWGroup._fields[2:6], state, (param.shape,) * 2 + ((), param.shape), strict=True):
+            fits = t is None or (t.dtype == torch.float32 and t.device == device and t.is_contiguous())
+            if not fits or (t is not None and t.shape != shape):
+                raise ValueError(
+                    f"{name} of parameter {index} is {t.dtype} {list(t.shape)} on {t.device}; allowed: contiguous "
+                    f"float32 {list(shape)} on {device}"
+                )
+    cache.update(now, tensors=tensors)
+    return columns, True
+
+
+def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache: dict[str, Any]) -> Tensor | None:
+    """One step of AdamW (Loshchilov & Hutter 2019) in place, torch.optim.AdamW's formula, on clipped gradients.
+
+    norm = ‖all gradients together‖₂; g = grad · min(1, max_grad_norm / (norm + 1e-6)); t = step + 1;
+    exp_avg = β₁ exp_avg + (1 - β₁) g; exp_avg_sq = β₂ exp_avg_sq + (1 - β₂) g²;
+    param = (1 - lr · weight_decay) param - lr / (1 - β₁ᵗ) · exp_avg / (√(exp_avg_sq / (1 - β₂ᵗ)) + eps).
+
+    Computed in the dtype of exp_avg. A float16 or bfloat16 parameter is its rounded master; where it isn't any more,
+    somebody has set it, and that value replaces the master's. The gradients are read only. ``cache`` belongs to the
+    backend: the caller passes the same dict, empty at first, to every step over the same tensors.
+
+    Returns norm, a scalar float32 tensor (float64 beside float64 gradients), or None where max_grad_norm is None and
+    nothing is clipped. Where the norm is not finite nothing changes, steps included.
+    """
+    grad_norm, clip = None, 1.0
+    if max_grad_norm is not None:
+        squares = [_acc(grad).square().sum() for group in groups for grad in group.grads]
+        grad_norm = torch.stack(squares).sum().sqrt()
+        if not torch.isfinite(grad_norm):
+            return grad_norm
+        clip = min(1.0, max_grad_norm / (grad_norm.item() + 1e-6))
+    for group in groups:
+        tensors = zip(*group[:6], strict=True)
+        for param, grad, exp_avg, exp_avg_sq, step, master in tensors:
+            step += 1
+            t = step.item()
+            g = grad.to(exp_avg.dtype) * clip
+            exact = param if master is None else torch.where(master.to(param.dtype) == param, master, param.float())
+            exp_avg.lerp_(g, 1 - group.beta1)
+            exp_avg_sq.mul_(group.beta2).addcmul_(g, g, value=1 - group.beta2)
+            denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - group.beta2**t)).add_(group.eps)
+            exact = exact * (1 - group.lr * group.weight_decay)
+            exact.addcdiv_(exp_avg, denominator, value=-group.lr / (1 - group.beta1**t))
+            param.copy_(exact)
+            if master is not None:
+                master.copy_(exact)
+    return grad_norm

@@ -11,8 +11,10 @@ import pytest
 import torch
 from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from lora_kernels.methods.lora import LoRAConfig, inject
+from lora_kernels.train import loop
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import build_dataset
 from lora_kernels.train.loop import StepPlan, lr_factor, truncate_metrics
@@ -205,6 +207,7 @@ t.train_for_resume(sys.argv[1], callbacks=[callback])
 
 
 def train_for_resume(output_dir, **changes):
+    changes = {"optimizer": "loraplus"} | changes
     eval_set = tiny_dataset(6, seed=9)
     config = {"lora_dropout": 0.3, "epochs": 3, "batch_size": 4, "save_steps": 5, "eval_steps": 4, "logging_steps": 3}
     return train_tiny(output_dir, eval_set=eval_set, **{**config, **changes})
@@ -244,6 +247,35 @@ def test_resume_refuses_another_run_and_survives_a_death_between_renames(tmp_pat
     with pytest.raises(ValueError, match=r"down_proj\.lora_a is missing here, \[4, 48\] there"):
         train_for_resume(tmp_path, epochs=1, resume=True, model=model)
     assert SFTConfig.from_yaml(tmp_path / "config.yaml").epochs == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "loraplus"])
+def test_a_step_is_clip_grad_norm_and_torchs_adamw(tmp_path, optimizer, monkeypatch):
+    """With LoRA+'s learning rates where they are asked for: the metrics and the adapters of three steps."""
+    config = {"max_steps": 3, "optimizer": optimizer, "lr": 1e-3, "max_grad_norm": 0.1, "weight_decay": 0.1}
+
+    class Torchs(torch.optim.AdamW):
+        def step(self):
+            self.grad_norm = clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.1)
+            super().step()
+
+    def make_torchs(module, config):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        ratios = {"lora_a": 1, "lora_b": 16 if optimizer == "loraplus" else 1}
+        return Torchs([
+            {"params": [p for n, p in trained.items() if n.endswith(name)], "lr": 1e-3 * ratio, "peak_lr": 1e-3 * ratio}
+            for name, ratio in ratios.items()
+        ], weight_decay=0.1)  # fmt: skip
+
+    ours, _ = train_tiny(tmp_path / "ours", **config)
+    monkeypatch.setattr(loop, "make_optimizer", make_torchs)
+    theirs, _ = train_tiny(tmp_path / "theirs", **config)
+    for key in ("loss", "grad_norm", "lr"):
+        found, expected = ([r[key] for r in read_metrics(tmp_path / name)] for name in ("ours", "theirs"))
+        assert found == pytest.approx(expected, rel=1e-5), key
+    assert min(found) > 0 and read_metrics(tmp_path / "ours")[0]["grad_norm"] > 0.1
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, msg=name)
 
 
 TWO_PROCESSES = """
@@ -394,6 +426,8 @@ def test_config_yaml(tmp_path):
         ("model: m\ndata: d\nresume: 1\n", "resume must be bool, got 1"),
         ("model: m\ndata: d\nmethod: dora\n", "method must be one of lora, got 'dora'"),
         ("model: m\ndata: d\nlr_scheduler: step\n", "lr_scheduler must be one of cosine, linear, constant"),
+        ("model: m\ndata: d\noptimizer: sgd\n", "optimizer must be one of adamw, loraplus, got 'sgd'"),
+        ("model: m\ndata: d\nlr_ratio: 0.5\n", "lr_ratio must be finite and >= 1, got 0.5"),
         ("model: m\ndata: d\nlora_dropout: 1\n", r"lora_dropout must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -47,8 +47,17 @@ def variants(full: bool) -> list[dict]:
     def gemms(rows: list[dict]) -> list[dict]:
         return [row for row in rows if row["kernel"] == "gemm"]
 
-    chosen = some("bf16", 16)
+    def adamw(param: str, grad: str, aligned: bool = True) -> list[dict]:
+        notes = f"{param} {grad}" + " unaligned" * (not aligned)
+        flags = {"PARAM": param, "GRAD": grad, "ALIGNED": aligned, "HAS_NORM": True}
+        return [
+            {"op": "adamw", "kernel": kernel, "label": f"adamw {kernel} {notes}", "flags": flags}
+            for kernel in ("norm", "prepare", "step")
+        ]
+
+    chosen = some("bf16", 16) + adamw("fp32", "fp32")
     if full:
+        chosen += adamw("fp32", "fp32", aligned=False) + adamw("bf16", "bf16") + adamw("fp16", "fp16")
         chosen += some("bf16", 32) + some("bf16", 64) + some("fp16", 16) + some("fp32", 16) + some("fp32", 64)
         chosen += gemms(some("bf16", 16, even=False)) + gemms(some("bf16", 64, even=False, conv1d=True))
         chosen += some("bf16", 16, dropout=False) + gemms(some("bf16", 16, conv1d=True))
@@ -57,10 +66,10 @@ def variants(full: bool) -> list[dict]:
 
 def compile_variant(chip: int | str, variant: dict) -> dict:
     """Compile one variant for one chip and read the binary: registers, spills, shared memory, matrix instruction."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     from lora_kernels.triton import configs, lora_linear
+
+    if variant.get("op") == "adamw":
+        return compile_adamw(chip, variant)
 
     kernel = getattr(lora_linear, f"_{variant['kernel']}_kernel")
     is_float32 = variant["dtype"] == "fp32"
@@ -91,12 +100,43 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         divisible = name in DIVISIBLE and not (name == "K" and constants.get("EVEN_K") is False)
         if name not in constants and (name.endswith("_ptr") or divisible or name.startswith("stride_w")):
             attrs[(index,)] = [["tt.divisibility", 16]]
+    row = _compile(chip, kernel, signature, constants, attrs, options)
+    return {"kernel": variant["label"], "matrix_kernel": variant["kernel"] != "reduce"} | row
+
+
+def compile_adamw(chip: int | str, variant: dict) -> dict:
+    import triton.language as tl
+
+    from lora_kernels.triton import adamw, configs
+
+    kernel = getattr(adamw, f"_{variant['kernel']}_kernel")
+    options = {"num_warps": configs.ADAMW["num_warps"], "num_stages": configs.ADAMW["num_stages"]}
+    constants = {**configs.ADAMW, **variant["flags"]}
+    constants |= {name: getattr(tl, FLOATS[variant["flags"][name]]) for name in ("PARAM", "GRAD")}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    pointers = {"tensors_ptr": "*i64", "chunks_ptr": "*i64", "settings_ptr": "*fp64", "max_norm_ptr": "*fp64"}
+    signature, attrs = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        if signature[name].startswith("*") and name not in ("chunks_ptr", "max_norm_ptr"):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    row = _compile(chip, kernel, signature, constants, attrs, options)
+    return {"kernel": variant["label"], "matrix_kernel": False} | row
+
+
+def _compile(chip: int | str, kernel, signature: dict, constants: dict, attrs: dict, options: dict) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from lora_kernels.triton import configs
+
     target = GPUTarget("cuda", chip, 32) if isinstance(chip, int) else GPUTarget("hip", chip, 64)
     source = triton.compiler.ASTSource(kernel, signature, constants, attrs)
     compiled = triton.compile(source, target=target, options=options)
-    row = {"chip": str(chip), "kernel": variant["label"], "shared": compiled.metadata.shared}
-    row["shared_limit"] = configs.SHARED_MEMORY[chip]
-    row["matrix_kernel"] = variant["kernel"] != "reduce"
+    row = {"chip": str(chip), "shared": compiled.metadata.shared, "shared_limit": configs.SHARED_MEMORY[chip]}
     return row | (_read_cubin(compiled) if isinstance(chip, int) else _read_amdgcn(compiled.asm["amdgcn"]))
 
 

@@ -1,6 +1,7 @@
 // The builds of all ops for one instruction set, and which of them this processor can run.
 #pragma once
 
+#include "adamw.h"
 #include "few_rows.h"
 #include "lora_linear.h"
 #include "nf4.h"
@@ -9,9 +10,10 @@ namespace lora_kernels::cpu {
 
 struct Isa {
   const char* name;
+  const AdamWKernels* adamw;
+  const FewRowsKernels* few_rows;
   const LoraLinearKernels* lora_linear;
   const Nf4Kernels* nf4;
-  const FewRowsKernels* few_rows;
 };
 
 constexpr int kMaxIsas = 4;

@@ -1,6 +1,7 @@
 """The settings of a supervised fine-tuning run: one dataclass, its checks, and its YAML form."""
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -14,6 +15,7 @@ from lora_kernels.io.files import replacing
 
 METHODS = ("lora",)
 DTYPES = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
 
 
@@ -33,6 +35,8 @@ class SFTConfig:
     batch_size: sequences per micro-batch and process. One optimizer step sees
         batch_size * gradient_accumulation_steps * processes sequences, and its loss is the mean over all their answer
         tokens.
+    optimizer: "adamw", or "loraplus": AdamW with the learning rate lr * lr_ratio for lora_b (see
+        `lora_kernels.optim.LoRAPlusAdamW`). lr_ratio has no effect on "adamw".
     lr, lr_scheduler, warmup_ratio, weight_decay, max_grad_norm: AdamW; max_grad_norm 0 turns clipping off.
     max_length: tokens kept of each row, from its start.
     seed: of the adapters' initial values, the order of the data, and dropout.
@@ -60,6 +64,8 @@ class SFTConfig:
     max_steps: int | None = None
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
+    optimizer: Literal["adamw", "loraplus"] = "adamw"
+    lr_ratio: float = 16.0
     lr: float = 2e-4
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
@@ -83,6 +89,7 @@ class SFTConfig:
         self._check_choice("method", METHODS)
         self._check_choice("dtype", DTYPES)
         self._check_choice("lr_scheduler", SCHEDULERS)
+        self._check_choice("optimizer", OPTIMIZERS)
         for name in ("r", "batch_size", "gradient_accumulation_steps", "logging_steps"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
         for name in ("max_steps", "eval_steps", "save_steps"):
@@ -91,6 +98,7 @@ class SFTConfig:
         self._check("max_length", self.max_length >= 2, ">= 2")
         self._check("epochs", self.epochs > 0, "> 0")
         self._check("lr", self.lr > 0, "> 0")
+        self._check("lr_ratio", 1 <= self.lr_ratio < math.inf, "finite and >= 1")
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._check("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         self._check("weight_decay", self.weight_decay >= 0, ">= 0")

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from lora_kernels.io.files import replacing
+from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, save_checkpoint
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset
@@ -107,14 +108,12 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], config: SFTConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=fused or None)
+def make_optimizer(module: nn.Module, config: SFTConfig) -> LoRAPlusAdamW:
+    """AdamW or LoRA+ over the trainable parameters of `module`, in one fused step that clips; it keeps grad_norm."""
+    rates = {"lr_ratio": config.lr_ratio} if config.optimizer == "loraplus" else {"lr_ratio": 1.0, "lr_embedding": None}
+    # math.inf only measures.
+    max_grad_norm = config.max_grad_norm or math.inf
+    optimizer = LoRAPlusAdamW(module, config.lr, **rates, weight_decay=config.weight_decay, max_grad_norm=max_grad_norm)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
@@ -160,7 +159,7 @@ class Loop:
         if not self.parameters:
             raise ValueError("the model has no trainable parameters; inject adapters first")
         self.wrapped = accelerator.prepare(module)
-        self.optimizer = make_optimizer(list(self.parameters.values()), config)
+        self.optimizer = make_optimizer(module, config)
         self.progress = Progress(self.plan.total_steps, enabled=show_progress and self.main)
         self.state = LoopState()
         self.last_loss = self.last_eval_loss = None
@@ -171,6 +170,7 @@ class Loop:
         config = self.config
         names = ("model", "method", "target", "init", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr")
         names += ("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
+        names += ("optimizer", "lr_ratio")
         return {
             **{name: getattr(config, name) for name in names},
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
@@ -229,9 +229,9 @@ class Loop:
                 loss = self.wrapped(**self._to_device(batch))
                 self.accelerator.backward(loss * scale)
             self.window_loss += loss.detach()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm or math.inf)
-        self.finite &= torch.isfinite(grad_norm)
         self.optimizer.step()
+        grad_norm = self.optimizer.grad_norm
+        self.finite &= torch.isfinite(grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
         state.step += 1

@@ -14,6 +14,7 @@ try:
 except ImportError as error:
     unavailable = f"triton can't be imported: {error}"
 else:
+    from .adamw import adamw_step
     from .configs import unsupported_gpu
     from .lora_linear import INTERPRETED, lora_linear_bwd, lora_linear_fwd
 
@@ -24,4 +25,4 @@ else:
     elif not INTERPRETED:
         unavailable = unsupported_gpu()
 
-__all__ = ["lora_linear_bwd", "lora_linear_fwd", "unavailable"]
+__all__ = ["adamw_step", "lora_linear_bwd", "lora_linear_fwd", "unavailable"]

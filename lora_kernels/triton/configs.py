@@ -54,6 +54,9 @@ _SKINNY = {
     },
 }
 
+# AdamW is bound by memory everywhere: elements of a tensor for one program and at once, tensors and chunks at once.
+ADAMW = _config(4, 1, CHUNK=4096, BLOCK=1024, BLOCK_T=256, BLOCK_C=1024)
+
 
 def block_r(kernel: str, rank: int, is_float32: bool) -> int:
     """Columns of the rank that `kernel` handles at once: `rank` padded to 16, 32 or 64; larger ranks take more steps.
