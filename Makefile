@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.8.0)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto
+# What `make demo` trains with: lora, prefix, prompt or full.
+METHOD ?= lora
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ $(VENV)/.extension: $(VENV)/.packages $(SOURCES)
 
 demo: venv
 	rm -rf outputs/demo
-	$(BIN)/python examples/demo.py --output-dir outputs/demo
+	$(BIN)/python examples/demo.py --method $(METHOD) --output-dir outputs/demo
 
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"

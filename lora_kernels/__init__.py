@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_kernels.backends import available, use_backend
-    from lora_kernels.io.peft import load_adapter, save_adapter
-    from lora_kernels.methods.lora import LoRAConfig, adapters_disabled, inject, merge
+    from lora_kernels.io.adapters import load_adapter, save_adapter
+    from lora_kernels.methods import adapters_disabled, inject, merge, trainable_summary
+    from lora_kernels.methods.full import FullConfig
+    from lora_kernels.methods.lora import LoRAConfig
+    from lora_kernels.methods.named import add_adapter, use_adapter
+    from lora_kernels.methods.prefix import PrefixConfig
+    from lora_kernels.methods.prompt import PromptConfig
     from lora_kernels.nn.lora_linear import FusedLoRALinear
     from lora_kernels.nn.nf4_linear import NF4Linear
     from lora_kernels.ops.lora_linear import lora_linear
@@ -18,28 +23,38 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "FullConfig": "methods.full",
     "FusedLoRALinear": "nn.lora_linear",
     "LoRAConfig": "methods.lora",
     "LoRAPlusAdamW": "optim.loraplus",
     "NF4Linear": "nn.nf4_linear",
     "NF4Weight": "ops.nf4",
-    "adapters_disabled": "methods.lora",
+    "PrefixConfig": "methods.prefix",
+    "PromptConfig": "methods.prompt",
+    "adapters_disabled": "methods",
+    "add_adapter": "methods.named",
     "available": "backends",
-    "inject": "methods.lora",
-    "load_adapter": "io.peft",
+    "inject": "methods",
+    "load_adapter": "io.adapters",
     "lora_linear": "ops.lora_linear",
-    "merge": "methods.lora",
+    "merge": "methods",
     "quantize_nf4": "ops.nf4",
-    "save_adapter": "io.peft",
+    "save_adapter": "io.adapters",
+    "trainable_summary": "methods",
+    "use_adapter": "methods.named",
     "use_backend": "backends",
 }
 __all__ = [
+    "FullConfig",
     "FusedLoRALinear",
     "LoRAConfig",
     "LoRAPlusAdamW",
     "NF4Linear",
     "NF4Weight",
+    "PrefixConfig",
+    "PromptConfig",
     "adapters_disabled",
+    "add_adapter",
     "available",
     "inject",
     "load_adapter",
@@ -47,6 +62,8 @@ __all__ = [
     "merge",
     "quantize_nf4",
     "save_adapter",
+    "trainable_summary",
+    "use_adapter",
     "use_backend",
 ]
 

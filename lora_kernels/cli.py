@@ -19,7 +19,7 @@ import typer
 import yaml
 
 from lora_kernels.io.files import replacing
-from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.config import LEARNING_RATES, SFTConfig
 
 app = typer.Typer(
     name="lora-kernels",
@@ -39,20 +39,28 @@ _SFT_HELP = {
     "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
     "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
     "max_length": ("Model and data", "Tokens kept of each example."),
-    "method": ("Adapter", "Fine-tuning method: lora."),
-    "r": ("Adapter", "Rank."),
+    "method": ("Adapter", "lora, prefix, prompt (learned virtual tokens), or full (all weights)."),
+    "r": ("Adapter", "Rank of LoRA."),
     "lora_alpha": ("Adapter", "scaling = lora_alpha / r."),
     "lora_dropout": ("Adapter", "Dropout on the input of the low-rank branch."),
-    "target": ("Adapter", "all-linear, module names separated by commas, or a regular expression."),
+    "target": ("Adapter", "Modules: all-linear (default of lora), all (of full), names with commas, a regex."),
     "use_rslora": ("Adapter", "scaling = lora_alpha / sqrt(r)."),
-    "init": ("Adapter", "How the adapters start."),
+    "init": ("Adapter", "How adapters start; virtual tokens: vocab (default), text, random, zero (prefix only)."),
+    "num_virtual_tokens": ("Adapter", "Of prefix and prompt."),
+    "init_text": ("Adapter", "Text that virtual tokens start as, with --init text."),
+    "mlp_hidden": ("Adapter", "Width of the MLP that prefix is trained through; left out: none."),
     "epochs": ("Optimisation", "Passes over the data; may be fractional."),
     "max_steps": ("Optimisation", "Optimizer steps; decides instead of --epochs where given."),
     "batch_size": ("Optimisation", "Sequences per micro-batch and process."),
     "gradient_accumulation_steps": ("Optimisation", "Micro-batches per optimizer step."),
     "optimizer": ("Optimisation", "adamw or loraplus, which trains lora_b with lr * lr_ratio."),
     "lr_ratio": ("Optimisation", "Learning rate of lora_b over that of the rest, for loraplus."),
-    "lr": ("Optimisation", "Peak learning rate of AdamW."),
+    "lr": (
+        "Optimisation",
+        "Peak learning rate of AdamW. Default: "
+        + ", ".join(f"{lr:g} ({method})" for method, lr in LEARNING_RATES.items())
+        + ".",
+    ),
     "lr_scheduler": ("Optimisation", "cosine, linear or constant."),
     "warmup_ratio": ("Optimisation", "Share of the steps over which the learning rate rises."),
     "weight_decay": ("Optimisation", "AdamW weight decay."),
@@ -221,7 +229,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model: a plain Hugging Face directory, tokenizer included."""
     from lora_kernels.io.models import new_directory
-    from lora_kernels.methods.lora import merge as merge_adapters
+    from lora_kernels.methods import merge as merge_adapters
 
     with new_directory(output) as staged:
         network, tokenizer = _load(model, adapter, dtype, None)
@@ -286,8 +294,12 @@ def _check_backend(name: str) -> None:
 
 
 def _load(model: str | None, adapter: Path | None, dtype: str, chat_template: str | None) -> tuple[Any, Any]:
+    from lora_kernels.io.adapters import is_model_directory, load_adapter
     from lora_kernels.io.models import load_model
 
+    if adapter is not None and is_model_directory(adapter):
+        # What full fine-tuning leaves is a whole model, tokenizer included.
+        model, adapter = str(adapter), None
     if adapter is not None:
         settings = adapter / "adapter_config.json"
         if not settings.is_file():
@@ -300,8 +312,6 @@ def _load(model: str | None, adapter: Path | None, dtype: str, chat_template: st
         raise ValueError("give --model, --adapter, or both")
     network, tokenizer = load_model(model, dtype)
     if adapter is not None:
-        from lora_kernels.io.peft import load_adapter
-
         load_adapter(network, adapter)
         # What the adapter was trained with, where that was not the model's own.
         if chat_template is None and (adapter / "chat_template.jinja").is_file():

@@ -196,7 +196,7 @@ def test_every_field_has_a_flag_and_a_help_text():
     output = run("sft", "--help").output
     for name in names:
         assert f"--{name.replace('_', '-')} " in output, name
-    assert "Default: 0.0002." in output and "Optimisation" in output
+    assert "Default: 0.03." in output and "Optimisation" in output
 
 
 def test_doctor_shows_every_backend():

@@ -126,7 +126,7 @@ def test_a_refused_config_changes_nothing(config, words):
         assert word in str(error.value)
     assert_same_state(model, before)
     assert [type(m) for m in model.modules()] == kinds
-    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "lora_config")
+    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "adapter_config")
 
 
 def test_a_linear_with_its_own_forward_is_not_replaced():
@@ -214,7 +214,7 @@ def test_merge_gives_a_plain_model_with_the_same_logits(kind, tmp_path):
     assert merge(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert not hasattr(model, "lora_config") and not any(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "adapter_config") and not any(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
     assert (want - base).abs().max() > 0.01
     model.save_pretrained(tmp_path)

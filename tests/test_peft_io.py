@@ -314,7 +314,7 @@ def test_saving_replaces_whole_files(tmp_path, monkeypatch):
 
 
 def test_what_can_not_be_saved(tmp_path):
-    with pytest.raises(ValueError, match="no lora_config"):
+    with pytest.raises(ValueError, match="no adapter_config"):
         save_adapter(tiny_model("llama"), tmp_path)
     model = inject(tiny_model("llama"), LoRAConfig(modules_to_save=["lm_head"]))
     with adapters_disabled(model), pytest.raises(RuntimeError, match="adapters_disabled"):

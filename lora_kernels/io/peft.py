@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_kernels.io.files import replacing
+from lora_kernels.methods import adapter_config
 from lora_kernels.methods.lora import (
     LoRAConfig,
     from_pattern,
@@ -99,22 +100,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     for key, tensor in _adapter_tensors(model).items():
         wide = tensor.float() if key.endswith((".lora_A.weight", ".lora_B.weight")) and tensor.itemsize < 4 else tensor
         tensors[key] = wide.detach().to("cpu", copy=True).contiguous()
-    directory = Path(directory)
-    text = json.dumps(_peft_config(model, config), indent=2, sort_keys=True) + "\n"
+    write_files(Path(directory), _peft_config(model, config), tensors)
+
+
+def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """The two files of an adapter, each under a temporary name first."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     # The config goes last: a directory that has one for the first time is complete.
     with replacing(directory / WEIGHTS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(dict(tensors), path, metadata={"format": "pt"})
     with replacing(directory / CONFIG_NAME) as path:
         path.write_text(text, encoding="utf-8")
 
 
 def _config_of(model: nn.Module) -> LoRAConfig:
-    config = getattr(model, "lora_config", None)
-    if config is None:
-        raise ValueError(
-            "model has no lora_config: it carries no adapters, or is wrapped (DistributedDataParallel, torch.compile); "
-            "pass the module that was given to inject"
-        )
+    config = adapter_config(model)
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f"model.adapter_config is a {type(config).__name__}; expected a LoRAConfig")
     return config
 
 
@@ -142,7 +144,7 @@ def _peft_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
         raise ValueError(f"PEFT's format can't name the modules_to_save {saved} without {other!r}; save it as well")
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(model, saved),
+        "task_type": task_type(model, saved),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": config.r,
@@ -185,7 +187,7 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def _task_type(model: nn.Module, saved: list[str]) -> str | None:
+def task_type(model: nn.Module, saved: list[str]) -> str | None:
     name = type(model).__name__
     task = next((task for pattern, task in _TASK_TYPES if re.search(pattern, name)), None)
     if task in ("SEQ_CLS", "TOKEN_CLS"):
@@ -211,20 +213,20 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     module, if the adapter is of a kind that is not supported or doesn't fit the model.
     """
     directory = Path(directory)
-    raw = _read_config(directory / CONFIG_NAME)
-    tensors = _read_tensors(directory / WEIGHTS_NAME)
+    raw = read_config(directory / CONFIG_NAME)
+    tensors = read_tensors(directory / WEIGHTS_NAME)
     config = _lora_config(model, raw, tensors, directory / CONFIG_NAME)
-    injected = getattr(model, "lora_config", None) is not None
+    injected = getattr(model, "adapter_config", None) is not None
     if injected:
         _check_same_adapters(model, config)
         expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
     else:
         expected = _expected_shapes(model, config)
-    _check_tensors(tensors, expected, directory / WEIGHTS_NAME)
+    check_tensors(tensors, expected, directory / WEIGHTS_NAME)
     if not injected:
         # The values come from the file: with zeros, loading leaves torch's random state alone.
         inject(model, dataclasses.replace(config, init="both_zero"))
-        model.lora_config = config
+        model.adapter_config = config
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
             target.copy_(tensors[key])
@@ -238,7 +240,7 @@ def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return parameters + [p for name in model.lora_originals for p in model.get_submodule(name).parameters()]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a PEFT adapter directory has one")
     try:
@@ -250,7 +252,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         old = path.with_name("adapter_model.bin")
         hint = f"; {old.name} is a pickle, which is never loaded: save it again as safetensors" if old.is_file() else ""
@@ -349,7 +351,7 @@ def _check_same_adapters(model: nn.Module, config: LoRAConfig) -> None:
             )
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], path: Path) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], path: Path) -> None:
     problems = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in tensors]
     problems += [f"unexpected {key} {list(tensor.shape)}" for key, tensor in tensors.items() if key not in expected]
     for key, shape in expected.items():

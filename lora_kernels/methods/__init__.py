@@ -1,1 +1,84 @@
-"""Fine-tuning methods: what is put into a model, what of it is trainable, and how it is merged."""
+"""Fine-tuning methods behind one interface: what is put into a model, what of it is trainable, how it is merged.
+
+A method is a module of this package with a config class and three functions: `inject(model, config, tokenizer)`,
+`merge(model)` and `adapters_disabled(model)`. The functions below pass on to those of the module that the config's
+class comes from. `model.adapter_config` is the config that was injected.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_kernels.methods.lora import TrainableSummary
+
+_CONFIGS = {"full": "FullConfig", "lora": "LoRAConfig", "prefix": "PrefixConfig", "prompt": "PromptConfig"}
+
+
+def _module_of(config: Any) -> ModuleType:
+    name = type(config).__module__
+    if not name.startswith(f"{__name__}."):
+        raise TypeError(f"config is a {type(config).__qualname__}; allowed: {', '.join(_CONFIGS.values())}")
+    return sys.modules[name]
+
+
+def adapter_config(model: nn.Module) -> Any:
+    """The config that was injected into `model`. ValueError if there is none."""
+    config = getattr(model, "adapter_config", None)
+    if config is None:
+        raise ValueError(
+            "model has no adapter_config: it carries no adapters, or is wrapped (DistributedDataParallel, "
+            "torch.compile); pass the module that was given to inject"
+        )
+    return config
+
+
+def inject(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:
+    """Prepares `model`, in place, for the method that `config` belongs to; only what it trains requires gradients.
+
+    config: LoRAConfig, PrefixConfig, PromptConfig or FullConfig, kept as `model.adapter_config`. `tokenizer` is needed
+    for an initialisation from a text only. Returns the model. Raises TypeError for another config, and ValueError, with
+    the model unchanged, if it already carries adapters or the config doesn't fit it.
+    """
+    method = _module_of(config)
+    if getattr(model, "adapter_config", None) is not None:
+        kind = type(model.adapter_config).__name__
+        raise ValueError(f"model already carries what {kind} put in; merge(model) it first, or load the model anew")
+    return method.inject(model, config, tokenizer)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Ends with a plain model that computes the same: LoRA's update goes into the weights. Returns the model.
+
+    Raises ValueError if the model carries no adapters, or such that can't be merged (prefix and prompt tuning).
+    """
+    return _module_of(adapter_config(model)).merge(model)
+
+
+def adapters_disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """A context in which `model` is the base model, without a second copy of it. Nests.
+
+    Raises ValueError if the model carries no adapters, or the method keeps no base model (full fine-tuning).
+    """
+    return _module_of(adapter_config(model)).adapters_disabled(model)
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """How many of the model's parameters are trainable; print it."""
+    from lora_kernels.methods import lora
+
+    return lora.trainable_summary(model)
+
+
+def __getattr__(name: str) -> Any:
+    # The config classes, imported on first use: their modules need torch.
+    for module, config in _CONFIGS.items():
+        if name == config:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

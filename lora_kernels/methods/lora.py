@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -221,11 +222,11 @@ def is_injected(model: nn.Module) -> bool:
     return any(isinstance(module, FusedLoRALinear) for module in model.modules())
 
 
-def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None) -> nn.Module:
     """Puts LoRA adapters into `model`, in place, and freezes everything else but the modules_to_save.
 
     Each chosen linear layer becomes a FusedLoRALinear that shares its weight and bias; module paths and tied weights
-    stay as they were. The config is kept as `model.lora_config`, and the untrained originals of the modules_to_save
+    stay as they were. The config is kept as `model.adapter_config`, and the untrained originals of the modules_to_save
     as `model.lora_originals`. Adapters are float32 whatever the model's dtype.
 
     Returns the model. Raises ValueError, with the model unchanged, if it already carries adapters, or if the config
@@ -238,18 +239,19 @@ def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
         layer = FusedLoRALinear.from_linear(
             model.get_submodule(name), r, lora_alpha, config.lora_dropout, config.use_rslora, config.init
         )
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     originals = {}
     for name in planned.modules_to_save:
         originals[name] = model.get_submodule(name)
-        _replace(model, name, copy.deepcopy(originals[name]).requires_grad_(True))
-    model.lora_config = config
+        replace_module(model, name, copy.deepcopy(originals[name]).requires_grad_(True))
+    model.adapter_config = config
     model.lora_originals = originals
     _note_untied_embeddings(model)
     return model
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the one at the path `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -270,12 +272,16 @@ def _note_untied_embeddings(model: nn.Module) -> None:
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
-    """(path, module) of each FusedLoRALinear in the model."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, FusedLoRALinear))
+    """(path, module) of each FusedLoRALinear in use in the model, those of other named adapters left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLoRALinear) and not name.startswith("parked_adapters."):
+            yield name, module
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Merges the adapters into the weights, in place, and makes every FusedLoRALinear a plain layer again.
+
+    Of several named adapters, the one in use is merged and the others are dropped.
 
     W + scaling · lora_b · lora_a is summed in float32 and rounded once to the weight's dtype. The trained
     modules_to_save stay. What comes back is a plain model, for save_pretrained or inference; its parameters remain
@@ -294,9 +300,9 @@ def merge(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name}: {error}") from None
     for name in list(layers):
         # pop: the replaced layer's weight is freed before the next one is merged
-        _replace(model, name, layers.pop(name).to_linear())
+        replace_module(model, name, layers.pop(name).to_linear())
     model.requires_grad_(False)
-    for attribute in ("lora_config", "lora_originals"):
+    for attribute in ("adapter_config", "lora_originals", "parked_adapters", "adapter_name"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     _note_untied_embeddings(model)
@@ -318,13 +324,13 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
         for name, original in originals.items():
             # The originals aren't submodules, so a model.to() after inject hasn't reached them.
             like = next(trained[name].parameters())
-            _replace(model, name, original.to(device=like.device, dtype=like.dtype).train(trained[name].training))
+            replace_module(model, name, original.to(device=like.device, dtype=like.dtype).train(trained[name].training))
         yield model
     finally:
         for layer, enabled in layers:
             layer.adapters_enabled = enabled
         for name, module in trained.items():
-            _replace(model, name, module)
+            replace_module(model, name, module)
 
 
 @dataclass(frozen=True)
@@ -337,10 +343,8 @@ class TrainableSummary:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
-        return (
-            f"trainable parameters: {self.trainable:,} of {self.total:,} ({share:.2f} %); "
-            f"{self.adapted_modules} modules with an adapter"
-        )
+        adapted = f"; {self.adapted_modules} modules with an adapter" if self.adapted_modules else ""
+        return f"trainable parameters: {self.trainable:,} of {self.total:,} ({share:.2f} %){adapted}"
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:

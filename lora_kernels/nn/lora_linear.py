@@ -261,6 +261,16 @@ class FusedLoRALinear(nn.Module):
 
         Its weight is new and frozen, its bias is this layer's. Raises ValueError if the merged weight is not finite.
         """
+        return self._plain_layer(nn.Parameter(self.merged_weight(), requires_grad=False))
+
+    def base_layer(self) -> nn.Module:
+        """The plain layer (nn.Linear, NF4Linear or Conv1D) over the very frozen weight and bias; self is unchanged."""
+        weight = self._unmerged_weight if self.merged else self.weight
+        if isinstance(weight, NF4Weight):
+            return NF4Linear(weight, self.bias).train(self.training)
+        return self._plain_layer(weight)
+
+    def _plain_layer(self, weight: nn.Parameter) -> nn.Module:
         if self.fan_in_fan_out:
             from transformers.pytorch_utils import Conv1D
 
@@ -268,7 +278,7 @@ class FusedLoRALinear(nn.Module):
                 linear = Conv1D(self.out_features, self.in_features)
         else:
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        linear.weight = weight
         linear.bias = self.bias
         return linear.train(self.training)
 

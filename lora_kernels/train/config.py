@@ -13,7 +13,12 @@ import yaml
 
 from lora_kernels.io.files import replacing
 
-METHODS = ("lora",)
+# Peak learning rates that work with AdamW. Schulman et al. 2025 find LoRA's best about ten times that of full
+# fine-tuning; virtual tokens need far more (Lester et al. 2021 take 0.3 with Adafactor).
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "prefix": 5e-3, "prompt": 3e-2}
+METHODS = tuple(LEARNING_RATES)
+_INITS = {"lora": "default", "prefix": "vocab", "prompt": "vocab"}
+_TARGETS = {"full": "all", "lora": "all-linear"}
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -26,18 +31,23 @@ class SFTConfig:
     model: directory or hub id of a causal language model.
     data, eval_data: .json, .jsonl, .jsonl.gz or .parquet file (see `lora_kernels.train.data`).
     output_dir: gets the adapter, `checkpoint-last/`, metrics.jsonl, loss.png and config.yaml.
-    method: "lora".
-    r, lora_alpha, lora_dropout, use_rslora, init: of the adapters; target: "all-linear", a module name, a
+    method: "lora"; "prefix" or "prompt", learned virtual tokens before each sequence; "full", the model's own weights.
+    r, lora_alpha, lora_dropout, use_rslora: of LoRA's adapters.
+    target: modules that get a LoRA adapter ("all-linear" by default) or are trained by "full" ("all"): a module name, a
         comma-separated list of names, or a regular expression over module paths.
+    init: how adapters start, by default "default" for LoRA (see `FusedLoRALinear`), "vocab" for virtual tokens, which
+        may also be "text" (init_text, a required text), "random", or "zero" (prefix only); see `PrefixConfig`.
+    num_virtual_tokens, init_text: of prefix and prompt; mlp_hidden: of prefix, its reparametrisation.
     dtype: of the frozen weights and the activations; "auto" is bfloat16 where the hardware multiplies it natively,
-        else float32. Adapters and optimizer state are always float32.
+        else float32. Adapters and optimizer state are always float32, and so is everything with method "full".
     epochs: passes over the data, may be fractional; max_steps, where given, decides instead.
     batch_size: sequences per micro-batch and process. One optimizer step sees
         batch_size * gradient_accumulation_steps * processes sequences, and its loss is the mean over all their answer
         tokens.
     optimizer: "adamw", or "loraplus": AdamW with the learning rate lr * lr_ratio for lora_b (see
         `lora_kernels.optim.LoRAPlusAdamW`). lr_ratio has no effect on "adamw".
-    lr, lr_scheduler, warmup_ratio, weight_decay, max_grad_norm: AdamW; max_grad_norm 0 turns clipping off.
+    lr, lr_scheduler, warmup_ratio, weight_decay, max_grad_norm: AdamW; lr is by default that of `LEARNING_RATES`;
+        max_grad_norm 0 turns clipping off.
     max_length: tokens kept of each row, from its start.
     seed: of the adapters' initial values, the order of the data, and dropout.
     eval_steps, save_steps: steps between evaluations and checkpoints; None means once per epoch. Both also happen at
@@ -56,9 +66,12 @@ class SFTConfig:
     r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
-    target: str | list[str] = "all-linear"
+    target: str | list[str] | None = None
     use_rslora: bool = False
-    init: str = "default"
+    init: str | None = None
+    num_virtual_tokens: int = 20
+    init_text: str | None = None
+    mlp_hidden: int | None = None
     dtype: str = "auto"
     epochs: float = 1.0
     max_steps: int | None = None
@@ -66,7 +79,7 @@ class SFTConfig:
     gradient_accumulation_steps: int = 1
     optimizer: Literal["adamw", "loraplus"] = "adamw"
     lr_ratio: float = 16.0
-    lr: float = 2e-4
+    lr: float | None = None
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
@@ -90,7 +103,8 @@ class SFTConfig:
         self._check_choice("dtype", DTYPES)
         self._check_choice("lr_scheduler", SCHEDULERS)
         self._check_choice("optimizer", OPTIMIZERS)
-        for name in ("r", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+        self._resolve_method()
+        for name in ("r", "num_virtual_tokens", "batch_size", "gradient_accumulation_steps", "logging_steps"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
         for name in ("max_steps", "eval_steps", "save_steps"):
             value = getattr(self, name)
@@ -104,6 +118,24 @@ class SFTConfig:
         self._check("weight_decay", self.weight_decay >= 0, ">= 0")
         self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 turns clipping off)")
         self._check("seed", self.seed >= 0, ">= 0")
+
+    def _resolve_method(self) -> None:
+        """Fill in what depends on the method, and refuse what it has no use for."""
+        method = self.method
+        self.lr = LEARNING_RATES[method] if self.lr is None else self.lr
+        self.init = _INITS.get(method) if self.init is None else self.init
+        self.target = _TARGETS.get(method) if self.target is None else self.target
+        self._check("target", method in _TARGETS or self.target is None, f"left out with method {method}")
+        self._check("mlp_hidden", method == "prefix" or self.mlp_hidden is None, f"left out with method {method}")
+        self._check(
+            "init_text", method in ("prefix", "prompt") or self.init_text is None, f"left out with method {method}"
+        )
+        if method == "full":
+            self._check("init", self.init is None, "left out with method full")
+            self._check(
+                "dtype", self.dtype != "bfloat16", "float32 with method full, whose updates bfloat16 rounds away"
+            )
+            self.dtype = "float32"
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:

@@ -169,6 +169,7 @@ class Loop:
         """What must agree for a resumed run to continue the same computation."""
         config = self.config
         names = ("model", "method", "target", "init", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr")
+        names += ("num_virtual_tokens", "init_text", "mlp_hidden")
         names += ("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
         names += ("optimizer", "lr_ratio")
         return {

@@ -110,7 +110,9 @@ def check_output_dir(config: SFTConfig) -> None:
     directory = Path(config.output_dir)
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"output_dir {directory} is a file")
-    found = [name for name in (METRICS, "adapter_model.safetensors") if (directory / name).exists()]
+    found = [
+        name for name in (METRICS, "adapter_model.safetensors", "model.safetensors") if (directory / name).exists()
+    ]
     if find_checkpoint(directory):
         found.append("a checkpoint")
     if found and not config.resume:
@@ -121,16 +123,18 @@ def check_output_dir(config: SFTConfig) -> None:
 
 
 def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: bool = True) -> SFTResult:
-    """Load `config.model`, give it adapters, train it on `config.data`, and write everything to `config.output_dir`.
+    """Load `config.model`, inject the method, train it on `config.data`, and write everything to `config.output_dir`.
 
     Runs in one process, or in each of those that `accelerate launch` or `torchrun` started. `callbacks` get every
     record of metrics.jsonl, in the main process. Raises FileExistsError where output_dir holds another run, and
-    ValueError for bad settings or data. A chat template that is not the model's own is saved beside the adapter.
+    ValueError for bad settings or data. A chat template that is not the model's own is saved beside the adapter, the
+    whole tokenizer beside a fully fine-tuned model.
     """
+    from lora_kernels.io.adapters import save_adapter
     from lora_kernels.io.models import load_model
-    from lora_kernels.io.peft import save_adapter
-    from lora_kernels.methods.lora import LoRAConfig, inject
+    from lora_kernels.methods import inject
 
+    method = method_config(config)
     accelerator = make_accelerator()
     if accelerator.is_main_process:
         check_output_dir(config)
@@ -140,17 +144,7 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
     train_set = load_dataset(config.data, tokenizer, config.max_length)
     eval_set = load_dataset(config.eval_data, tokenizer, config.max_length) if config.eval_data else None
     set_seed(config.seed)
-    inject(
-        model,
-        LoRAConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=target_modules(config.target),
-            use_rslora=config.use_rslora,
-            init=config.init,
-        ),
-    )
+    inject(model, method, tokenizer)
     if accelerator.is_main_process and progress:
         print(f"data: {train_set.describe()}")
         if eval_set is not None:
@@ -158,7 +152,9 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
 
     def save(trained: nn.Module, directory: Path) -> None:
         save_adapter(trained, directory)
-        if tokenizer.chat_template != own_template:
+        if config.method == "full":
+            tokenizer.save_pretrained(directory)
+        elif tokenizer.chat_template != own_template:
             with replacing(directory / TEMPLATE) as path:
                 path.write_text(tokenizer.chat_template, encoding="utf-8")
 
@@ -175,9 +171,34 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
     )
 
 
+def method_config(config: SFTConfig) -> Any:
+    """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
+    from lora_kernels.methods import full, lora, prefix, prompt
+
+    if config.method == "lora":
+        return lora.LoRAConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=target_modules(config.target),
+            use_rslora=config.use_rslora,
+            init=config.init,
+        )
+    if config.method == "full":
+        return full.FullConfig(target_modules(config.target))
+    tokens = {name: getattr(config, name) for name in ("num_virtual_tokens", "init", "init_text")}
+    if config.method == "prefix":
+        return prefix.PrefixConfig(**tokens, mlp_hidden=config.mlp_hidden)
+    return prompt.PromptConfig(**tokens)
+
+
 def target_modules(target: str | list[str]) -> str | list[str]:
-    """A name, or names with commas between, as a list; "all-linear" and regular expressions as they are."""
-    if isinstance(target, list) or target == "all-linear" or not re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", target):
+    """A name, or names with commas between, as a list; "all", "all-linear" and regular expressions as they are."""
+    if (
+        isinstance(target, list)
+        or target in ("all", "all-linear")
+        or not re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", target)
+    ):
         return target
     return re.split(r"\s*,\s*", target)
 
@@ -201,7 +222,8 @@ def train_sft(
     and callbacks as for `run_sft`.
     """
     if save_adapter is None:
-        from lora_kernels.io.peft import save_adapter
+        from lora_kernels.io.adapters import save_adapter
+    _check_context(model, train_set, config)
     accelerator = accelerator or make_accelerator()
     output_dir = Path(config.output_dir)
     started = time.perf_counter()
@@ -244,6 +266,18 @@ def train_sft(
         eval_loss=loop.last_eval_loss,
         best_eval_loss=loop.state.best_eval_loss,
     )
+
+
+def _check_context(model: nn.Module, train_set: TokenDataset, config: SFTConfig) -> None:
+    from lora_kernels.methods.virtual_tokens import context_length
+
+    virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
+    context, longest = context_length(model), int(train_set.lengths.max())
+    if virtual and context is not None and virtual + longest > context:
+        raise ValueError(
+            f"num_virtual_tokens {virtual} and the longest row of {longest} tokens exceed the model's context of "
+            f"{context}; lower max_length ({config.max_length}) or num_virtual_tokens"
+        )
 
 
 def _enable_checkpointing(model: nn.Module) -> None:

@@ -1,0 +1,106 @@
+"""Files of every method: what `save_adapter` writes, `load_adapter` reads, whatever the method.
+
+LoRA, prefix and prompt tuning are in PEFT's format, a fully fine-tuned model is a Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lora_kernels.io import peft, peft_prompt
+from lora_kernels.methods import adapter_config, full, lora, prefix, prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# peft_type -> (config class, module that reads and writes its files)
+_ADAPTERS = {
+    "LORA": (lora.LoRAConfig, peft),
+    peft_prompt.PREFIX: (prefix.PrefixConfig, peft_prompt),
+    peft_prompt.PROMPT: (prompt.PromptConfig, peft_prompt),
+}
+_MODEL_CONFIG = "config.json"
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes what was injected into `model` and trained to `directory`.
+
+    Adapters as PEFT would (adapter_config.json, adapter_model.safetensors); after full fine-tuning the whole model as
+    `save_pretrained` does (config.json, model.safetensors). Each file is written under a temporary name and then moved
+    into place. Raises ValueError if nothing was injected.
+    """
+    config = adapter_config(model)
+    if isinstance(config, full.FullConfig):
+        _save_model(model, Path(directory))
+    else:
+        dict(_ADAPTERS.values())[type(config)].save_adapter(model, directory)
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
+    """Loads what `save_adapter` or PEFT wrote to `directory` into `model`, in place: a base model, or one that carries
+    the same adapters. A Hugging Face directory gives the model its weights.
+
+    trainable: whether what was loaded requires gradients (PEFT's `is_trainable`, which is False by default).
+
+    Returns the model. Raises FileNotFoundError if a file is missing, and ValueError, with the model unchanged, if the
+    directory holds something else or doesn't fit the model.
+    """
+    directory = Path(directory)
+    own = getattr(model, "adapter_config", None)
+    if is_model_directory(directory):
+        kind, config_class = "model", full.FullConfig
+    else:
+        kind = peft.read_config(directory / peft.CONFIG_NAME).get("peft_type")
+        if kind not in _ADAPTERS:
+            raise ValueError(
+                f"{directory / peft.CONFIG_NAME}: peft_type is {kind!r}; supported: {', '.join(map(repr, _ADAPTERS))}"
+            )
+        config_class, files = _ADAPTERS[kind]
+    if own is not None and type(own) is not config_class:
+        raise ValueError(f"{directory} holds a {kind}, but a {type(own).__name__} was injected into the model")
+    if kind == "model":
+        return _load_model(model, directory, trainable)
+    return files.load_adapter(model, directory, trainable)
+
+
+def is_model_directory(directory: Path) -> bool:
+    """Whether `directory` holds a whole model, as full fine-tuning leaves it, and no adapter."""
+    return (directory / _MODEL_CONFIG).is_file() and not (directory / peft.CONFIG_NAME).is_file()
+
+
+def _save_model(model: PreTrainedModel, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
+    try:
+        model.save_pretrained(staged)
+        # The config goes last: a directory that has one for the first time is complete.
+        for file in sorted(staged.iterdir(), key=lambda file: file.name == _MODEL_CONFIG):
+            # safetensors writes files that only their owner may read, whatever the umask.
+            file.chmod(directory.stat().st_mode & 0o666)
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(staged)
+
+
+def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> nn.Module:
+    loaded, info = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+    problems = [f"{kind}: {sorted(map(str, found))[:3]}" for kind, found in info.items() if found]
+    tensors, own = loaded.state_dict(), model.state_dict()
+    for name in sorted(tensors.keys() | own.keys()):
+        shapes = [list(side[name].shape) if name in side else "missing" for side in (own, tensors)]
+        if shapes[0] != shapes[1]:
+            problems.append(f"{name} is {shapes[0]} in the model, {shapes[1]} in the file")
+    if problems:
+        raise ValueError(f"{directory} doesn't fit the model, a {type(model).__name__}: {'; '.join(problems[:5])}")
+    model.load_state_dict(tensors)
+    if getattr(model, "adapter_config", None) is None:
+        full.inject(model, full.FullConfig())
+    if not trainable:
+        model.requires_grad_(False)
+    return model

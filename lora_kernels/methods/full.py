@@ -1,0 +1,84 @@
+"""Full fine-tuning: the model's own weights are trained, all or some of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.methods.lora import named_by
+from lora_kernels.ops.nf4 import NF4Weight
+
+ALL = "all"
+
+
+@dataclass
+class FullConfig:
+    """Args:
+        modules: what is trained, with everything inside: "all"; any other string is a regular expression that must
+            match a module's whole path; a list names modules by their path or by its last components. A weight that a
+            module shares with another one, as tied embeddings do, is trained for both.
+
+    Raises ValueError naming the argument that is wrong.
+    """
+
+    modules: str | Sequence[str] = ALL
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modules, str):
+            try:
+                re.compile(self.modules)
+            except re.error as error:
+                raise ValueError(f"modules: {self.modules!r} is not a regular expression: {error}") from None
+        else:
+            self.modules = tuple(self.modules)
+        if not self.modules:
+            raise ValueError('modules is empty; allowed: "all", a regular expression, a list of names')
+
+
+def inject(model: nn.Module, config: FullConfig, tokenizer: Any = None) -> nn.Module:
+    """Makes the parameters of config.modules, and no others, require gradients.
+
+    Returns the model. Raises ValueError, with the model unchanged, if a name matches no module, or a weight is
+    quantized. Weights of 16 bits lose most updates to rounding: load the model in float32.
+    """
+    chosen = [model] if config.modules == ALL else _chosen(model, config.modules)
+    parts = {part for module in chosen for part in module.modules()}
+    parameters = {parameter for part in parts for parameter in part.parameters(recurse=False)}
+    for name, weight in [*model.named_modules(), *model.named_parameters()]:
+        integer = isinstance(weight, nn.Parameter) and weight in parameters and not weight.is_floating_point()
+        if integer or (isinstance(weight, NF4Weight) and weight in parts):
+            raise ValueError(f"modules includes {name!r}, which is quantized; allowed: floating-point weights")
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    model.adapter_config = config
+    return model
+
+
+def _chosen(model: nn.Module, names: str | Sequence[str]) -> list[nn.Module]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(names, str):
+        chosen = [module for name, module in modules.items() if re.fullmatch(names, name)]
+        missing = [] if any(next(module.parameters(), None) is not None for module in chosen) else [names]
+    else:
+        chosen = [module for name, module in modules.items() if any(named_by(name, suffix) for suffix in names)]
+        missing = [suffix for suffix in names if not any(named_by(name, suffix) for name in modules)]
+    if missing:
+        raise ValueError(f"modules: {missing[0]!r} matches no module of {type(model).__name__} with parameters")
+    return chosen
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The model as it is: its weights are the trained ones. They are frozen, as after every merge."""
+    del model.adapter_config
+    return model.requires_grad_(False)
+
+
+def adapters_disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Raises ValueError: the weights that were there before are gone."""
+    raise ValueError("full fine-tuning keeps no base model to go back to; load it anew")

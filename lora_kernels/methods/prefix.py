@@ -1,0 +1,236 @@
+"""Prefix tuning (Li and Liang 2021): learned keys and values before those of the tokens, in every layer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.methods.virtual_tokens import (
+    VirtualTokens,
+    VirtualTokensConfig,
+    check_positive,
+    decoder_of,
+    disabled,
+    initial_ids,
+)
+
+if TYPE_CHECKING:
+    from transformers import Cache, DynamicCache
+
+adapters_disabled = disabled
+_RANDOM_STD = 0.02
+
+
+@dataclass
+class PrefixConfig(VirtualTokensConfig):
+    """num_virtual_tokens learned keys and values before each sequence, in every layer; the model itself is frozen.
+
+    Args:
+        num_virtual_tokens: n >= 1, less than the model's context. Each takes a place of it, in every request.
+        init: "vocab", the keys and values that the model computes for n tokens drawn from the first 5000 of the
+            vocabulary; "text", those for init_text, repeated or cut to n, so that the model starts as if init_text came
+            first; "random", normal with standard deviation 0.02; "zero". Zero is not the base model: a zero key has
+            the attention logit 0, so a head whose other logits are s_j gives Σ e^s_j / (n + Σ e^s_j) of its output.
+            And without mlp_hidden, zero tokens get equal gradients and stay equal: one token, counted n times.
+        init_text: for init="text".
+        mlp_hidden: the width of the reparametrisation P = P_start + MLP(E), with E [n, d] learned and
+            MLP(z) = W₂ tanh(W₁ z + b₁) + b₂, W₂ = b₂ = 0 at the start; None learns P itself. (The paper has no
+            P_start.) Only P is saved.
+
+    Raises ValueError naming the argument that is out of range.
+    """
+
+    mlp_hidden: int | None = None
+
+    INITS = ("vocab", "text", "random", "zero")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mlp_hidden is not None:
+            check_positive("mlp_hidden", self.mlp_hidden)
+
+
+class PrefixKeyValues(VirtualTokens):
+    """P [n, layers · 2 · heads · head_dim], float32 (float64 for a float64 model): keys, then values, layer by layer.
+
+    The keys stand in the cache as they are, after any rotation by position. Without a cache to fill, in training, the
+    layers read P from a cache that stores nothing, so activation checkpointing can recompute them.
+    """
+
+    def __init__(self, start: Tensor, layers: int, heads: int, mlp_hidden: int | None = None) -> None:
+        super().__init__(start.shape[0])
+        self.layers, self.heads, self.head_dim = layers, heads, start.shape[1] // (2 * layers * heads)
+        self.mlp = None
+        if mlp_hidden is None:
+            self.key_values = nn.Parameter(start)
+        else:
+            width = heads * self.head_dim
+            like = {"device": start.device, "dtype": start.dtype}
+            self.register_buffer("start", start)
+            self.embeddings = nn.Parameter(torch.randn(start.shape[0], width, **like))
+            last = nn.Linear(mlp_hidden, start.shape[1], **like)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.mlp = nn.Sequential(nn.Linear(width, mlp_hidden, **like), nn.Tanh(), last)
+        self._read_only = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last forward pass computed can't be copied, and isn't part of the state.
+        return self.__dict__ | {"_read_only": None}
+
+    def saved(self) -> Tensor:
+        return self.key_values if self.mlp is None else self.start + self.mlp(self.embeddings)
+
+    def attach(self, model: nn.Module, decoder: nn.Module) -> None:
+        attentions = _attention_modules(decoder)
+        if not attentions:
+            raise ValueError(f"model is a {type(model).__name__}; allowed: one whose attention layers take a cache")
+        self._cache_argument = next(iter(attentions.values()))
+        for attention in attentions:
+            attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+        super().attach(model, decoder)
+
+    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], batch: int, first: bool) -> None:
+        if not first:
+            return
+        dtype = decoder.get_input_embeddings().weight.dtype
+        # [n, 2 layers, heads, head_dim] -> a [1, heads, n, head_dim] for each key and value
+        states = self.saved().to(dtype).unflatten(1, (2 * self.layers, self.heads, self.head_dim))
+        states = states.permute(1, 2, 0, 3).unsqueeze(1).unbind()
+        pairs = list(zip(states[::2], states[1::2], strict=True))
+        self._read_only = _fill(_read_only_cache()(config=decoder.config), pairs, batch=1)
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = decoder.config.use_cache and not decoder.training
+        if cache is not None:
+            _fill(cache, pairs, batch)
+        elif use_cache:
+            kwargs["past_key_values"] = _fill(_dynamic_cache(decoder), pairs, batch)
+        else:
+            kwargs |= {"past_key_values": self._read_only, "use_cache": False}
+
+    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # Under activation checkpointing transformers takes the cache away from the layers, lest the recomputation
+        # writes to it a second time.
+        if self.enabled and kwargs.get(self._cache_argument) is None:
+            kwargs = kwargs | {self._cache_argument: self._read_only}
+        return args, kwargs
+
+    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+        """Keeps the read-only cache from the caller."""
+        if self._read_only is None:
+            return output
+        if isinstance(output, tuple):
+            return tuple(item for item in output if item is not self._read_only)
+        return type(output)(**{name: value for name, value in output.items() if value is not self._read_only})
+
+
+def _attention_modules(decoder: nn.Module) -> dict[nn.Module, str]:
+    """The innermost modules of layers whose forward takes a cache, and the argument's name."""
+    found = {}
+    for module in decoder.modules():
+        parameters = inspect.signature(module.forward).parameters
+        name = next((name for name in ("past_key_values", "layer_past") if name in parameters), None)
+        if name and hasattr(module, "layer_idx"):
+            found[module] = name
+    outer = {module for module in found if any(inner in found for inner in module.modules() if inner is not module)}
+    return {module: name for module, name in found.items() if module not in outer}
+
+
+def _dynamic_cache(decoder: nn.Module) -> DynamicCache:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=decoder.config)
+
+
+@functools.cache
+def _read_only_cache() -> type[DynamicCache]:
+    from transformers import DynamicCache
+
+    class ReadOnlyCache(DynamicCache):
+        """Layers that hold one row, serve any batch, and forget what an update adds."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            layer = self.layers[layer_idx]
+            held = vars(layer).copy()
+            layer.keys = layer.keys.expand(key_states.shape[0], -1, -1, -1)
+            layer.values = layer.values.expand(key_states.shape[0], -1, -1, -1)
+            try:
+                return layer.update(key_states, value_states, *args, **kwargs)
+            finally:
+                vars(layer).update(held)
+
+    return ReadOnlyCache
+
+
+def _fill(cache: Cache, pairs: list[tuple[Tensor, Tensor]], batch: int) -> Cache:
+    from transformers import Cache
+
+    for index, (key, value) in enumerate(pairs):
+        # Not the update of ReadOnlyCache, which would forget them.
+        Cache.update(cache, key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), index)
+    return cache
+
+
+def inject(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> nn.Module:
+    """Puts PrefixKeyValues before the keys and values of `model`, a causal LM, and freezes everything else.
+
+    `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a causal
+    LM of transformers whose layers have keys and values of one shape, or config doesn't fit it.
+    """
+    decoder = decoder_of(model, config.num_virtual_tokens)
+    from_tokens = config.init in ("vocab", "text")
+    ids = initial_ids(config, model, tokenizer) if from_tokens else None
+    computed = computed_key_values(model, decoder, config.num_virtual_tokens, ids)
+    start, layers, heads = flatten(computed)
+    if config.init == "random":
+        start = torch.randn_like(start) * _RANDOM_STD
+    elif config.init == "zero":
+        start = torch.zeros_like(start)
+    PrefixKeyValues(start, layers, heads, config.mlp_hidden).attach(model, decoder)
+    model.adapter_config = config
+    return model
+
+
+@torch.no_grad()
+def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tensor | None = None) -> list[Tensor]:
+    """The keys and values [1, heads, n, head_dim] of each layer in turn for `ids` [n], by default n times token 0.
+
+    Asking the model is the way to know their shapes that doesn't depend on how its config names things.
+    """
+    ids = torch.zeros(n, dtype=torch.long) if ids is None else ids
+    training = decoder.training
+    decoder.eval()
+    cache = _dynamic_cache(decoder)
+    decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), past_key_values=cache, use_cache=True)
+    decoder.train(training)
+    states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    shapes = {None if state is None else tuple(state.shape) for state in states}
+    if len(shapes) != 1 or None in shapes:
+        raise ValueError(
+            f"model is a {type(model).__name__} whose layers cache {sorted(map(str, shapes))}; "
+            "prefix tuning needs keys and values of one shape in every layer"
+        )
+    if states[0].shape[2] != n:
+        raise ValueError(
+            f"num_virtual_tokens is {n}; allowed: at most {states[0].shape[2]}, what the model's sliding window keeps"
+        )
+    return states
+
+
+def flatten(states: list[Tensor]) -> tuple[Tensor, int, int]:
+    """P of keys and values [1, heads, n, head_dim] layer by layer, and the numbers of layers and heads."""
+    stacked = torch.cat(states)
+    dtype = torch.promote_types(stacked.dtype, torch.float32)
+    return stacked.permute(2, 0, 1, 3).flatten(1).to(dtype), len(states) // 2, stacked.shape[1]
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Raises ValueError: there is nothing in the weights to merge into."""
+    raise ValueError("prefix tuning can't be merged: its keys and values are no change of the weights")

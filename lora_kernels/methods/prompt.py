@@ -1,0 +1,102 @@
+"""Prompt tuning (Lester et al. 2021): learned input embeddings before those of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.methods.virtual_tokens import (
+    COMMON_TOKENS,
+    VirtualTokens,
+    VirtualTokensConfig,
+    decoder_of,
+    disabled,
+    initial_ids,
+)
+
+adapters_disabled = disabled
+
+
+@dataclass
+class PromptConfig(VirtualTokensConfig):
+    """num_virtual_tokens learned embeddings before each sequence; the model itself is frozen.
+
+    Args:
+        num_virtual_tokens: n >= 1, less than the model's context. Each takes a place of it, in every request.
+        init: "vocab", embeddings of tokens drawn from the first 5000 of the vocabulary (about the most common ones);
+            "text", those of init_text, repeated or cut to n, so that the model starts as if init_text came first;
+            "random", normal with the standard deviation of the embedding table, which trains worst in the paper.
+        init_text: for init="text".
+
+    Needs a far larger learning rate than LoRA. Raises ValueError naming the argument that is out of range.
+    """
+
+
+class PromptEmbeddings(VirtualTokens):
+    """`embeddings` [n, hidden], float32 (float64 for a float64 model), cast to the tokens' dtype where used."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__(start.shape[0])
+        self.embeddings = nn.Parameter(start)
+        self._added = False
+
+    def saved(self) -> Tensor:
+        return self.embeddings
+
+    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], batch: int, first: bool) -> None:
+        self._added = first
+        if not first:
+            return
+        ids = kwargs.pop("input_ids", None)
+        tokens = kwargs["inputs_embeds"] if ids is None else decoder.get_input_embeddings()(ids)
+        prompt = self.embeddings.to(tokens.dtype).expand(batch, -1, -1)
+        kwargs["inputs_embeds"] = torch.cat([prompt, tokens], dim=1)
+        own = torch.arange(self.num_virtual_tokens, device=tokens.device)
+        for name in ("position_ids", "cache_position"):
+            if (positions := kwargs.get(name)) is not None:
+                kwargs[name] = torch.cat([own.expand(*positions.shape[:-1], -1), positions], dim=-1)
+
+    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+        """Drops the hidden states of the virtual tokens, so that there is one for each real token."""
+        if not self.enabled or not self._added:
+            return output
+        n = self.num_virtual_tokens
+        if isinstance(output, tuple):
+            return (output[0][:, n:], *output[1:])
+        output["last_hidden_state"] = output["last_hidden_state"][:, n:]
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(states[:, n:] for states in output["hidden_states"])
+        return output
+
+
+def inject(model: nn.Module, config: PromptConfig, tokenizer: Any = None) -> nn.Module:
+    """Puts PromptEmbeddings before the inputs of `model`, a causal LM, and freezes everything else.
+
+    `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a causal
+    LM of transformers, or config doesn't fit it.
+    """
+    decoder = decoder_of(model, config.num_virtual_tokens)
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        if config.init == "random":
+            known = embed(torch.arange(min(COMMON_TOKENS, embed.weight.shape[0]), device=embed.weight.device)).float()
+            start = torch.randn(config.num_virtual_tokens, known.shape[1], device=known.device) * known.std()
+        else:
+            start = embed(initial_ids(config, model, tokenizer).to(embed.weight.device))
+    attach(model, decoder, start)
+    model.adapter_config = config
+    return model
+
+
+def attach(model: nn.Module, decoder: nn.Module, start: Tensor) -> None:
+    """PromptEmbeddings with the values `start` [n, hidden] at `model`."""
+    dtype = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
+    PromptEmbeddings(start.to(dtype, copy=True)).attach(model, decoder)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Raises ValueError: there is nothing in the weights to merge into."""
+    raise ValueError("prompt tuning can't be merged: its virtual tokens are inputs, not a change of the weights")
