@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: venv demo test test-all lint bench clean
+.PHONY: venv demo test test-all test-sanitizers lint bench clean
 
 venv: $(VENV)/.extension
 
@@ -42,10 +42,14 @@ test: venv
 test-all: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# The CUDA kernels under the emulator, AddressSanitizer and UndefinedBehaviorSanitizer.
+test-sanitizers: venv
+	$(BIN)/python -m pytest -m slow tests/test_simt.py
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: venv
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,14 +1,19 @@
-"""Builds lora_kernels._C from csrc/. Needs a C++17 compiler with GCC's vector extensions (GCC or Clang); no torch.
+"""Builds the extensions of lora_kernels from csrc/. Needs a C++17 compiler (GCC or Clang) and no torch.
 
-The CPU kernels are compiled once per instruction set and chosen at run time, so a wheel runs on every processor of
-its architecture. Only what changed is compiled again.
+_C: the CPU kernels, compiled once per instruction set and chosen at run time, so that a wheel runs on every processor
+of its architecture. _cuda: the CUDA kernels, where nvcc is found. _simt: the CUDA kernels as host code, for tests, in
+development builds only. Only what changed is compiled again.
 """
 
+import importlib.util
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,22 +35,80 @@ CXX_FLAGS += ["-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-uninitialized",
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
-def compile_commands(build_dir: Path) -> dict[Path, list[str]]:
-    """Each object file and the command that makes it."""
+# Architectures to compile the CUDA kernels for, such as "80,90a", or "none". Unset: the list below for a wheel, none
+# for a build in place, which then takes one minute and not ten. PTX of the lowest serves later GPUs.
+CUDA_ARCHS_VARIABLE = "LORA_KERNELS_CUDA_ARCHS"
+CUDA_ARCHS = "80,86,89,90a,100,120"
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of PATH, or of NVIDIA's packages on PyPI (nvidia-cuda-nvcc)."""
+    candidates = [Path(os.environ["CUDA_HOME"], "bin/nvcc")] if "CUDA_HOME" in os.environ else []
+    candidates += [Path(found)] if (found := shutil.which("nvcc")) else []
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations or [] if nvidia else []:
+        candidates += sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
+    return next((str(path) for path in candidates if path.exists()), None)
+
+
+def cuda_archs(inplace: bool) -> list[str]:
+    """The architectures that were asked for, as nvcc spells them, lowest first."""
+    text = os.environ.get(CUDA_ARCHS_VARIABLE, "none" if inplace else CUDA_ARCHS)
+    names = [name.removeprefix("sm_") for name in re.split(r"[,; ]+", text.strip()) if name]
+    if names in ([], ["none"]):
+        return []
+    if bad := [name for name in names if not re.fullmatch(r"[0-9]{2,3}[af]?", name)]:
+        raise SystemExit(f"{CUDA_ARCHS_VARIABLE} is {text!r}: {bad[0]!r} is not an architecture such as 80 or sm_90a")
+    return sorted(set(names), key=lambda name: int(name.rstrip("af")))
+
+
+def python_includes() -> list[str]:
     import pybind11
 
-    compiler = os.environ.get("CXX", "c++").split()
-    flags = [*CXX_FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split()]
-    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    units = [("bindings", "csrc/bindings.cpp", includes), ("isa", "csrc/cpu/isa.cpp", [])]
+    return [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+def cpu_commands() -> list[list[str]]:
+    """Compiler commands of _C, each without its output and ending with the source."""
+    compiler = [*os.environ.get("CXX", "c++").split(), *CXX_FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split()]
+    commands = [[*compiler, *python_includes(), "-c", "csrc/bindings.cpp"], [*compiler, "-c", "csrc/cpu/isa.cpp"]]
     for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):
         for isa, (lanes, isa_flags) in ISAS.items():
-            defines = [f"-DLK_ISA={isa}", f"-DLK_LANES={lanes}"]
-            units.append((f"{source.stem}_{isa}", str(source), [*defines, *isa_flags]))
-    return {
-        build_dir / f"{name}.o": [*compiler, *flags, *extra, "-c", source, "-o", str(build_dir / f"{name}.o")]
-        for name, source, extra in units
-    }
+            commands.append([*compiler, f"-DLK_ISA={isa}", f"-DLK_LANES={lanes}", *isa_flags, "-c", str(source)])
+    return commands
+
+
+def simt_commands() -> list[list[str]]:
+    """Compiler commands of _simt."""
+    # Contraction off: what says __fmul_rn must round. -g1: messages name lines.
+    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DLK_SIMT", "-Icsrc"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", *os.environ.get("CXXFLAGS", "").split()]
+    compiler = [*os.environ.get("CXX", "c++").split(), *flags]
+    # csrc/simt/memory.cpp is the run-time library of this instrumentation: it sees each load and store of a kernel.
+    kernels = [*compiler, "-fsanitize=thread", "-x", "c++", "-c"]
+    commands = [[*kernels, str(source)] for source in sorted(Path("csrc/cuda").glob("*.cu"))]
+    commands += [[*compiler, "-c", str(source)] for source in sorted(Path("csrc/simt").glob("*.cpp"))]
+    return [*commands, [*compiler, *python_includes(), "-c", "csrc/cuda/bindings.cpp"]]
+
+
+def cuda_commands(nvcc: str, archs: list[str]) -> list[list[str]]:
+    """Compiler commands of _cuda."""
+    compiler = [nvcc, "-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", *nvcc_host_compiler()]
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    lowest = archs[0].rstrip("af")
+    code += [f"-gencode=arch=compute_{lowest},code=compute_{lowest}", "--threads=0"]
+    commands = [[*compiler, *code, "-c", str(source)] for source in sorted(Path("csrc/cuda").glob("*.cu"))]
+    return [*commands, [*compiler, *python_includes(), "-c", "csrc/cuda/bindings.cpp"]]
+
+
+def nvcc_host_compiler() -> list[str]:
+    return [f"-ccbin={os.environ['CXX'].split()[0]}"] if "CXX" in os.environ else []
+
+
+def nvcc_library_dirs(nvcc: str) -> list[str]:
+    # The packages on PyPI keep the static runtime in lib, where their nvcc doesn't look.
+    library = Path(nvcc).resolve().parents[1] / "lib"
+    return [f"-L{library}"] if (library / "libcudart_static.a").exists() else []
 
 
 def run(command: list[str]) -> None:
@@ -53,31 +116,74 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
+def is_stale(object_file: Path) -> bool:
+    """Whether the object is missing or older than a file that its compiler read."""
+    dependencies = object_file.with_suffix(".d")
+    if not object_file.exists() or not dependencies.exists():
+        return True
+    # "object: source header header \\" and so on.
+    read = dependencies.read_text().replace("\\\n", " ").split(": ", 1)[1].split()
+    built = object_file.stat().st_mtime
+    return any(not Path(path).exists() or Path(path).stat().st_mtime > built for path in read)
+
+
 class BuildExt(build_ext):
+    def finalize_options(self) -> None:
+        self.inplace = self.inplace or self.editable_mode
+        shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+        linker = [*os.environ.get("CXX", "c++").split(), *shared, *os.environ.get("LDFLAGS", "").split()]
+        # name -> compiler commands and linker command
+        self.units = {"_C": (cpu_commands(), [*linker, *OPENMP])}
+        if self.inplace and sys.platform == "linux":
+            self.units["_simt"] = (simt_commands(), linker)
+        self.without_cuda = None
+        archs, nvcc = cuda_archs(self.inplace), find_nvcc()
+        if not archs:
+            asked = f"{CUDA_ARCHS_VARIABLE}={os.environ.get(CUDA_ARCHS_VARIABLE)}"
+            self.without_cuda = asked if CUDA_ARCHS_VARIABLE in os.environ else (
+                f"a build in place leaves them out unless {CUDA_ARCHS_VARIABLE} is set"
+            )  # fmt: skip
+        elif nvcc is None:
+            self.without_cuda = "there is no nvcc in CUDA_HOME, PATH or the nvidia packages"
+        else:
+            self.units["_cuda"] = (
+                cuda_commands(nvcc, archs),
+                [nvcc, "-shared", "-cudart=static", *nvcc_host_compiler(), *nvcc_library_dirs(nvcc)],
+            )
+        self.distribution.ext_modules = [Extension(f"lora_kernels.{name}", sources=[]) for name in self.units]
+        super().finalize_options()
+
+    def run(self) -> None:
+        if self.without_cuda:
+            print(f"lora_kernels is built without its CUDA C++ kernels: {self.without_cuda}", flush=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
-        build_dir = Path(self.build_temp)
+        name = ext.name.rpartition(".")[2]
+        build_dir = Path(self.build_temp) / name
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
 
-        commands = compile_commands(build_dir)
-        newest_header = max(path.stat().st_mtime for path in [*Path("csrc").rglob("*.h"), Path(__file__)])
-        stale = [
-            command
-            for object_file, command in commands.items()
-            if self.force
-            or not object_file.exists()
-            or object_file.stat().st_mtime < max(newest_header, Path(command[-3]).stat().st_mtime)
-        ]
+        commands, linker = self.units[name]
+        objects, stale = [], []
+        for command in commands:
+            # The command is in the name: other flags make another object.
+            suffix = f"{zlib.crc32(' '.join(command).encode()):08x}"
+            objects.append(build_dir / f"{Path(command[-1]).stem}-{suffix}.o")
+            if self.force or is_stale(objects[-1]):
+                dependencies = ["-MMD", "-MF", str(objects[-1].with_suffix(".d"))]
+                stale.append([*command, "-o", str(objects[-1]), *dependencies])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, stale))
-        if stale or not target.exists():
-            shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
-            linker = [*os.environ.get("CXX", "c++").split(), *shared, *OPENMP]
-            run([*linker, *os.environ.get("LDFLAGS", "").split(), *map(str, commands), "-o", str(target)])
+        newest = max(path.stat().st_mtime for path in objects)
+        if not target.exists() or target.stat().st_mtime < newest:
+            run([*linker, *map(str, objects), "-o", str(target)])
 
 
-setup(
-    ext_modules=[Extension("lora_kernels._C", sources=[], depends=[str(p) for p in Path("csrc").rglob("*.*")])],
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        # Which extensions there are depends on how this is built; BuildExt knows.
+        ext_modules=[Extension("lora_kernels._C", sources=[])],
+        cmdclass={"build_ext": BuildExt},
+    )

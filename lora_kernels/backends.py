@@ -18,6 +18,8 @@ _MODULES = {
     "reference": "lora_kernels.reference",
     "cpu": "lora_kernels.cpu",
     "triton": "lora_kernels.triton",
+    "cuda": "lora_kernels.cuda",
+    "cuda-emulated": "lora_kernels.cuda_emulated",
 }
 # What `auto` tries, in this order, on each type of device.
 _AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
@@ -50,7 +52,8 @@ def check(name: str, source: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the ``with`` block on the backend ``name``: "auto", "reference", "cpu" or "triton".
+    """Run the ops inside the ``with`` block on the backend ``name``: "auto", "reference", "cpu", "triton", "cuda" or
+    "cuda-emulated" (the CUDA C++ kernels on CPU tensors, for tests).
 
     "auto" (the default outside) picks the fastest that can run; a backend named explicitly never falls back. The
     choice holds for the process, since autograd's threads must see it; the environment variable LORA_KERNELS_BACKEND

@@ -320,7 +320,10 @@ def test_bad_arguments_are_named(change, error, message):
 
 def test_backend_choice(monkeypatch):
     x = torch.ones(1)
-    with pytest.raises(ValueError, match="'cuba'.*allowed: auto, reference, cpu, triton"), use_backend("cuba"):
+    with (
+        pytest.raises(ValueError, match="'cuba'.*allowed: auto, reference, cpu, triton, cuda, cuda-emulated"),
+        use_backend("cuba"),
+    ):
         pass
     with use_backend("reference"):
         assert backends.resolve(x) is reference
@@ -331,7 +334,7 @@ def test_backend_choice(monkeypatch):
         backends.resolve(x)
     monkeypatch.delenv("LORA_KERNELS_BACKEND")
     assert backends.resolve(x.double()) is reference
-    assert set(backends.available()) == {"reference", "cpu", "triton"}
+    assert set(backends.available()) == {"reference", "cpu", "triton", "cuda", "cuda-emulated"}
 
 
 def test_an_unusable_backend_says_why(monkeypatch):

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import reference
 from lora_kernels import triton as backend
-from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.testing import lora_inputs
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -23,11 +24,6 @@ from lora_kernels.triton import configs, lora_linear, lora_linear_bwd, lora_line
 pytestmark = pytest.mark.skipif(not lora_linear.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
-ALL = (True, True, True, True)
-SCALING = 1.5
-# A negative seed and an offset beyond 32 bits use all the bits of the key and of the counter.
-RNG = torch.tensor([-1234567890123, (7 << 33) + 5])
 
 
 @pytest.fixture(autouse=True)
@@ -52,47 +48,8 @@ def patch_language_once_per_launch(monkeypatch):
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
 
 
-class Case:
-    """Inputs, results and expectations of one problem, all by name."""
-
-    def __init__(self, M, N, K, R, dtype=FP32, adapter_dtype=None, dropout_p=0.0, bias=False, lora_e=False, needs=ALL):
-        self.inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias, lora_e)
-        self.dtype, self.dropout_p, self.needs = dtype, dropout_p, needs
-        self.rng = RNG if dropout_p else None
-        self.dy = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None):
-        """y, h and the gradients from a backend's two functions; `place` may move each input elsewhere."""
-        t = {name: None if t is None else place(name, t.to(dtype or t.dtype)) for name, t in self.inputs.items()}
-        rest = (t["lora_e"], self.dropout_p, self.rng)
-        y, h = fwd(t["x"], t["weight"], t["lora_a"], t["lora_b"], SCALING, t["bias"], *rest)
-        dy = place("dy", self.dy.to(dtype or self.dtype))
-        h = place("h", h)
-        gradients = bwd(dy, t["x"], h, t["weight"], t["lora_a"], t["lora_b"], SCALING, *rest, self.needs)
-        return {"y": y, "h": h, **dict(zip(GRADIENTS, gradients, strict=True))}
-
-    def eager(self):
-        # Adapters are converted to the dtype of x for the tensor cores, so the eager version has one dtype throughout.
-        leaves = {name: None if t is None else t.to(self.dtype).requires_grad_() for name, t in self.inputs.items()}
-        y = reference.lora_linear_ref(**leaves, scaling=SCALING, dropout_p=self.dropout_p, rng=self.rng)
-        y.backward(self.dy)
-        gradients = {f"d{name}": None if t is None else t.grad for name, t in leaves.items()}
-        return {"y": y.detach(), **gradients}
-
-    def check(self, place=lambda name, t: t):
-        actual = self.run(lora_linear_fwd, lora_linear_bwd, place)
-        exact = self.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
-        eager = self.eager()
-        assert actual["h"].dtype == FP32
-        torch.testing.assert_close(actual["h"].double(), exact["h"], atol=0.03 if self.dtype != FP32 else 1e-5, rtol=0)
-        for name in ("y", *GRADIENTS):
-            if exact[name] is None:
-                assert actual[name] is None, f"{name} was not asked for"
-                continue
-            source = self.inputs["x" if name == "y" else name[1:]]
-            assert actual[name].dtype == source.dtype, name
-            assert_close_to_reference(actual[name].to(self.dtype), eager[name], exact[name], name)
-        return actual
+class Case(LoraCase):
+    backend = backend
 
 
 @triton.jit
@@ -141,39 +98,19 @@ def test_lora_e_gradient_is_none_without_lora_e():
     assert Case(5, 6, 7, 2).check()["dlora_e"] is None
 
 
-def strided(name, t):
-    """x and dy as rows of a wider tensor, weight as a Conv1D's transposed view."""
-    if name in ("x", "dy"):
-        wide = torch.full((t.shape[0], t.shape[1] + 5), float("nan"), dtype=t.dtype)
-        wide[:, 2:-3] = t
-        return wide[:, 2:-3]
-    return t.T.contiguous().T if name == "weight" else t
-
-
 def test_strided_inputs_and_transposed_weight():
     Case(33, 65, 40, 5, dtype=BF16, dropout_p=0.2, bias=True).check(strided)
 
 
-CANARY = 0x7FC0BEEF  # a NaN, so that a stray read spoils the result, with bits of its own, so that a stray write shows
-
-
 def test_guarded_buffers(monkeypatch):
     """Nothing outside the tensors is read or written, and every output element is: all of them start as NaN."""
-    pad = 256
-    arenas = []
-
-    def guarded(shape, dtype, device="cpu"):
-        arena = torch.full((torch.Size(shape).numel() + 2 * pad,), CANARY, dtype=torch.int32)
-        arenas.append(arena)
-        return arena.view(dtype)[pad:-pad].view(shape)
-
+    guarded = GuardedBuffers()
     case = Case(35, 67, 41, 5, dropout_p=0.2, bias=True, lora_e=True)
     exact = case.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
     monkeypatch.setattr(torch, "empty", guarded)
     actual = case.run(lora_linear_fwd, lora_linear_bwd, lambda name, t: guarded(t.shape, t.dtype).copy_(t))
-    assert len(arenas) == 18
-    for arena in arenas:
-        assert (arena[:pad] == CANARY).all() and (arena[-pad:] == CANARY).all()
+    assert len(guarded.arenas) == 18
+    guarded.check()
     for name, t in actual.items():
         torch.testing.assert_close(t.double(), exact[name], atol=1e-4, rtol=1e-4)
 

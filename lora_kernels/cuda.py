@@ -1,0 +1,458 @@
+"""The CUDA C++ backend: NVIDIA GPUs from compute capability 8.0, without torch's or Triton's compilers.
+
+The same kernels, compiled as host code, run on CPU tensors in `lora_kernels.cuda_emulated`. Nothing is synchronised:
+kernels are queued on the current stream of the tensors' device. Shapes, dtypes and semantics are those of
+`lora_kernels.reference`; activations are bfloat16 or float16, which is what tensor cores multiply.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.reference import ABSMAX_BLOCK, NF4, AdamWGroup, dropout_scale, dropout_threshold, dynamic_code
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    return dynamic_code().to(device)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Kernels:
+    """The backend's functions over one extension module: `_cuda`, or `_simt` for the emulator.
+
+    `unavailable` is None when the kernels can run on this machine, else the reason why not; `built_where` is its hint
+    where the extension is missing.
+    """
+
+    def __init__(self, extension: str, device_type: str, built_where: str) -> None:
+        self.device_type = device_type
+        self.unavailable: str | None = None
+        try:
+            self._extension: ModuleType = importlib.import_module(f"lora_kernels.{extension}")
+        except ImportError as error:
+            self.unavailable = f"the extension lora_kernels.{extension} can't be imported ({error}); {built_where}"
+            return
+        self._dtypes = {
+            torch.float32: self._extension.FLOAT32,
+            torch.bfloat16: self._extension.BFLOAT16,
+            torch.float16: self._extension.FLOAT16,
+        }
+        if device_type == "cuda":
+            self.unavailable = self._unusable_gpu()
+
+    def _unusable_gpu(self) -> str | None:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        if not torch.cuda.is_available():
+            return f"torch sees no CUDA GPU ({self._extension.device_error() or 'no device is visible'})"
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            if gpu.major < 8:
+                return f"GPU {index} is a {gpu.name} (sm_{gpu.major}{gpu.minor}); sm_80 and newer are supported"
+        return None
+
+    def _check_device(self, name: str, t: Tensor) -> None:
+        if self.unavailable is not None:
+            raise RuntimeError(f"the CUDA C++ kernels can't run here: {self.unavailable}")
+        if t.device.type != self.device_type:
+            raise ValueError(f"{name} is on {t.device}: this backend takes tensors on {self.device_type} only")
+
+    def _check(self, x: Tensor, **adapters: Tensor | None) -> None:
+        self._check_device("x", x)
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"x is {x.dtype}: the CUDA C++ kernels take bfloat16 and float16; for float32 use the triton backend"
+            )
+        for name, adapter in adapters.items():
+            if adapter is not None and adapter.dtype not in (torch.float32, x.dtype):
+                raise ValueError(f"{name} is {adapter.dtype}; allowed: torch.float32 and x's {x.dtype}")
+
+    def _launch(self, kernel: str, on: Tensor, through: Sequence[Tensor] = (), **arguments) -> None:
+        """Queue a kernel on the current stream of the device of `on`; `through` is what it reaches by way of a table.
+
+        Tensors become addresses; the caller's frame keeps them alive until the kernel is queued, after which torch's
+        allocator gives their memory away in stream order only.
+        """
+        values = {}
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                value = value.data_ptr()
+            elif isinstance(value, torch.dtype):
+                value = self._dtypes[value]
+            values[name] = 0 if value is None else value
+        device, stream = 0, 0
+        if on.is_cuda:
+            device, stream = on.get_device(), torch.cuda.current_stream(on.device).cuda_stream
+        getattr(self._extension, kernel)(**values, device=device, stream=stream)
+
+    def _block_target(self, x: Tensor) -> int:
+        """How many blocks keep the device busy."""
+        return 2 * _multiprocessors(x.get_device()) if x.is_cuda else 4
+
+    def _gemm(self, x, weight, transposed, bias, u, lora_e, v, out, scale, threshold, rng) -> None:
+        """out = x weightᵀ + bias + dropout(scale (u ∘ lora_e) v); v [R, N] and a dense weight have any strides.
+
+        The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
+        """
+        if isinstance(weight, NF4):
+            dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+            self.dequantize_nf4(weight, dense)
+            weight = dense.T if transposed else dense
+        elif transposed:
+            weight = weight.T
+        (M, K), (N, R) = x.shape, (weight.shape[0], v.shape[0])
+        self._launch(
+            "lora_gemm",
+            x,
+            x=x,
+            ld_x=x.stride(0),
+            weight=weight,
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            bias=bias,
+            u=u,
+            lora_e=lora_e,
+            lora_e_dtype=torch.float32 if lora_e is None else lora_e.dtype,
+            v=v,
+            v_dtype=v.dtype,
+            stride_vr=v.stride(0),
+            stride_vn=v.stride(1),
+            out=out,
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            scale=scale,
+            threshold=threshold,
+            rng=rng if threshold else None,
+            dtype=x.dtype,
+        )
+
+    def lora_linear_fwd(
+        self,
+        x: Tensor,
+        weight: Tensor | NF4,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        lora_e: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches; three where an NF4
+        weight meets more rows than it is decoded for inside the product, and is dequantised first.
+
+        Arguments are those of `lora_kernels.reference.lora_linear_fwd`. Raises ValueError for x that is not bfloat16 or
+        float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type of device, and for
+        dropout without rng; RuntimeError with CUDA's message where a launch fails.
+        """
+        self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
+        threshold = _threshold(dropout_p, rng)
+        (M, K), (N, R) = x.shape, lora_b.shape
+        h = torch.empty((M, R), dtype=torch.float32, device=x.device)
+        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        if R:
+            self._launch(
+                "lora_h",
+                x,
+                x=x,
+                ld_x=x.stride(0),
+                lora_a=lora_a,
+                lora_a_dtype=lora_a.dtype,
+                h=h,
+                M=M,
+                K=K,
+                R=R,
+                threshold=threshold,
+                rng=rng if threshold else None,
+                scale=dropout_scale(dropout_p),
+                dtype=x.dtype,
+            )
+        if isinstance(weight, NF4) and self._extension.NF4_MAX_TOKENS >= M:
+            self._launch(
+                "nf4_linear",
+                x,
+                **self._nf4(weight),
+                x=x,
+                ld_x=x.stride(0),
+                bias=bias,
+                h=h,
+                lora_b=lora_b,
+                lora_b_dtype=lora_b.dtype,
+                lora_e=lora_e,
+                lora_e_dtype=torch.float32 if lora_e is None else lora_e.dtype,
+                y=y,
+                M=M,
+                R=R,
+                scaling=scaling,
+                dtype=x.dtype,
+            )
+        else:
+            self._gemm(x, weight, False, bias, h, lora_e, lora_b.T, y, scaling, 0, None)
+        return y, h
+
+    def lora_linear_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        h: Tensor,
+        weight: Tensor | NF4,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        lora_e: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
+
+        Arguments and errors are those of `lora_linear_fwd`, h its second result. Sums are taken in a fixed order: the
+        result depends on the number of multiprocessors but not on timing.
+        """
+        self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
+        need_dx, need_da, need_db, need_de = needs[0], needs[1], needs[2], needs[3] and lora_e is not None
+        if not (need_dx or need_da or need_db or need_de):
+            return None, None, None, None
+        threshold, keep_scale = _threshold(dropout_p, rng), dropout_scale(dropout_p)
+        rng = rng if threshold else None
+        (M, K), (N, R) = x.shape, lora_b.shape
+        need_dh = (need_dx or need_da) and R > 0
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device=x.device) if when else None
+
+        column_blocks = _ceil_div(N, self._extension.dh_columns(R))
+        row_blocks = _ceil_div(M, self._extension.DH_ROWS)
+        splits = min(row_blocks, max(1, self._block_target(x) // column_blocks))
+        rows_per_split = _ceil_div(row_blocks, splits) * self._extension.DH_ROWS
+        splits = _ceil_div(M, rows_per_split)
+        parts = {
+            "dh_parts": empty(column_blocks, M, R, when=need_dh),
+            "db_parts": empty(splits, N, R, when=need_db),
+            "de_parts": empty(splits, column_blocks, R, when=need_de),
+        }
+        e_dtype = torch.float32 if lora_e is None else lora_e.dtype
+        dh = empty(M, R, when=need_dh)
+        dx = empty(M, K, dtype=x.dtype, when=need_dx)
+        dlora_a = empty(R, K, dtype=lora_a.dtype, when=need_da)
+        dlora_b = empty(N, R, dtype=lora_b.dtype, when=need_db)
+        dlora_e = empty(R, dtype=e_dtype, when=need_de)
+        if need_dh or need_db or need_de:
+            self._launch(
+                "lora_dh_dlora_b",
+                x,
+                dy=dy,
+                ld_dy=dy.stride(0),
+                h=h,
+                lora_b=lora_b,
+                lora_b_dtype=lora_b.dtype,
+                **parts,
+                M=M,
+                N=N,
+                R=R,
+                rows_per_split=rows_per_split,
+                dtype=x.dtype,
+            )
+            self._launch(
+                "lora_reduce",
+                x,
+                **parts,
+                dh=dh,
+                dlora_b=dlora_b,
+                dlora_e=dlora_e,
+                dlora_b_dtype=lora_b.dtype,
+                dlora_e_dtype=e_dtype,
+                lora_e=lora_e,
+                lora_e_dtype=e_dtype,
+                column_blocks=column_blocks,
+                splits=splits,
+                M=M,
+                N=N,
+                R=R,
+                scaling=scaling,
+                dtype=x.dtype,
+            )
+        if need_da:
+            self._launch(
+                "lora_dlora_a",
+                x,
+                x=x,
+                ld_x=x.stride(0),
+                dh=dh,
+                dlora_a=dlora_a,
+                dlora_a_dtype=lora_a.dtype,
+                M=M,
+                K=K,
+                R=R,
+                threshold=threshold,
+                rng=rng,
+                scale=keep_scale,
+                dtype=x.dtype,
+            )
+        if need_dx:
+            self._gemm(dy, weight, True, None, dh, None, lora_a, dx, keep_scale, threshold, rng)
+        return dx, dlora_a, dlora_b, dlora_e
+
+    def _nf4(self, weight: NF4) -> dict:
+        """The arguments that describe an NF4 weight to a kernel."""
+        N, K = weight.shape
+        return {
+            "packed": weight.packed,
+            "absmax": weight.absmax,
+            "absmax_scale": weight.absmax_scale,
+            "absmax_code": None if weight.absmax_scale is None else _dynamic_code(weight.packed.device),
+            "absmax_offset": weight.absmax_offset,
+            "block_shift": weight.block_size.bit_length() - 1,
+            "N": N,
+            "K": K,
+        }
+
+    def quantize_nf4(self, weight: Tensor, block_size: int, double_quant: bool) -> NF4:
+        """NF4 of a contiguous weight [N, K] of float32, bfloat16 or float16; see reference.quantize_nf4.
+
+        A block with an element that is not finite gets an absmax that is not finite.
+        """
+        self._check_device("weight", weight)
+        size, device = weight.numel(), weight.device
+        blocks = _ceil_div(size, block_size)
+        packed = torch.empty(((size + 1) // 2,), dtype=torch.uint8, device=device)
+        absmax = torch.empty((blocks,), dtype=torch.float32, device=device)
+        self._launch(
+            "nf4_quantize",
+            weight,
+            weight=weight,
+            dtype=weight.dtype,
+            size=size,
+            block_shift=block_size.bit_length() - 1,
+            packed=packed,
+            absmax=absmax,
+        )
+        if not double_quant:
+            return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
+        offset = absmax.mean()
+        codes = torch.empty((blocks,), dtype=torch.uint8, device=device)
+        absmax_scale = torch.empty((_ceil_div(blocks, ABSMAX_BLOCK),), dtype=torch.float32, device=device)
+        self._launch(
+            "nf4_quantize_absmax",
+            weight,
+            absmax=absmax,
+            blocks=blocks,
+            absmax_offset=offset,
+            absmax_code=_dynamic_code(device),
+            codes=codes,
+            absmax_scale=absmax_scale,
+        )
+        return NF4(packed, codes, absmax_scale, offset, block_size, tuple(weight.shape))
+
+    def dequantize_nf4(self, weight: NF4, out: Tensor) -> None:
+        """Writes the dense weight to out, a contiguous [N, K], in one launch; see reference.dequantize_nf4."""
+        self._check_device("weight", weight.packed)
+        self._launch("nf4_dequantize", out, **self._nf4(weight), out=out, dtype=out.dtype)
+
+    def adamw_step(
+        self, groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache: dict[str, Any]
+    ) -> Tensor | None:
+        """One AdamW step over all tensors, in place, in two launches; see reference.adamw_step.
+
+        Parameters and gradients are float32, bfloat16 or float16, on one device. Nothing synchronises. The tables of
+        addresses and settings are kept in `cache` and written anew when they change; a CUDA graph can hold a step that
+        changes none of them, which is any but the first while gradients stay where they are. Raises ValueError for
+        another dtype or device, RuntimeError where a graph is being captured and a table has to be written.
+        """
+        params = [param for group in groups for param in group.params]
+        grads = [grad for group in groups for grad in group.grads]
+        for name, tensors in (("a parameter", params), ("a gradient", grads)):
+            for tensor in tensors:
+                self._check_device(name, tensor)
+                if tensor.device != params[0].device or tensor.dtype not in self._dtypes:
+                    raise ValueError(
+                        f"{name} is {tensor.dtype} on {tensor.device}; the CUDA C++ kernels take float32, bfloat16 and "
+                        f"float16, all on one device (the first parameter is on {params[0].device})"
+                    )
+        device, chunk = params[0].device, self._extension.ADAMW_CHUNK
+        columns = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+        state = [[t for group in groups for t in getattr(group, column)] for column in columns]
+        group_of = [index for index, group in enumerate(groups) for _ in group.params]
+        rows = []
+        for group, param, grad, *rest in zip(group_of, *state, strict=True):
+            rows += [0 if t is None else t.data_ptr() for t in (param, grad, *rest)]
+            rows += [param.numel(), self._dtypes[param.dtype], self._dtypes[grad.dtype], group]
+        chunks = [(i, start) for i, param in enumerate(params) for start in range(0, max(param.numel(), 1), chunk)]
+        settings = [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay) for g in groups]
+        table = _kept(cache, "table", [*rows, *chain(*chunks)], torch.int64, device)
+        settings = _kept(cache, "settings", [*chain(*settings), max_grad_norm or 0.0], torch.float64, device)
+
+        clips = max_grad_norm is not None
+        scalars = torch.empty((len(params), self._extension.ADAMW_SCALARS), dtype=torch.float32, device=device)
+        partials = torch.empty((len(chunks),), dtype=torch.float32, device=device) if clips else None
+        grad_norm = torch.empty((), dtype=torch.float32, device=device) if clips else None
+        for kernel in ("adamw_prepare", "adamw_step"):
+            self._launch(
+                kernel,
+                table,
+                through=[t for column in state for t in column if t is not None],
+                tensors=table,
+                chunks=table[len(rows) :],
+                groups=settings,
+                scalars=scalars,
+                partials=partials,
+                max_grad_norm=settings[-1:],
+                grad_norm=grad_norm,
+                count=len(chunks),
+            )
+        return grad_norm
+
+
+def _kept(cache: dict[str, Any], name: str, values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values in memory of the device that `cache` keeps, copied there only if they are not what it holds."""
+    held, table = cache.get(name, (None, None))
+    if held == values:
+        return table
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the {name} of adamw_step changed while a CUDA graph is captured; take a step with the same tensors first"
+        )
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    if table is None or table.shape != host.shape:
+        table = torch.empty_like(host, device=device)
+    # In the stream's order, without waiting: an earlier step has read the old values by then.
+    table.copy_(host, non_blocking=True)
+    cache[name] = (values, table)
+    return table
+
+
+def _threshold(dropout_p: float, rng: Tensor | None) -> int:
+    threshold = dropout_threshold(dropout_p)
+    if threshold and rng is None:
+        raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
+    return threshold
+
+
+_kernels = Kernels("_cuda", "cuda", "it is built where nvcc is found")
+unavailable = _kernels.unavailable
+lora_linear_fwd = _kernels.lora_linear_fwd
+lora_linear_bwd = _kernels.lora_linear_bwd
+quantize_nf4 = _kernels.quantize_nf4
+dequantize_nf4 = _kernels.dequantize_nf4
+adamw_step = _kernels.adamw_step

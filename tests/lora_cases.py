@@ -1,0 +1,92 @@
+"""Problems for lora_linear that several backends' tests share, with what they are compared with."""
+
+import torch
+
+from lora_kernels import reference
+from lora_kernels.testing import assert_close_to_reference, lora_inputs
+
+FP32 = torch.float32
+GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
+ALL = (True, True, True, True)
+SCALING = 1.5
+# A negative seed and an offset beyond 32 bits use all the bits of the key and of the counter.
+RNG = torch.tensor([-1234567890123, (7 << 33) + 5])
+# A NaN, so that a stray read spoils the result, with bits of its own, so that a stray write shows.
+CANARY = 0x7FC0BEEF
+
+
+class LoraCase:
+    """Inputs, results and expectations of one problem, all by name.
+
+    A subclass sets `backend`, the module or object whose lora_linear_fwd and lora_linear_bwd are under test.
+    """
+
+    backend = None
+
+    def __init__(self, M, N, K, R, dtype=FP32, adapter_dtype=None, dropout_p=0.0, bias=False, lora_e=False, needs=ALL):
+        self.inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias, lora_e)
+        self.dtype, self.dropout_p, self.needs = dtype, dropout_p, needs
+        self.rng = RNG if dropout_p else None
+        self.dy = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None):
+        """y, h and the gradients from a backend's two functions; `place` may move each input elsewhere."""
+        t = {name: None if t is None else place(name, t.to(dtype or t.dtype)) for name, t in self.inputs.items()}
+        rest = (t["lora_e"], self.dropout_p, self.rng)
+        y, h = fwd(t["x"], t["weight"], t["lora_a"], t["lora_b"], SCALING, t["bias"], *rest)
+        dy = place("dy", self.dy.to(dtype or self.dtype))
+        h = place("h", h)
+        gradients = bwd(dy, t["x"], h, t["weight"], t["lora_a"], t["lora_b"], SCALING, *rest, self.needs)
+        return {"y": y, "h": h, **dict(zip(GRADIENTS, gradients, strict=True))}
+
+    def eager(self):
+        # Adapters are converted to the dtype of x for the tensor cores, so the eager version has one dtype throughout.
+        leaves = {name: None if t is None else t.to(self.dtype).requires_grad_() for name, t in self.inputs.items()}
+        y = reference.lora_linear_ref(**leaves, scaling=SCALING, dropout_p=self.dropout_p, rng=self.rng)
+        y.backward(self.dy)
+        gradients = {f"d{name}": None if t is None else t.grad for name, t in leaves.items()}
+        return {"y": y.detach(), **gradients}
+
+    def check(self, place=lambda name, t: t):
+        actual = self.run(self.backend.lora_linear_fwd, self.backend.lora_linear_bwd, place)
+        exact = self.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
+        eager = self.eager()
+        assert actual["h"].dtype == FP32
+        torch.testing.assert_close(actual["h"].double(), exact["h"], atol=0.03 if self.dtype != FP32 else 1e-5, rtol=0)
+        for name in ("y", *GRADIENTS):
+            if exact[name] is None:
+                assert actual[name] is None, f"{name} was not asked for"
+                continue
+            source = self.inputs["x" if name == "y" else name[1:]]
+            assert actual[name].dtype == source.dtype, name
+            assert_close_to_reference(actual[name].to(self.dtype), eager[name], exact[name], name)
+        return actual
+
+
+def strided(name, t):
+    """x and dy as rows of a wider tensor, weight as a Conv1D's transposed view."""
+    if name in ("x", "dy"):
+        wide = torch.full((t.shape[0], t.shape[1] + 5), float("nan"), dtype=t.dtype)
+        wide[:, 2:-3] = t
+        return wide[:, 2:-3]
+    return t.T.contiguous().T if name == "weight" else t
+
+
+class GuardedBuffers:
+    """Called as torch.empty is: tensors full of NaN amid canaries, whose survival `check` asserts."""
+
+    PAD = 256  # 32-bit words on either side
+
+    def __init__(self):
+        self.arenas = []
+
+    def __call__(self, shape, dtype, device="cpu"):
+        size = torch.Size(shape).numel()
+        words = -(-size * dtype.itemsize // 4)
+        arena = torch.full((words + 2 * self.PAD,), CANARY, dtype=torch.int32)
+        self.arenas.append(arena)
+        return arena[self.PAD : self.PAD + words].view(dtype)[:size].view(shape)
+
+    def check(self):
+        for arena in self.arenas:
+            assert (arena[: self.PAD] == CANARY).all() and (arena[-self.PAD :] == CANARY).all()

@@ -1,0 +1,197 @@
+"""The CUDA C++ kernels, on the CPU under the emulator, against float64."""
+
+import pytest
+import torch
+from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, strided
+
+from lora_kernels import backends, cuda, cuda_emulated, lora_linear, reference
+from lora_kernels.testing import lora_inputs
+
+pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture
+def simt():
+    from lora_kernels import _simt
+
+    yield _simt
+    _simt.set_schedule("forward")
+
+
+class Case(LoraCase):
+    backend = cuda_emulated
+
+    def __init__(self, *sizes, dtype=BF16, **options):
+        super().__init__(*sizes, dtype=dtype, **options)
+
+    def results(self):
+        return self.run(cuda_emulated.lora_linear_fwd, cuda_emulated.lora_linear_bwd)
+
+
+@pytest.mark.parametrize("rng", [(0, 0), (-1, -1), (2**63 - 1, 2**40 + 3), tuple(RNG.tolist())])
+def test_mask_is_the_reference_mask_bit_for_bit(rng):
+    """Read off h where lora_a selects columns, off dx where only the masked term is left, and off dlora_a."""
+    rng, M, K = torch.tensor(rng), 150, 168
+    for dropout_p in (0.1, 0.5, 0.99999):
+        keep, scale = reference.keep_mask(rng, dropout_p, M, K), reference.dropout_scale(dropout_p)
+        ones, zeros = torch.ones(M, K, dtype=BF16), torch.zeros(1, K, dtype=BF16)
+        lora_b = torch.ones(1, K, dtype=BF16)
+        args = (1.0, None, None, dropout_p, rng)
+        _, h = cuda_emulated.lora_linear_fwd(ones, zeros, torch.eye(K), lora_b, *args)
+        assert torch.equal(h, keep * torch.tensor(scale))
+
+        dy, lora_b, lora_a = torch.eye(M, dtype=BF16), torch.eye(M, dtype=BF16), torch.ones(M, K, dtype=BF16)
+        dx, dlora_a, *_ = cuda_emulated.lora_linear_bwd(
+            dy, ones, torch.zeros(M, M), torch.zeros(M, K, dtype=BF16), lora_a, lora_b, 1.0, None, dropout_p, rng,
+            (True, True, False, False),
+        )  # fmt: skip
+        assert torch.equal(dx != 0, keep) and torch.equal(dlora_a != 0, keep)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(M=1, N=1, K=1, R=1),
+        dict(M=1, N=129, K=63, R=4, lora_e=True),
+        dict(M=63, N=65, K=129, R=17, dropout_p=0.3, bias=True, lora_e=True),
+        dict(M=65, N=63, K=64, R=64, dropout_p=0.5),
+        dict(M=129, N=65, K=63, R=8, adapter_dtype=FP32, dropout_p=0.1, bias=True),
+        dict(M=64, N=64, K=128, R=1, adapter_dtype=FP32, bias=True),
+        dict(M=136, N=520, K=264, R=16, adapter_dtype=FP32, dropout_p=0.3, bias=True, lora_e=True),
+        dict(M=72, N=136, K=200, R=130, adapter_dtype=FP32, dropout_p=0.1, lora_e=True),
+        dict(M=65, N=63, K=129, R=4, dtype=FP16, dropout_p=0.5, lora_e=True),
+        dict(M=40, N=264, K=72, R=32, dtype=FP16, adapter_dtype=FP32, bias=True),
+    ],
+    ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}-{str(c.get('dtype', BF16))[6:]}",
+)
+def test_forward_and_backward_against_float64(case):
+    Case(**case).check()
+
+
+@pytest.mark.parametrize(
+    "needs", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 1), (0, 0, 0, 0)]
+)
+def test_only_what_is_needed_is_computed(needs):
+    Case(17, 33, 24, 4, dropout_p=0.2, lora_e=True, needs=tuple(map(bool, needs))).check()
+
+
+def test_lora_e_gradient_is_none_without_lora_e():
+    assert Case(5, 6, 7, 2).check()["dlora_e"] is None
+
+
+def aligned_rows(name, t):
+    """x and dy as rows, 16 bytes aligned, of a wider tensor."""
+    if name not in ("x", "dy"):
+        return t
+    wide = torch.full((t.shape[0], t.shape[1] + 16), float("nan"), dtype=t.dtype)
+    wide[:, 8:-8] = t
+    return wide[:, 8:-8]
+
+
+@pytest.mark.parametrize("sizes", [(33, 65, 40, 5), (33, 72, 40, 5)])
+@pytest.mark.parametrize(
+    "place", [strided, aligned_rows, lambda name, t: t.T.contiguous().T if name == "weight" else t]
+)
+def test_strided_inputs_and_transposed_weight(sizes, place):
+    Case(*sizes, dropout_p=0.2, bias=True).check(place)
+
+
+@pytest.mark.parametrize("sizes", [(35, 67, 41, 5), (40, 72, 48, 16)])
+def test_guarded_buffers(sizes, monkeypatch):
+    """Nothing outside the tensors is read or written, and every output element is: all of them start as NaN."""
+    guarded = GuardedBuffers()
+    case = Case(*sizes, adapter_dtype=FP32, dropout_p=0.2, bias=True, lora_e=True)
+    monkeypatch.setattr(torch, "empty", guarded)
+    case.check(lambda name, t: guarded(t.shape, t.dtype).copy_(t))
+    assert len(guarded.arenas) >= 18
+    guarded.check()
+
+
+@pytest.mark.parametrize("sizes", [(70, 530, 40, 5), (136, 136, 72, 40)])
+def test_the_order_of_threads_and_blocks_does_not_matter(sizes, simt):
+    case = Case(*sizes, adapter_dtype=FP32, dropout_p=0.2, bias=True, lora_e=True)
+    first = case.check()
+    for schedule in (("reversed", 0), ("shuffled", 1), ("shuffled", 2)):
+        simt.set_schedule(*schedule)
+        for name, t in case.results().items():
+            assert torch.equal(t, first[name]), f"{name} depends on the schedule {schedule}"
+
+
+def test_launches(simt):
+    case = Case(9, 10, 11, 3, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
+    simt.take_traffic(record=True)
+    case.results()
+    kernels = [kernel for kernel, *_ in simt.take_traffic(record=False)]
+    assert len(kernels) == 6, kernels
+
+
+def test_the_low_rank_term_alone():
+    case = Case(65, 63, 64, 8)
+    case.inputs["weight"].zero_()
+    case.check()
+
+
+def test_the_low_rank_term_beside_a_full_weight():
+    """At ‖scaling B A‖ = 1e-3 ‖W‖ an allclose on y sees nothing of the term; its projection does."""
+    inputs = lora_inputs(512, 128, 128, 8, BF16)
+    update = SCALING * inputs["lora_b"].double() @ inputs["lora_a"].double()
+    inputs["lora_b"] *= 1e-3 * inputs["weight"].double().norm() / update.norm()
+    x, weight, lora_a, lora_b = (inputs[name].double() for name in ("x", "weight", "lora_a", "lora_b"))
+    delta = SCALING * x @ lora_a.T @ lora_b.T
+    named = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
+    y, _ = cuda_emulated.lora_linear_fwd(*named, SCALING, None, None, 0.0, None)
+    projection = ((y.double() - x @ weight.T) * delta).sum() / (delta * delta).sum()
+    assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
+
+
+def test_through_the_op_and_autograd():
+    inputs = lora_inputs(12, 24, 16, 4, BF16, FP32, bias=True)
+    dy, gradients = torch.randn(12, 24).bfloat16(), {}
+    for backend in ("cuda-emulated", "reference"):
+        torch.manual_seed(3)
+        leaves = {name: t.clone().requires_grad_() for name, t in inputs.items() if t is not None}
+        with backends.use_backend(backend):
+            y = lora_linear(**leaves, scaling=SCALING, dropout_p=0.3)
+            y.backward(dy)
+        gradients[backend] = [leaves[name].grad.float() for name in ("x", "lora_a", "lora_b")]
+    for actual, expected in zip(*gradients.values(), strict=True):
+        assert (actual - expected).norm() < 0.01 * expected.norm()
+
+
+def test_errors_name_the_argument():
+    fwd = cuda_emulated.lora_linear_fwd
+    x = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="x is torch.float32: .*bfloat16 and float16"):
+        fwd(x, x, x, x, 1.0, None, None, 0.0, None)
+    x16 = x.bfloat16()
+    with pytest.raises(ValueError, match="lora_b is torch.float16; allowed: torch.float32 and x's torch.bfloat16"):
+        fwd(x16, x16, x, x.half(), 1.0, None, None, 0.0, None)
+    with pytest.raises(ValueError, match="rng: .*got None"):
+        fwd(x16, x16, x, x, 1.0, None, None, 0.5, None)
+    with pytest.raises(ValueError, match="x is on meta"):
+        fwd(x16.to("meta"), x16, x, x, 1.0, None, None, 0.0, None)
+
+
+def test_a_failed_launch_says_which_and_why(simt):
+    case = Case(4, 4, 4, 2)
+    simt.set_shared_memory_limit(1024)
+    try:
+        with pytest.raises(RuntimeError, match="lora_h: .*shared memory"):
+            case.results()
+    finally:
+        simt.set_shared_memory_limit(99 << 10)
+
+
+def test_unavailable_says_why():
+    missing = cuda.Kernels("_no_such_module", "cuda", "it is a test")
+    assert "lora_kernels._no_such_module can't be imported" in missing.unavailable
+    assert missing.unavailable.endswith("; it is a test")
+    if not torch.cuda.is_available():
+        assert cuda.unavailable is not None
+        x = torch.zeros(1, 1, dtype=BF16)
+        with pytest.raises(RuntimeError, match="can't run here"):
+            cuda.lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.0, None)
+        with pytest.raises(RuntimeError, match="cuda backend, which can't run here"), backends.use_backend("cuda"):
+            pass

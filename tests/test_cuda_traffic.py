@@ -1,0 +1,26 @@
+"""The bytes that the CUDA kernels of lora_linear load and store, counted by the emulator."""
+
+import pytest
+import torch
+from lora_cases import LoraCase
+
+from lora_kernels import cuda_emulated
+
+pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_and_backward_pass_four_times_over_MK_and_three_over_MN(bias):
+    from lora_kernels import _simt
+
+    M, N, K, R = 128, 256, 192, 1
+    case = LoraCase(M, N, K, R, dtype=torch.bfloat16, dropout_p=0.2, bias=bias)
+    _simt.take_traffic(True)
+    case.run(cuda_emulated.lora_linear_fwd, cuda_emulated.lora_linear_bwd)
+    launches = _simt.take_traffic(False)
+
+    assert len(launches) <= 6
+    total = sum(loaded + stored for _, loaded, stored in launches)
+    large = 2 * (4 * M * K + 3 * M * N + 2 * N * K)
+    # What is left is proportional to the rank: less than any one pass over a large tensor.
+    assert large <= total < large + 2 * min(M * K, M * N, N * K)
