@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) dh_dlora_b_kernel(LoraDhDloraB p) {
         }
   }
   if (p.de_parts != nullptr) {
-    __syncthreads();
+    // Of what the last step left in warp_dh, this element was read by this thread only.
     warp_dh[threadIdx.x] = de;
     __syncthreads();
     if (threadIdx.x < kRank && r < p.R) {
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads) dlora_a_kernel(LoraDloraA p) {
     }
   }
 
-  cp_async_wait<0>();
+  // All copies with data were waited for in the loop; the groups after them are empty.
   __syncthreads();
   float* sums = dynamic_shared<float>();  // [kWarps, kRank, kDaColumns]
 #pragma unroll
