@@ -17,8 +17,9 @@ from pathlib import Path
 
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Divisible by 16 in every real model; triton specialises its code on that.
-DIVISIBLE = {"M", "N", "K", "stride_xm", "stride_dym", "stride_om", "rows_per_split"}
+DIVISIBLE = {"M", "N", "K", "stride_xm", "stride_dym", "stride_om", "rows_per_split", "size", "blocks"}
 FLOAT_ARGUMENTS = {"scale", "scaling", "inv_keep"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
 
 def variants(full: bool) -> list[dict]:
@@ -55,45 +56,85 @@ def variants(full: bool) -> list[dict]:
             for kernel in ("norm", "prepare", "step")
         ]
 
-    chosen = some("bf16", 16) + adamw("fp32", "fp32")
+    def nf4(dtype: str, rows: int = 4096, block_size: int = 64, double: bool = False, ragged: bool = False, **other):
+        notes = [f"bs{block_size}", *(["double"] * double), *(["ragged rows"] * ragged), *(["M<=16"] * (rows <= 16))]
+        change = {"rows": rows, "nf4": "double" if double else "single", "ragged": ragged}
+        flags = {"BLOCK_SIZE": block_size, "ALIGNED": not ragged}
+        kinds = {"y": "nf4_rows", "dx": "nf4_cols"}
+        return [
+            {**row, **change, "label": f"nf4 {row['label']} {' '.join(notes)}",
+             "flags": {**row["flags"], **flags, "WEIGHT": kinds[row["low_rank"]]}}
+            for row in gemms(some(dtype, 16, **other))
+        ]  # fmt: skip
+
+    def codec(dtype: str, block_size: int, double: bool) -> list[dict]:
+        note = f"{dtype} bs{block_size}{' double' * double}"
+        common = {"dtype": dtype, "nf4": "double" if double else "single", "block_size": block_size}
+        kernels = ["quantize_absmax"] if double else ["quantize"]
+        return [
+            {**common, "kernel": kernel, "label": f"{kernel} {note}",
+             "flags": {} if kernel == "quantize_absmax" else {"BLOCK_SIZE": block_size}}
+            for kernel in [*kernels, "dequantize"]
+        ]  # fmt: skip
+
+    chosen = some("bf16", 16) + nf4("bf16") + nf4("bf16", rows=16, double=True)
+    chosen += codec("bf16", 64, double=True) + adamw("fp32", "fp32")
     if full:
         chosen += adamw("fp32", "fp32", aligned=False) + adamw("bf16", "bf16") + adamw("fp16", "fp16")
         chosen += some("bf16", 32) + some("bf16", 64) + some("fp16", 16) + some("fp32", 16) + some("fp32", 64)
         chosen += gemms(some("bf16", 16, even=False)) + gemms(some("bf16", 64, even=False, conv1d=True))
         chosen += some("bf16", 16, dropout=False) + gemms(some("bf16", 16, conv1d=True))
+        for dtype in FLOATS:
+            chosen += nf4(dtype, double=True) + nf4(dtype, rows=16) + nf4(dtype, double=True, ragged=True, even=False)
+            chosen += nf4(dtype, dropout=False, block_size=32, even=False) + codec(dtype, 4096, double=True)
+        chosen += nf4("bf16", ragged=True) + nf4("bf16", rows=16, block_size=32, even=False)
+        chosen += codec("fp32", 32, double=False)
     return chosen
 
 
 def compile_variant(chip: int | str, variant: dict) -> dict:
     """Compile one variant for one chip and read the binary: registers, spills, shared memory, matrix instruction."""
-    from lora_kernels.triton import configs, lora_linear
+    from lora_kernels.triton import configs, lora_linear, nf4
 
     if variant.get("op") == "adamw":
         return compile_adamw(chip, variant)
 
-    kernel = getattr(lora_linear, f"_{variant['kernel']}_kernel")
-    is_float32 = variant["dtype"] == "fp32"
-    config = configs.lookup(configs.families()[chip], variant["kernel"], variant["rank"], is_float32, variant["depth"])
-    options = {name: value for name, value in config.items() if name.startswith("num_")}
+    name, family, is_float32 = variant["kernel"], configs.families()[chip], variant["dtype"] == "fp32"
+    kernel = getattr(lora_linear, f"_{name}_kernel", None) or getattr(nf4, f"_{name}_kernel")
+    if "block_size" in variant:
+        config = configs.codec(family, name, variant["block_size"])
+    else:
+        table = name if "nf4" not in variant else "nf4_ragged" if variant["ragged"] else variant["flags"]["WEIGHT"]
+        problem = (variant["rank"], is_float32, variant["depth"], variant.get("rows", 4096))
+        config = configs.lookup(family, table, *problem)
+    options = {name: value for name, value in config.items() if name in OPTIONS}
     constants = {**variant["flags"], **{name: value for name, value in config.items() if name not in options}}
-    constants[variant["unit_stride"]] = 1
     constants["PRECISION"] = "tf32x3" if is_float32 and isinstance(chip, int) else "ieee"
-    constants["stride_vn" if variant["low_rank"] == "dx" else "stride_vr"] = 1
+    if name == "gemm":
+        constants["stride_vn" if variant["low_rank"] == "dx" else "stride_vr"] = 1
+        if "nf4" not in variant:
+            constants |= {variant["unit_stride"]: 1, "WEIGHT": "dense", "BLOCK_SIZE": 1, "ALIGNED": True}
+            constants |= dict.fromkeys(("absmax_ptr", "tables_ptr"))
+    if variant.get("nf4") != "double":
+        constants |= dict.fromkeys(("absmax_scale_ptr", "absmax_offset_ptr"))
     if constants.get("HAS_BIAS") is False:
         constants["bias_ptr"] = constants["lora_e_ptr"] = None
     if constants.get("HAS_DROPOUT") is False:
         constants["rng_ptr"] = None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
-    activations = {"x_ptr", "w_ptr", "bias_ptr", "out_ptr", "dy_ptr"}
+    pointers = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "dy_ptr", "weight_ptr"), variant["dtype"])
+    pointers |= {"rng_ptr": "i64", "packed_ptr": "u8", "codes_ptr": "u8"}
+    if "nf4" in variant:
+        pointers["w_ptr"] = "u8"
+    if variant.get("nf4") == "double" and name != "quantize_absmax":
+        pointers["absmax_ptr"] = "u8"
     signature, attrs = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "rng_ptr":
-            signature[name] = "*i64"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{variant['dtype']}" if name in activations else "*fp32"
+            signature[name] = "*" + pointers.get(name, "fp32")
         else:
             signature[name] = "fp32" if name in FLOAT_ARGUMENTS else "i32"
         # K is left undivided in the ragged variants: that is their point.
@@ -101,7 +142,9 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         if name not in constants and (name.endswith("_ptr") or divisible or name.startswith("stride_w")):
             attrs[(index,)] = [["tt.divisibility", 16]]
     row = _compile(chip, kernel, signature, constants, attrs, options)
-    return {"kernel": variant["label"], "matrix_kernel": variant["kernel"] != "reduce"} | row
+    # Dequantisation's code · scale + offset must round twice.
+    row["contracted"] = row["fma"] and variant["kernel"] == "dequantize"
+    return {"kernel": variant["label"], "matrix_kernel": "rank" in variant and variant["kernel"] != "reduce"} | row
 
 
 def compile_adamw(chip: int | str, variant: dict) -> dict:
@@ -137,6 +180,9 @@ def _compile(chip: int | str, kernel, signature: dict, constants: dict, attrs: d
     source = triton.compiler.ASTSource(kernel, signature, constants, attrs)
     compiled = triton.compile(source, target=target, options=options)
     row = {"chip": str(chip), "shared": compiled.metadata.shared, "shared_limit": configs.SHARED_MEMORY[chip]}
+    assembly = compiled.asm["ptx" if isinstance(chip, int) else "amdgcn"]
+    # v_fma_mixlo_f16 is no contraction: it multiplies, adds zero, and rounds to float32 before float16.
+    row["fma"] = bool(re.search(r"\bfma\.|v_(pk_)?fma_f32|v_fmac|v_mac_f32|v_mad_f32", assembly))
     return row | (_read_cubin(compiled) if isinstance(chip, int) else _read_amdgcn(compiled.asm["amdgcn"]))
 
 
@@ -164,10 +210,10 @@ def _read_amdgcn(text: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'chip':7} {'kernel':30} {'regs':>5} {'spills':>6} {'shared':>7} {'limit':>7}  instruction"]
+    lines = [f"{'chip':7} {'kernel':44} {'regs':>5} {'spills':>6} {'shared':>7} {'limit':>7}  instruction"]
     for row in rows:
         lines.append(
-            f"{row['chip']:7} {row['kernel']:30} {row['registers']:5} {row['spills']:6} {row['shared']:7} "
+            f"{row['chip']:7} {row['kernel']:44} {row['registers']:5} {row['spills']:6} {row['shared']:7} "
             f"{row['shared_limit']:7}  {row['matrix'] or '-'}"
         )
     return "\n".join(lines)

@@ -17,6 +17,7 @@ else:
     from .adamw import adamw_step
     from .configs import unsupported_gpu
     from .lora_linear import INTERPRETED, lora_linear_bwd, lora_linear_fwd
+    from .nf4 import dequantize_nf4, quantize_nf4
 
     if isinstance(triton.language.zeros, triton.runtime.JITFunction) == INTERPRETED:
         unavailable = "TRITON_INTERPRET changed after triton was imported; set it before"
@@ -25,4 +26,11 @@ else:
     elif not INTERPRETED:
         unavailable = unsupported_gpu()
 
-__all__ = ["adamw_step", "lora_linear_bwd", "lora_linear_fwd", "unavailable"]
+__all__ = [
+    "adamw_step",
+    "dequantize_nf4",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "quantize_nf4",
+    "unavailable",
+]

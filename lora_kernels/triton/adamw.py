@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_kernels.reference import AdamWGroup, adamw_columns
 
 from . import configs
-from .lora_linear import INTERPRETED, _cast
+from .common import INTERPRETED, cast
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A row of the table of tensors: the addresses of params .. masters in AdamWGroup's order, numel, group.
@@ -142,14 +142,14 @@ def _step_kernel(
         if HAS_MASTER:
             # A parameter that isn't its rounded master any more was set from outside, and that value counts.
             master = tl.load(master_ptr + at, mask=mask, other=0.0)
-            param = tl.where(_cast(master, PARAM).to(tl.float32) == param, master, param)
+            param = tl.where(cast(master, PARAM).to(tl.float32) == param, master, param)
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * clip
         exp_avg = tl.load(exp_avg_ptr + at, mask=mask, other=0.0)
         exp_avg += weight1 * (grad - exp_avg)
         exp_avg_sq = beta2 * tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0) + weight2 * grad * grad
         denominator = tl.sqrt_rn(exp_avg_sq) * inv_sqrt_correction2 + eps
         param = decay * param - tl.div_rn(step_size * exp_avg, denominator)
-        tl.store(param_ptr + at, _cast(param, PARAM), mask=mask)
+        tl.store(param_ptr + at, cast(param, PARAM), mask=mask)
         if HAS_MASTER:
             tl.store(master_ptr + at, param, mask=mask)
         tl.store(exp_avg_ptr + at, exp_avg, mask=mask)

@@ -36,6 +36,25 @@ _GEMM = {
     "interpreter": (_gemm(64, 64, 64, 4, 1), _gemm(64, 64, 64, 4, 1)),
 }
 
+# The same with an NF4 weight, whose tile all warps decode between two products: small enough for two blocks on a
+# multiprocessor of Hopper or Blackwell, which take turns at decoding and multiplying.
+_NF4_GEMM = {
+    "sm80": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
+    "sm86": (_gemm(128, 128, 32, 8, 3), _gemm(64, 64, 32, 4, 3)),
+    "sm90": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
+    "sm100": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
+    "gfx9": (_gemm(128, 128, 32, 8, 2), _gemm(64, 64, 32, 8, 2)),
+}
+
+# Up to SKINNY_ROWS rows the 4-bit weight is all the traffic: many small programs, each with a deep queue of loads.
+SKINNY_ROWS = 16
+_NF4_SKINNY = {
+    "nf4_rows": (_gemm(16, 16, 256, 4, 3, 1), _gemm(16, 16, 128, 4, 3, 1)),
+    "nf4_cols": (_gemm(16, 64, 64, 4, 3, 1), _gemm(16, 64, 32, 4, 3, 1)),
+}
+# Where rows don't start at a block, bytes and scales are addressed one by one.
+_NF4_RAGGED = (_gemm(64, 64, 32, 4, 2, 2), _gemm(64, 64, 32, 8, 2, 1))
+
 # The kernels bound by memory hardly differ between chips: kernel -> BLOCK_R -> configuration for 16-bit inputs.
 _SKINNY = {
     "h": {
@@ -58,24 +77,39 @@ _SKINNY = {
 ADAMW = _config(4, 1, CHUNK=4096, BLOCK=1024, BLOCK_T=256, BLOCK_C=1024)
 
 
+GEMMS = ("gemm", "nf4_rows", "nf4_cols", "nf4_ragged")
+
+
 def block_r(kernel: str, rank: int, is_float32: bool) -> int:
     """Columns of the rank that `kernel` handles at once: `rank` padded to 16, 32 or 64; larger ranks take more steps.
 
     Registers set the limit: the GEMMs hold a large accumulator, dh_dlora_b two products, and float32 the pieces of
     its emulation by TF32.
     """
-    largest = 16 if is_float32 or kernel == "gemm" else 32 if kernel == "dh_dlora_b" else 64
+    largest = 16 if is_float32 or kernel in GEMMS else 32 if kernel == "dh_dlora_b" else 64
     return next(step for step in (16, 32, 64) if step >= min(rank, largest))
 
 
-def lookup(family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0) -> dict[str, int]:
-    """Blocks, num_warps and num_stages for `kernel` ("gemm", "h", "dh_dlora_b", "reduce" or "dlora_a").
+def _gemm_table(family: str, kernel: str, rows: int) -> tuple[dict[str, int], dict[str, int]]:
+    if kernel == "gemm" or family == "interpreter":
+        return _GEMM[family]
+    if kernel == "nf4_ragged":
+        return _NF4_RAGGED
+    return _NF4_SKINNY[kernel] if rows <= SKINNY_ROWS else _NF4_GEMM[family]
+
+
+def lookup(
+    family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0, rows: int = SKINNY_ROWS + 1
+) -> dict[str, int]:
+    """Blocks, num_warps and num_stages for `kernel`: "gemm" (with a dense weight), "nf4_rows" (an NF4 weight, forward),
+    "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks), "h", "dh_dlora_b", "reduce" or "dlora_a".
 
     `depth` is the length of a GEMM's sum; where BLOCK_K doesn't divide it, the masks need the registers of half a step.
+    `rows` is the number of rows of a GEMM's result.
     """
     step = block_r(kernel, rank, is_float32)
-    if kernel == "gemm":
-        config = {**_GEMM[family][is_float32], "BLOCK_R": step}
+    if kernel in GEMMS:
+        config = {**_gemm_table(family, kernel, rows)[is_float32], "BLOCK_R": step}
         config["EVEN_K"] = depth % config["BLOCK_K"] == 0
         if not config["EVEN_K"]:
             config["BLOCK_K"] //= 2
@@ -93,6 +127,16 @@ def lookup(family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0
         if kernel == "dh_dlora_b" and step == 32:
             config["BLOCK_N"] = 128
     return config
+
+
+def codec(family: str, kernel: str, block_size: int) -> dict[str, int | bool]:
+    """Blocks and options for `kernel` of the NF4 codec: "quantize", "quantize_absmax" or "dequantize"."""
+    if kernel == "quantize_absmax":
+        return _config(4, 1, BLOCK_L=256 if family == "interpreter" else 32)
+    elements = 32768 if family == "interpreter" else 4096
+    config = _config(4 if kernel == "quantize" else 8, 1, BLOCKS=elements // block_size)
+    # A scale restored in one rounding instead of two would not be that of the format.
+    return config | {"enable_fp_fusion": False} if kernel == "dequantize" else config
 
 
 @functools.lru_cache

@@ -8,7 +8,6 @@ Shapes and dtypes are those of `lora_kernels.reference`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -16,33 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.reference import dropout_scale, dropout_threshold
+from lora_kernels.reference import NF4, dropout_scale, dropout_threshold
 
 from . import configs
+from .common import INTERPRETED, Launcher, cast, dot
+from .nf4 import load_tables, load_tile, tables
 
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:
-        # The interpreter's tl.dot multiplies the bit patterns of bfloat16; float32 holds every product exactly.
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-# What @triton.jit made of the function above: a compiler's, or under TRITON_INTERPRET=1 an interpreter's.
-INTERPRETED = not isinstance(_dot, triton.runtime.JITFunction)
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _cast(value, DTYPE: tl.constexpr):
-    if _INTERPRETED and value.dtype == tl.float32 and tl.bfloat16 == DTYPE:
-        # The interpreter truncates; GPUs round to nearest even. Finite values only, which is what tests hold.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(DTYPE)
+__all__ = ["INTERPRETED", "lora_linear_bwd", "lora_linear_fwd"]
 
 
 @triton.jit
@@ -84,11 +63,11 @@ def _h_kernel(
     for k0 in range(0, K, BLOCK_K):
         k_left = K - k0
         x = tl.load(x_ptrs, mask=m_mask & (k[None, :] < k_left), other=0.0)
-        a = _cast(tl.load(a_ptrs, mask=r_mask & (k[:, None] < k_left), other=0.0), x.dtype)
+        a = cast(tl.load(a_ptrs, mask=r_mask & (k[:, None] < k_left), other=0.0), x.dtype)
         if HAS_DROPOUT:
             keep = _keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, tl.zeros_like(x))
-        acc = _dot(x, a, acc, PRECISION)
+        acc = dot(x, a, acc, PRECISION)
         x_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
     h_ptrs = h_ptr + (m0 + rows).to(tl.int64)[:, None] * R + r[None, :]
@@ -112,7 +91,7 @@ def _low_rank(
             u *= tl.load(lora_e_ptr + r, mask=r < R, other=0).to(tl.float32)[None, :]
         v_ptrs = v_ptr + r.to(tl.int64)[:, None] * stride_vr + n.to(tl.int64)[None, :] * stride_vn
         v = tl.load(v_ptrs, mask=(r < R)[:, None] & (n < N)[None, :], other=0)
-        acc = _dot(_cast(u, DTYPE), _cast(v, DTYPE), acc, PRECISION)
+        acc = dot(cast(u, DTYPE), cast(v, DTYPE), acc, PRECISION)
     return acc
 
 
@@ -140,13 +119,14 @@ def _store_tile(out_ptr, stride_om, value, m0, n0, M, N, BLOCK_M: tl.constexpr, 
     rows = tl.arange(0, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)
     out_ptrs = out_ptr + m0.to(tl.int64) * stride_om + rows[:, None] * stride_om + n[None, :]
-    tl.store(out_ptrs, _cast(value, out_ptr.dtype.element_ty), mask=(m0 + rows < M)[:, None] & (n < N)[None, :])
+    tl.store(out_ptrs, cast(value, out_ptr.dtype.element_ty), mask=(m0 + rows < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _gemm_kernel(
-    x_ptr, w_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, M, N, K, R, scale, threshold,
-    stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
+    x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr,
+    rng_ptr, out_ptr, M, N, K, R, scale, threshold, stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
+    WEIGHT: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
@@ -154,6 +134,8 @@ def _gemm_kernel(
     """out [M, N] = x [M, K] w + bias + dropout((scale u ∘ lora_e) v), the rank term after the K loop.
 
     Forward: x, Wᵀ, h, lora_bᵀ, without dropout. Backward: dy, W, dh, lora_a (and N, K change places).
+    WEIGHT says what w is: "dense"; "nf4_rows", NF4 whose rows are the columns of out (forward); "nf4_cols", NF4 whose
+    columns are (backward). BLOCK_SIZE and ALIGNED are those of `nf4.load_tile`.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # Walk the tiles in groups of GROUP_M rows so that neighbours in time share tiles of w in L2.
@@ -169,20 +151,30 @@ def _gemm_kernel(
     cols = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
-    w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + cols[None, :] * stride_wn
+    if WEIGHT == "dense":
+        w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + cols[None, :] * stride_wn
+    else:
+        DOUBLE_QUANT: tl.constexpr = absmax_scale_ptr is not None
+        code, dynamic = load_tables(tables_ptr, DOUBLE_QUANT)
+        absmax_offset = tl.load(absmax_offset_ptr) if DOUBLE_QUANT else 0.0
     m_mask = (m0 + rows < M)[:, None]
     n_mask = (n0 + cols < N)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=m_mask, other=0.0)
-            w = tl.load(w_ptrs, mask=n_mask, other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=m_mask & (k[None, :] < K - k0), other=0.0)
-            w = tl.load(w_ptrs, mask=n_mask & (k[:, None] < K - k0), other=0.0)
-        acc = _dot(x, w, acc, PRECISION)
+        x = tl.load(x_ptrs, mask=m_mask if EVEN_K else m_mask & (k[None, :] < K - k0), other=0.0)
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * stride_wk
+        if WEIGHT == "dense":
+            w = tl.load(w_ptrs, mask=n_mask if EVEN_K else n_mask & (k[:, None] < K - k0), other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
+        elif WEIGHT == "nf4_rows":
+            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, n0, k0, N, K,
+                          BLOCK_SIZE, ALIGNED, BLOCK_N, BLOCK_K, False, EVEN_K)  # fmt: skip
+            w = cast(w, DTYPE).T
+        else:
+            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, k0, n0, K, N,
+                          BLOCK_SIZE, ALIGNED, BLOCK_K, BLOCK_N, EVEN_K, False)  # fmt: skip
+            w = cast(w, DTYPE)
+        acc = dot(x, w, acc, PRECISION)
 
     if HAS_DROPOUT:
         # The mask costs many registers beside the accumulator, so the columns are finished slice by slice.
@@ -228,7 +220,7 @@ def _dh_dlora_b_kernel(
     n_mask = n0 + cols < N
     nr_mask = n_mask[:, None] & r_mask
     b_ptrs = lora_b_ptr + (n0 + cols).to(tl.int64)[:, None] * R + r[None, :]
-    b = _cast(tl.load(b_ptrs, mask=nr_mask, other=0.0), dy_ptr.dtype.element_ty)
+    b = cast(tl.load(b_ptrs, mask=nr_mask, other=0.0), dy_ptr.dtype.element_ty)
     g = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     first_row = pid_s * rows_per_split
     dy_ptrs = dy_ptr + first_row.to(tl.int64) * stride_dym + rows[:, None] * stride_dym + (n0 + cols)[None, :]
@@ -237,12 +229,12 @@ def _dh_dlora_b_kernel(
         m = (m0 + rows).to(tl.int64)
         dy = tl.load(dy_ptrs, mask=m_mask & n_mask[None, :], other=0.0)
         if NEED_DH:
-            dh = _dot(dy, b, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION)
+            dh = dot(dy, b, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION)
             dh_ptrs = dh_parts_ptr + (pid_n.to(tl.int64) * M + m)[:, None] * R + r[None, :]
             tl.store(dh_ptrs, dh, mask=m_mask & r_mask)
         if NEED_DB or NEED_DE:
             h = tl.load(h_ptr + m[:, None] * R + r[None, :], mask=m_mask & r_mask, other=0.0)
-            g = _dot(tl.trans(dy), _cast(h, dy.dtype), g, PRECISION)
+            g = dot(tl.trans(dy), cast(h, dy.dtype), g, PRECISION)
         dy_ptrs += BLOCK_M * stride_dym
     if NEED_DB:
         db_ptrs = db_parts_ptr + (pid_s.to(tl.int64) * N + n0 + cols)[:, None] * R + r[None, :]
@@ -268,7 +260,7 @@ def _sum_parts(
     total = tl.sum(acc, 0) * scaling
     if HAS_E:
         total *= tl.load(lora_e_ptr + i % R, mask=i < length, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i, _cast(total, out_ptr.dtype.element_ty), mask=i < length)
+    tl.store(out_ptr + i, cast(total, out_ptr.dtype.element_ty), mask=i < length)
 
 
 @triton.jit(do_not_specialize=["dh_blocks", "db_blocks", "column_blocks", "splits"])
@@ -312,16 +304,16 @@ def _dlora_a_kernel(
     for m0 in range(0, M, BLOCK_M):
         m_left = M - m0
         x = tl.load(x_ptrs, mask=(rows < m_left)[:, None] & k_mask, other=0.0)
-        dh = _cast(tl.load(dh_ptrs, mask=(rows < m_left)[None, :] & r_mask, other=0.0), x.dtype)
+        dh = cast(tl.load(dh_ptrs, mask=(rows < m_left)[None, :] & r_mask, other=0.0), x.dtype)
         if HAS_DROPOUT:
             keep = _keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, tl.zeros_like(x))
-        acc = _dot(dh, x, acc, PRECISION)
+        acc = dot(dh, x, acc, PRECISION)
         x_ptrs += BLOCK_M * stride_xm
         dh_ptrs += BLOCK_M * R
     acc *= inv_keep
     out_ptrs = dlora_a_ptr + r.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(out_ptrs, _cast(acc, dlora_a_ptr.dtype.element_ty), mask=r_mask & k_mask)
+    tl.store(out_ptrs, cast(acc, dlora_a_ptr.dtype.element_ty), mask=r_mask & k_mask)
 
 
 @functools.lru_cache
@@ -329,17 +321,11 @@ def _program_target(index: int) -> int:
     return 2 * torch.cuda.get_device_properties(index).multi_processor_count
 
 
-class _Launcher:
-    """What every launch of one call shares: device, configurations, dot precision and dropout arguments."""
+class _LoraLauncher(Launcher):
+    """Adds what launches of `lora_linear` share: configurations, dot precision and dropout arguments."""
 
     def __init__(self, x: Tensor, rank: int, dropout_p: float, rng: Tensor | None) -> None:
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"x: the triton backend takes float32, float16 or bfloat16, not {x.dtype}")
-        if not x.is_cuda and not INTERPRETED:
-            raise RuntimeError(
-                f"x is on {x.device}: the triton backend takes GPU tensors; for CPU tensors set TRITON_INTERPRET=1 "
-                "before triton is imported (slow, for tests) or use the cpu backend"
-            )
+        super().__init__("x", x)
         self.threshold = dropout_threshold(dropout_p)
         if self.threshold and rng is None:
             raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
@@ -347,31 +333,44 @@ class _Launcher:
         self.inv_keep = dropout_scale(dropout_p)
         self.is_float32 = x.dtype == torch.float32
         self.rank = rank
-        self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-        self.family = configs.device_family(x.get_device()) if x.is_cuda else "interpreter"
         self.program_target = _program_target(x.get_device()) if x.is_cuda else 4
         self.precision = "ieee"
         if self.is_float32 and not torch.version.hip:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
-    def config(self, kernel: str, depth: int = 0) -> dict[str, int]:
-        return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth)
+    def config(self, kernel: str, depth: int = 0, rows: int = 0) -> dict[str, int]:
+        return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth, rows)
 
-    def gemm(self, x, weight, bias, u, lora_e, v, out, scale, dropout: bool) -> None:
-        """out = x weightᵀ + bias + dropout((scale u ∘ lora_e) v); weight [N, K] and v [R, N] with any strides."""
-        (m, k), n = x.shape, weight.shape[0]
-        config = self.config("gemm", k)
+    def gemm(self, x, weight, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
+        """out = x Wᵀ + bias + (scale u ∘ lora_e) v, or backward x W + dropout(scale u v); v [R, N] with any strides.
+
+        weight [N, K] is dense with any strides, or NF4.
+        """
+        (m, k), n = x.shape, out.shape[1]
+        if isinstance(weight, NF4):
+            aligned = weight.shape[1] % weight.block_size == 0
+            kernel = "nf4_cols" if backward else "nf4_rows"
+            kind = {"WEIGHT": kernel, "BLOCK_SIZE": weight.block_size}
+            kernel = kernel if aligned else "nf4_ragged"
+            parts = (*weight[:4], tables(x.device))
+            strides = (0, 0)
+        else:
+            aligned, kernel, kind = True, "gemm", {"WEIGHT": "dense", "BLOCK_SIZE": 1}
+            parts = (weight, None, None, None, None)
+            strides = weight.stride()[::-1] if backward else weight.stride()
+        config = self.config(kernel, k, m)
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
+        dropout = backward and self.threshold > 0
         _gemm_kernel[grid](
-            x, weight, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
-            self.threshold, x.stride(0), weight.stride(0), weight.stride(1), v.stride(0), v.stride(1), out.stride(0),
+            x, *parts, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
+            self.threshold, x.stride(0), *strides, v.stride(0), v.stride(1), out.stride(0), **kind, ALIGNED=aligned,
             HAS_BIAS=bias is not None, HAS_E=lora_e is not None, HAS_DROPOUT=dropout,
             PRECISION=self.precision, **config,
         )  # fmt: skip
 
 
 def lora_linear_fwd(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    x: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
     bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
@@ -380,21 +379,22 @@ def lora_linear_fwd(
     float16, bfloat16 and RuntimeError for CPU tensors outside Triton's interpreter.
     """
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    run = _Launcher(x, rank, dropout_p, rng)
+    run = _LoraLauncher(x, rank, dropout_p, rng)
     h = torch.empty((m, rank), dtype=torch.float32, device=x.device)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     config = run.config("h")
     with run.device:
-        _h_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(rank, config["BLOCK_R"]))](
-            x, lora_a, h, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
-            HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
-        )  # fmt: skip
-        run.gemm(x, weight, bias, h, lora_e, lora_b.T, y, scaling, dropout=False)
+        if rank:
+            _h_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(rank, config["BLOCK_R"]))](
+                x, lora_a, h, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
+                HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
+            )  # fmt: skip
+        run.gemm(x, weight, bias, h, lora_e, lora_b.T, y, scaling)
     return y, h
 
 
 def lora_linear_bwd(
-    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
     lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
@@ -406,7 +406,7 @@ def lora_linear_bwd(
     if not (need_dh or need_db or need_de):
         return None, None, None, None
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    run = _Launcher(x, rank, dropout_p, rng)
+    run = _LoraLauncher(x, rank, dropout_p, rng)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=x.device) if when else None
@@ -426,27 +426,27 @@ def lora_linear_bwd(
     dlora_b = empty(n, rank, dtype=lora_b.dtype, when=need_db)
     dlora_e = empty(rank, dtype=lora_e.dtype, when=need_de) if lora_e is not None else None
     needs_flags = {"NEED_DH": need_dh, "NEED_DB": need_db, "NEED_DE": need_de}
-    dropout = run.threshold > 0
     with run.device:
-        _dh_dlora_b_kernel[(column_blocks, splits, triton.cdiv(rank, config["BLOCK_R"]))](
-            dy, h, lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0),
-            **needs_flags, PRECISION=run.precision, **config,
-        )  # fmt: skip
-        config = run.config("reduce")
-        dh_blocks = triton.cdiv(m * rank, config["BLOCK_L"]) if need_dh else 0
-        db_blocks = triton.cdiv(n * rank, config["BLOCK_L"]) if need_db else 0
-        de_blocks = triton.cdiv(rank, config["BLOCK_L"]) if need_de else 0
-        _reduce_kernel[(dh_blocks + db_blocks + de_blocks,)](
-            dh_parts, db_parts, de_parts, dh, dlora_b, dlora_e, lora_e,
-            dh_blocks, db_blocks, column_blocks, splits, m, n, rank, scaling,
-            **needs_flags, HAS_E=lora_e is not None, **config,
-        )  # fmt: skip
-        if need_da:
-            config = run.config("dlora_a")
-            _dlora_a_kernel[(triton.cdiv(k, config["BLOCK_K"]), triton.cdiv(rank, config["BLOCK_R"]))](
-                x, dh, dlora_a, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
-                HAS_DROPOUT=dropout, PRECISION=run.precision, **config,
+        if rank:
+            _dh_dlora_b_kernel[(column_blocks, splits, triton.cdiv(rank, config["BLOCK_R"]))](
+                dy, h, lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0),
+                **needs_flags, PRECISION=run.precision, **config,
             )  # fmt: skip
+            config = run.config("reduce")
+            dh_blocks = triton.cdiv(m * rank, config["BLOCK_L"]) if need_dh else 0
+            db_blocks = triton.cdiv(n * rank, config["BLOCK_L"]) if need_db else 0
+            de_blocks = triton.cdiv(rank, config["BLOCK_L"]) if need_de else 0
+            _reduce_kernel[(dh_blocks + db_blocks + de_blocks,)](
+                dh_parts, db_parts, de_parts, dh, dlora_b, dlora_e, lora_e,
+                dh_blocks, db_blocks, column_blocks, splits, m, n, rank, scaling,
+                **needs_flags, HAS_E=lora_e is not None, **config,
+            )  # fmt: skip
+            if need_da:
+                config = run.config("dlora_a")
+                _dlora_a_kernel[(triton.cdiv(k, config["BLOCK_K"]), triton.cdiv(rank, config["BLOCK_R"]))](
+                    x, dh, dlora_a, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
+                    HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
+                )  # fmt: skip
         if need_dx:
-            run.gemm(dy, weight.T, None, dh, None, lora_a, dx, run.inv_keep, dropout)
+            run.gemm(dy, weight, None, dh, None, lora_a, dx, run.inv_keep, backward=True)
     return dx, dlora_a, dlora_b, dlora_e

@@ -1,0 +1,270 @@
+"""The Triton NF4 kernels under the interpreter: the codec bit for bit, the products against float64."""
+
+import random
+
+import pytest
+import torch
+
+from lora_kernels import lora_linear, quantize_nf4, reference, use_backend
+from lora_kernels import triton as backend
+from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.reference import NF4, NF4_CODE
+from lora_kernels.testing import assert_close_to_reference, lora_inputs
+
+pytest.importorskip("triton")
+from test_triton import (  # noqa: E402
+    BF16,
+    FP16,
+    FP32,
+    SCALING,
+    Case,
+    OperatorLog,
+    patch_language_once_per_launch,  # noqa: F401 (an autouse fixture)
+    shuffled_range,
+    small_blocks,
+)
+from triton.runtime import interpreter  # noqa: E402
+
+from lora_kernels.triton import configs, lora_linear_bwd, lora_linear_fwd  # noqa: E402
+from lora_kernels.triton.common import INTERPRETED  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+def weights(shape, dtype=FP32):
+    """Normal values, a row of zeros, one of denormals, and one with ties at the midpoints of the code."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    weight[0] = 0.0
+    if shape[0] > 3:
+        weight[1] *= 1e-39
+        code = torch.tensor(NF4_CODE)
+        ties = torch.cat([(code[:-1] + code[1:]) / 2, torch.ones(1)])
+        weight[2] = ties.repeat(-(-shape[1] // 16))[: shape[1]]
+        weight[3] *= 1e37
+    return weight.clamp(-3e38, 3e38).to(dtype) if dtype != FP16 else weight.clamp(-6e4, 6e4).to(dtype)
+
+
+def assert_same(actual, expected):
+    for name, a, b in zip(NF4._fields, actual, expected, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype, name
+            assert torch.equal(a, b), name
+        else:
+            assert a == b, name
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (9, 64), (131, 257)], ids=str)
+def test_codec_is_the_reference_bit_for_bit(shape, block_size, double_quant):
+    for dtype in (FP32, BF16, FP16):
+        weight = weights(shape, dtype)
+        parts = backend.quantize_nf4(weight, block_size, double_quant)
+        assert_same(parts, reference.quantize_nf4(weight, block_size, double_quant))
+        for out_dtype in (FP32, dtype):
+            out, expected = torch.empty(shape, dtype=out_dtype), torch.empty(shape, dtype=out_dtype)
+            backend.dequantize_nf4(parts, out)
+            reference.dequantize_nf4(parts, expected)
+            assert torch.equal(out, expected), out_dtype
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_codec_is_that_of_bitsandbytes(dtype, double_quant):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    # The denormal row is left out: bitsandbytes divides by zero there.
+    weight = weights((130, 128), dtype)[2:]
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant, quant_storage=torch.uint8
+    )
+    parts = NF4(packed.flatten(), state.absmax, None, None, 64, tuple(weight.shape))
+    if double_quant:
+        # Its 8-bit quantiser misses the nearest value now and then, so only what it wrote is read here.
+        parts = parts._replace(absmax_scale=state.state2.absmax, absmax_offset=state.offset)
+        assert torch.equal(parts.packed, backend.quantize_nf4(weight, 64, True).packed)
+    else:
+        assert_same(backend.quantize_nf4(weight, 64, False), parts)
+    out = torch.empty_like(weight)
+    backend.dequantize_nf4(parts, out)
+    assert torch.equal(out, functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, which the interpreter computes with
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_shows_in_its_scale(value):
+    weight = weights((5, 65))
+    weight[4, 7] = value
+    finite = torch.isfinite(backend.quantize_nf4(weight, 64, False).absmax)
+    assert not finite[(4 * 65 + 7) // 64] and finite.sum() == finite.numel() - 1
+    for double_quant in (False, True):
+        with use_backend("triton"), pytest.raises(ValueError, match="not finite"):
+            quantize_nf4(weight, 64, double_quant)
+
+
+class Nf4Case(Case):
+    """A Case whose kernels get an NF4 weight; float64 and eager versions get the dense weight that it stands for."""
+
+    def __init__(self, M, N, K, R, block_size=64, double_quant=False, **options):
+        super().__init__(M, N, K, R, **options)
+        self.parts = reference.quantize_nf4(self.inputs["weight"], block_size, double_quant)
+        self.inputs["weight"] = torch.empty(N, K)
+        reference.dequantize_nf4(self.parts, self.inputs["weight"])
+
+    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None):
+        if dtype is not None:
+            return super().run(fwd, bwd, place, dtype)
+        parts = NF4(*(place("part", part) if isinstance(part, torch.Tensor) else part for part in self.parts))
+        return super().run(
+            lambda x, weight, *rest: fwd(x, parts, *rest),
+            lambda dy, x, h, weight, *rest: bwd(dy, x, h, parts, *rest),
+            place,
+        )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(M=1, N=1, K=1, R=1, double_quant=True),
+        dict(M=5, N=67, K=192, R=4, bias=True, lora_e=True),
+        dict(M=65, N=70, K=96, R=3, block_size=32, double_quant=True, dropout_p=0.3, bias=True),
+        dict(M=17, N=65, K=128, R=17, block_size=128, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, lora_e=True),
+        dict(M=66, N=63, K=64, R=8, dtype=BF16, double_quant=True, bias=True),
+        dict(M=9, N=300, K=64, R=2, block_size=32, dtype=FP16, double_quant=True, dropout_p=0.5),
+        # Rows that begin inside a block, and inside a byte.
+        dict(M=33, N=65, K=100, R=4, double_quant=True, dropout_p=0.2, bias=True),
+        dict(M=18, N=67, K=129, R=5, dtype=BF16, bias=True, lora_e=True),
+        dict(M=5, N=35, K=41, R=2, block_size=4096, double_quant=True),
+    ],
+    ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}bs{c.get('block_size', 64)}-{str(c.get('dtype', FP32))[6:]}",
+)
+def test_forward_and_backward_against_float64(case):
+    Nf4Case(**case).check()
+
+
+@pytest.mark.parametrize("K", [512, 576])
+def test_the_blocks_for_few_rows(monkeypatch, K):
+    monkeypatch.setattr(configs, "_gemm_table", lambda family, kernel, rows: configs._NF4_SKINNY[kernel])
+    Nf4Case(5, 20, K, 2, double_quant=True, bias=True).check()
+
+
+@pytest.mark.parametrize("K", [64, 65])
+def test_scales_beyond_the_first_256_blocks(K):
+    Nf4Case(3, 300, K, 1, block_size=32, double_quant=True).check()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_without_an_adapter(dtype):
+    inputs = lora_inputs(18, 35, 64, 1, dtype, bias=True)
+    dy = torch.randn(18, 35).to(dtype)
+    with use_backend("triton"):
+        weight = quantize_nf4(inputs["weight"], double_quant=True)
+        x = inputs["x"].clone().requires_grad_()
+        y = frozen_linear(x, weight, inputs["bias"])
+        y.backward(dy)
+        dense = weight.dequantize(FP32).double()
+    eager = inputs["x"].clone().requires_grad_()
+    eager_y = torch.nn.functional.linear(eager, dense.to(dtype), inputs["bias"])
+    eager_y.backward(dy)
+    exact = inputs["x"].double() @ dense.T + inputs["bias"].double()
+    assert_close_to_reference(y.detach(), eager_y.detach(), exact, "y")
+    assert_close_to_reference(x.grad, eager.grad, dy.double() @ dense, "dx")
+
+
+def test_gradients_of_an_adapter_of_rank_0_are_empty():
+    case = Nf4Case(3, 5, 64, 1)
+    x, h, dy = case.inputs["x"], torch.empty(3, 0), case.dy
+    adapters = torch.empty(0, 64), torch.empty(5, 0)
+    needs = (False, True, True, False)
+    _, da, db, _ = lora_linear_bwd(dy, x, h, case.parts, *adapters, SCALING, None, 0.0, None, needs)
+    assert da.shape == (0, 64) and db.shape == (5, 0)
+
+
+def test_the_op_trains_the_adapter_on_this_backend():
+    inputs = lora_inputs(4, 6, 64, 2)
+    dense = inputs.pop("weight")
+    leaves = {name: t.requires_grad_() for name, t in inputs.items() if t is not None}
+    with use_backend("triton"):
+        weight = quantize_nf4(dense)
+        lora_linear(weight=weight, scaling=SCALING, **leaves).sum().backward()
+        dense = weight.dequantize()
+    actual = {name: t.grad.clone() for name, t in leaves.items()}
+    for t in leaves.values():
+        t.grad = None
+    reference.lora_linear_ref(weight=dense, scaling=SCALING, **leaves).sum().backward()
+    for name, t in leaves.items():
+        torch.testing.assert_close(actual[name], t.grad)
+
+
+@pytest.mark.parametrize("K", [64, 65])
+def test_guarded_buffers(monkeypatch, K):
+    """Nothing outside the tensors is read or written, and every output element is: all bytes start as 0xFF, a NaN."""
+    pad = 1024
+    arenas = []
+
+    def guarded(shape, dtype, device="cpu"):
+        size = (shape if isinstance(shape, int) else torch.Size(shape).numel()) * dtype.itemsize
+        arena = torch.full((2 * pad + size,), 0xFF, dtype=torch.uint8)
+        arenas.append(arena)
+        return arena[pad : pad + size].view(dtype).view(shape)
+
+    def place(name, t):
+        return guarded(t.shape, t.dtype).copy_(t)
+
+    case = Nf4Case(19, 35, K, 3, block_size=32, double_quant=True, bias=True)
+    exact = case.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
+    weight = case.inputs["weight"]
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", guarded)
+    actual = case.run(lora_linear_fwd, lora_linear_bwd, place)
+    parts = backend.quantize_nf4(place("weight", weight), 32, True)
+    out = guarded(weight.shape, FP32)
+    backend.dequantize_nf4(parts, out)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert len(arenas) > 20
+    for arena in arenas:
+        assert (arena[:pad] == 0xFF).all() and (arena[-pad:] == 0xFF).all()
+    for name, t in actual.items():
+        if t is not None:
+            torch.testing.assert_close(t.double(), exact[name], atol=1e-4, rtol=1e-4)
+    assert_same(parts, reference.quantize_nf4(weight, 32, True))
+    expected = torch.empty_like(weight)
+    reference.dequantize_nf4(parts, expected)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("K", [96, 90])
+def test_the_order_of_programs_does_not_matter(monkeypatch, K):
+    small_blocks(monkeypatch)
+    case = Nf4Case(40, 70, K, 3, block_size=32, double_quant=True)
+    first = case.check()
+    monkeypatch.setattr(interpreter, "range", shuffled_range(random.Random(0)), raising=False)
+    second = case.run(lora_linear_fwd, lora_linear_bwd)
+    for name, t in first.items():
+        assert t is second[name] is None or torch.equal(t, second[name]), f"{name} depends on the order of programs"
+
+
+def test_launches(monkeypatch):
+    """As many as for a dense weight; decoding takes one, double quantisation two and torch's mean."""
+    case = Nf4Case(3, 10, 64, 3, double_quant=True, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1)
+    case.check()
+    launches = []
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: launches.append(self.fn.__name__))
+    with OperatorLog() as log:
+        case.run(lora_linear_fwd, lora_linear_bwd)
+    assert launches == ["_h_kernel", "_gemm_kernel", "_dh_dlora_b_kernel", "_reduce_kernel", "_dlora_a_kernel",
+                        "_gemm_kernel"]  # fmt: skip
+    assert set(log.names) <= {"empty", "permute", "t"}, log.names
+    launches.clear()
+    with OperatorLog() as log:
+        parts = backend.quantize_nf4(case.inputs["weight"], 64, True)
+        backend.dequantize_nf4(parts, torch.empty(10, 64))
+    assert launches == ["_quantize_kernel", "_quantize_absmax_kernel", "_dequantize_kernel"]
+    assert set(log.names) <= {"empty", "mean", "slice"}, log.names
+
+
+def test_errors_name_the_argument():
+    weight = torch.zeros(2, 64, dtype=torch.float64)
+    with pytest.raises(TypeError, match="weight: .*float64"):
+        backend.quantize_nf4(weight, 64, False)
+    with pytest.raises(TypeError, match="out: .*float64"):
+        backend.dequantize_nf4(backend.quantize_nf4(weight.float(), 64, False), weight)
