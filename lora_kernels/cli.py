@@ -39,7 +39,8 @@ _SFT_HELP = {
     "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
     "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
     "max_length": ("Model and data", "Tokens kept of each example."),
-    "method": ("Adapter", "lora, prefix, prompt (learned virtual tokens), or full (all weights)."),
+    "method": ("Adapter", "lora, qlora (over 4-bit weights), prefix, prompt (virtual tokens), or full (all weights)."),
+    "double_quant": ("Adapter", "With qlora: quantise the 4-bit blocks' scales too, 4.13 instead of 4.5 bits."),
     "r": ("Adapter", "Rank of LoRA."),
     "lora_alpha": ("Adapter", "scaling = lora_alpha / r."),
     "lora_dropout": ("Adapter", "Dropout on the input of the low-rank branch."),
@@ -165,6 +166,8 @@ def _option(kind: Any, panel: str, text: str) -> Any:
 
 
 _Model = _option(str | None, "Model", "Base model, as for sft. Left out: the one that the adapter names.")
+_Quantize = _option(str | None, "Hardware", "nf4: load the base model's linear layers in 4 bits, as qlora does.")
+_DoubleQuant = _option(bool, "Hardware", "With nf4: quantise the blocks' scales too, as sft's option of that name.")
 _DTYPE_HELP = "auto, float32, bfloat16, float16, or stored (as in the model's files)."
 
 
@@ -188,6 +191,8 @@ def generate(
     seed: _option(int, "Decoding", "Of the sampling.") = 0,
     batch_size: _option(int, "Hardware", "Prompts answered at once.") = 8,
     dtype: _option(str, "Hardware", _DTYPE_HELP) = "auto",
+    quantize: _Quantize = None,
+    double_quant: _DoubleQuant = False,
     backend: _option(str, "Hardware", "Kernels to use; see lora-kernels doctor.") = "auto",
 ) -> None:
     """Answer prompts with a model, or a model and an adapter.
@@ -201,7 +206,7 @@ def generate(
     from lora_kernels.backends import backend_option
     from lora_kernels.train.generate import generate as generate_texts
 
-    network, tokenizer = _load(model, adapter, dtype, chat_template)
+    network, tokenizer = _load(model, adapter, dtype, chat_template, quantize, double_quant)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     with backend_option(backend):
@@ -226,14 +231,25 @@ def merge(
     output: _option(Path, "Model", "Directory for the merged model; must not exist or be empty."),
     model: _Model = None,
     dtype: _option(str, "Hardware", _DTYPE_HELP) = "stored",
+    quantize: _option(
+        str | None, "Hardware", "nf4: merge into the 4-bit base, and write it as bitsandbytes does; tells the cost."
+    ) = None,
+    double_quant: _DoubleQuant = False,
 ) -> None:
     """Fold an adapter into its base model: a plain Hugging Face directory, tokenizer included."""
     from lora_kernels.io.models import new_directory
     from lora_kernels.methods import merge as merge_adapters
 
     with new_directory(output) as staged:
-        network, tokenizer = _load(model, adapter, dtype, None)
-        merge_adapters(network).save_pretrained(staged)
+        network, tokenizer = _load(model, adapter, dtype, None, quantize, double_quant)
+        merge_adapters(network, quantize)
+        if quantize:
+            from lora_kernels.io.nf4 import save_nf4_model
+
+            typer.echo(str(network.merge_cost))
+            save_nf4_model(network, staged)
+        else:
+            network.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
     typer.echo(f"merged model: {output}")
 
@@ -293,10 +309,19 @@ def _check_backend(name: str) -> None:
         raise ValueError(str(error)) from None
 
 
-def _load(model: str | None, adapter: Path | None, dtype: str, chat_template: str | None) -> tuple[Any, Any]:
+def _load(
+    model: str | None,
+    adapter: Path | None,
+    dtype: str,
+    chat_template: str | None,
+    quantize: str | None,
+    double_quant: bool,
+) -> tuple[Any, Any]:
     from lora_kernels.io.adapters import is_model_directory, load_adapter
     from lora_kernels.io.models import load_model
 
+    if double_quant and not quantize:
+        raise ValueError("--double-quant needs --quantize nf4")
     if adapter is not None and is_model_directory(adapter):
         # What full fine-tuning leaves is a whole model, tokenizer included.
         model, adapter = str(adapter), None
@@ -310,7 +335,7 @@ def _load(model: str | None, adapter: Path | None, dtype: str, chat_template: st
                 raise ValueError(f"{settings} names no base model; give it with --model")
     if model is None:
         raise ValueError("give --model, --adapter, or both")
-    network, tokenizer = load_model(model, dtype)
+    network, tokenizer = load_model(model, dtype, quantize, double_quant)
     if adapter is not None:
         load_adapter(network, adapter)
         # What the adapter was trained with, where that was not the model's own.

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,16 +315,26 @@ def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | str:
 
 
 def load_model(
-    name_or_dir: str | Path, dtype: str | torch.dtype = "auto"
+    name_or_dir: str | Path,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    double_quant: bool = False,
+    block_size: int = 64,
+    skip_modules: Sequence[str] = (),
+    progress: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer, on the CPU, in eval mode.
 
     `name_or_dir`: a Hugging Face directory, a `.gguf` file (Llama architecture), the alias `smollm2-135m`, or a hub id.
     `dtype`: auto, stored, float32, bfloat16, float16, or a torch dtype; see `resolve_dtype`.
+    `quantize`: "nf4" reads the linear layers straight into 4 bits, layer by layer, with the arguments after it; see
+    `lora_kernels.io.nf4.load_nf4_model`. A bitsandbytes NF4 checkpoint is loaded as one in any case.
     Only safetensors weights are read. A tokenizer without a pad token gets its unknown token, else its end token.
 
     Raises FileNotFoundError for a missing path and ValueError for a directory or hub id that is not a causal LM.
     """
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
     source = str(name_or_dir)
     if source == SMOLLM2:
         directory = smollm2_dir()
@@ -342,14 +352,22 @@ def load_model(
         directory = None
 
     torch_dtype = resolve_dtype(dtype)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from lora_kernels.io.nf4 import is_bitsandbytes_nf4, load_nf4_model, quantization_of
 
     where = source if directory is None else str(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=torch_dtype, attn_implementation="sdpa", use_safetensors=True
-        )
+        quantization = quantization_of(AutoConfig.from_pretrained(where))
+        if quantize is not None or (quantization is not None and is_bitsandbytes_nf4(quantization)):
+            local = _download(source) if directory is None else directory
+            model = load_nf4_model(local, torch_dtype, block_size, double_quant, skip_modules, progress)
+            model.config._name_or_path = where
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=torch_dtype, attn_implementation="sdpa", use_safetensors=True
+            )
     except OSError as error:
         if directory is None:
             raise ValueError(
@@ -360,6 +378,12 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def _check_directory(directory: Path) -> None:

@@ -53,12 +53,19 @@ def inject(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:
     return method.inject(model, config, tokenizer)
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     """Ends with a plain model that computes the same: LoRA's update goes into the weights. Returns the model.
+
+    quantize: None for dense weights, "nf4" for LoRA's into 4 bits again; see `lora_kernels.methods.lora.merge`.
 
     Raises ValueError if the model carries no adapters, or such that can't be merged (prefix and prompt tuning).
     """
-    return _module_of(adapter_config(model)).merge(model)
+    method = _module_of(adapter_config(model))
+    if quantize is None:
+        return method.merge(model)
+    if method.__name__ != f"{__name__}.lora":
+        raise ValueError(f"quantize is {quantize!r}, which only LoRA's merge takes")
+    return method.merge(model, quantize)
 
 
 def adapters_disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:

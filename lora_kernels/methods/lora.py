@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear
+from lora_kernels.nn.nf4_linear import NF4Linear
+from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
 
 ALL_LINEAR = "all-linear"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -278,7 +280,33 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
             yield name, module
 
 
-def merge(model: nn.Module) -> nn.Module:
+@dataclass(frozen=True)
+class MergeCost:
+    """What quantising merged weights to NF4 cost, over the layers whose adapter changes anything.
+
+    With W' = W + Δ the merged weight in float32, Q(W') its NF4 value and Δ = scaling · lora_b · lora_a:
+
+    Attributes:
+        error: ‖Q(W') - W'‖ / ‖W'‖ of each layer.
+        survival: ⟨Q(W') - W, Δ⟩ / ⟨Δ, Δ⟩ of each layer: 1 where all of the update is left, 0 where it was rounded away.
+    """
+
+    error: Mapping[str, float]
+    survival: Mapping[str, float]
+
+    def __str__(self) -> str:
+        if not self.error:
+            return "rounding to NF4: no adapter changes its layer"
+        errors, survivals = self.error.values(), self.survival.values()
+        worst_error, worst_survival = max(self.error, key=self.error.get), min(self.survival, key=self.survival.get)
+        return (
+            f"rounding to NF4 moved the merged weights by {sum(errors) / len(errors):.2%} on average, at most "
+            f"{max(errors):.2%} ({worst_error}); of the update {sum(survivals) / len(survivals):.1%} is left on "
+            f"average, at least {min(survivals):.1%} ({worst_survival})"
+        )
+
+
+def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     """Merges the adapters into the weights, in place, and makes every FusedLoRALinear a plain layer again.
 
     Of several named adapters, the one in use is merged and the others are dropped.
@@ -287,9 +315,16 @@ def merge(model: nn.Module) -> nn.Module:
     modules_to_save stay. What comes back is a plain model, for save_pretrained or inference; its parameters remain
     frozen (`model.requires_grad_(True)` to train them).
 
+    NF4 weights, those without an adapter too, are dequantised: the merged model is dense. With quantize="nf4" they stay
+    in NF4 instead, and each adapted layer's sum is quantised anew, as its weight was (in blocks of 64 where that was
+    dense). `model.merge_cost`, a MergeCost, then says what that rounding cost; print it. An update that is small beside
+    the gaps between NF4's values is mostly lost.
+
     Returns the model. Raises ValueError if it carries no adapters, or, with the model unchanged, if a merged weight is
-    not finite.
+    not finite or, with quantize, a layer is a Conv1D.
     """
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
     layers = dict(lora_modules(model))
     if not layers:
         raise ValueError("model carries no LoRA adapters; nothing to merge")
@@ -298,15 +333,49 @@ def merge(model: nn.Module) -> nn.Module:
             layer.merged_weight()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if quantize and layer.fan_in_fan_out:
+            raise ValueError(f"{name} is a Conv1D; quantize='nf4' takes torch.nn.Linear only")
+    errors, survivals = {}, {}
     for name in list(layers):
         # pop: the replaced layer's weight is freed before the next one is merged
-        replace_module(model, name, layers.pop(name).to_linear())
+        layer = layers.pop(name)
+        if quantize:
+            linear, cost = _merge_to_nf4(layer)
+            if cost is not None:
+                errors[name], survivals[name] = cost
+        else:
+            linear = layer.to_linear()
+        replace_module(model, name, linear)
+    if quantize:
+        model.merge_cost = MergeCost(errors, survivals)
+    else:
+        for name, layer in [item for item in model.named_modules() if isinstance(item[1], NF4Linear)]:
+            replace_module(model, name, layer.to_linear())
     model.requires_grad_(False)
     for attribute in ("adapter_config", "lora_originals", "parked_adapters", "adapter_name"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     _note_untied_embeddings(model)
     return model
+
+
+def _merge_to_nf4(layer: FusedLoRALinear) -> tuple[NF4Linear, tuple[float, float] | None]:
+    """The layer merged in NF4, and (error, survival) of MergeCost unless its update is zero."""
+    if layer.merged:
+        layer.unmerge()
+    update = layer.update()
+    is_nf4 = isinstance(layer.weight, NF4Weight)
+    base = layer.weight.dequantize(update.dtype) if is_nf4 else layer.weight.to(update.dtype)
+    merged = base + update
+    how = (layer.weight.block_size, layer.weight.double_quant) if is_nf4 else ()
+    weight = quantize_nf4(merged, *how)
+    rounded = weight.dequantize()
+    weight.dtype = layer.weight.dtype
+    linear = NF4Linear(weight, layer.bias).train(layer.training)
+    if not update.any():
+        return linear, None
+    error = ((rounded - merged).norm() / merged.norm()).item()
+    return linear, (error, (((rounded - base) * update).sum() / update.square().sum()).item())
 
 
 @contextmanager
@@ -335,7 +404,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class TrainableSummary:
-    """Numbers of parameters, each tied one counted once, and of the modules with an adapter."""
+    """Numbers of parameters, each tied one counted once, 4-bit ones too, and of the modules with an adapter."""
 
     trainable: int
     total: int
@@ -352,6 +421,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     parameters: Collection[nn.Parameter] = list(model.parameters())
     return TrainableSummary(
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        total=sum(parameter.numel() for parameter in parameters),
+        total=sum(parameter.numel() for parameter in parameters)
+        + sum(module.shape.numel() for module in model.modules() if isinstance(module, NF4Weight)),
         adapted_modules=sum(1 for _ in lora_modules(model)),
     )

@@ -219,13 +219,17 @@ class FusedLoRALinear(nn.Module):
         return self._unmerged_weight is not None
 
     @torch.no_grad()
+    def update(self) -> Tensor:
+        """scaling · lora_b · lora_a [N, K], in float32 (float64 over a float64 weight)."""
+        acc_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.scaling * (self.lora_b.to(acc_dtype) @ self.lora_a.to(acc_dtype))
+
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         if self.merged:
             return self.weight.detach().clone()
-        acc_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        update = self.scaling * (self.lora_b.to(acc_dtype) @ self.lora_a.to(acc_dtype))
-        is_nf4 = isinstance(self.weight, NF4Weight)
-        base = self.weight.dequantize(acc_dtype) if is_nf4 else self.weight.to(acc_dtype)
+        update = self.update()
+        base = self.weight.dequantize(update.dtype) if isinstance(self.weight, NF4Weight) else self.weight
         merged = (base + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"the merged weight is not finite in {self.weight.dtype}")

@@ -27,6 +27,13 @@ class NF4Linear(nn.Module):
         weight = quantize_nf4(linear.weight.detach(), block_size, double_quant)
         return cls(weight, linear.bias).train(linear.training)
 
+    def to_linear(self) -> nn.Linear:
+        """A plain nn.Linear with the dequantised weight, new and frozen, and this layer's bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.dequantize(), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.weight, self.bias)
 

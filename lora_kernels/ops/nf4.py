@@ -16,7 +16,7 @@ from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_CODE, dynamic_code
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_QUANT_STATE = "quant_state.bitsandbytes__nf4"
+QUANT_STATE = "quant_state.bitsandbytes__nf4"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -179,7 +179,7 @@ def to_bitsandbytes(weight: NF4Weight) -> dict[str, Tensor]:
         state["nested_dtype"] = "float32"
         state["nested_offset"] = weight.absmax_offset.item()
     text = torch.frombuffer(bytearray(json.dumps(state), "utf-8"), dtype=torch.uint8)
-    entries["." + _QUANT_STATE] = text.to(weight.device)
+    entries["." + QUANT_STATE] = text.to(weight.device)
     return entries
 
 
@@ -205,10 +205,10 @@ def from_bitsandbytes(entries: Mapping[str, Tensor]) -> tuple[NF4, torch.dtype]:
         return tensor.detach().reshape(-1)
 
     try:
-        state = json.loads(bytes(entry("." + _QUANT_STATE).tolist()))
+        state = json.loads(bytes(entry("." + QUANT_STATE).tolist()))
         block_size, (N, K), dtype = state["blocksize"], state["shape"], getattr(torch, state["dtype"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{_QUANT_STATE}: {error}") from None
+        raise ValueError(f"{QUANT_STATE}: {error}") from None
     expect("quant_type", state.get("quant_type"), "nf4")
     if block_size not in BLOCK_SIZES or dtype not in _DTYPES:
         raise ValueError(f"blocksize is {block_size} and dtype {dtype}; allowed: {BLOCK_SIZES} and {_DTYPES}")

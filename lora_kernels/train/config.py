@@ -15,10 +15,10 @@ from lora_kernels.io.files import replacing
 
 # Peak learning rates that work with AdamW. Schulman et al. 2025 find LoRA's best about ten times that of full
 # fine-tuning; virtual tokens need far more (Lester et al. 2021 take 0.3 with Adafactor).
-LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "prefix": 5e-3, "prompt": 3e-2}
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "prefix": 5e-3, "prompt": 3e-2, "qlora": 2e-4}
 METHODS = tuple(LEARNING_RATES)
-_INITS = {"lora": "default", "prefix": "vocab", "prompt": "vocab"}
-_TARGETS = {"full": "all", "lora": "all-linear"}
+_INITS = {"lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
+_TARGETS = {"full": "all", "lora": "all-linear", "qlora": "all-linear"}
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -31,7 +31,10 @@ class SFTConfig:
     model: directory or hub id of a causal language model.
     data, eval_data: .json, .jsonl, .jsonl.gz or .parquet file (see `lora_kernels.train.data`).
     output_dir: gets the adapter, `checkpoint-last/`, metrics.jsonl, loss.png and config.yaml.
-    method: "lora"; "prefix" or "prompt", learned virtual tokens before each sequence; "full", the model's own weights.
+    method: "lora"; "qlora", the same with the frozen linear layers in NF4 (Dettmers et al. 2023), where a bitsandbytes
+        NF4 checkpoint stays with any method; "prefix" or "prompt", learned virtual tokens before each sequence; "full",
+        the model's own weights.
+    double_quant: of qlora, quantise the 4-bit blocks' scales too; see `lora_kernels.quantize_nf4`.
     r, lora_alpha, lora_dropout, use_rslora: of LoRA's adapters.
     target: modules that get a LoRA adapter ("all-linear" by default) or are trained by "full" ("all"): a module name, a
         comma-separated list of names, or a regular expression over module paths.
@@ -63,6 +66,7 @@ class SFTConfig:
     eval_data: str | None = None
     output_dir: str = "outputs/sft"
     method: str = "lora"
+    double_quant: bool = False
     r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -122,6 +126,7 @@ class SFTConfig:
     def _resolve_method(self) -> None:
         """Fill in what depends on the method, and refuse what it has no use for."""
         method = self.method
+        self._check("double_quant", method == "qlora" or not self.double_quant, f"left out with method {method}")
         self.lr = LEARNING_RATES[method] if self.lr is None else self.lr
         self.init = _INITS.get(method) if self.init is None else self.init
         self.target = _TARGETS.get(method) if self.target is None else self.target

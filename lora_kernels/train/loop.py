@@ -171,7 +171,7 @@ class Loop:
         names = ("model", "method", "target", "init", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr")
         names += ("num_virtual_tokens", "init_text", "mlp_hidden")
         names += ("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
-        names += ("optimizer", "lr_ratio")
+        names += ("optimizer", "lr_ratio", "double_quant")
         return {
             **{name: getattr(config, name) for name in names},
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),

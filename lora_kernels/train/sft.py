@@ -138,7 +138,13 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
     accelerator = make_accelerator()
     if accelerator.is_main_process:
         check_output_dir(config)
-    model, tokenizer = load_model(config.model, config.dtype)
+    model, tokenizer = load_model(
+        config.model,
+        config.dtype,
+        quantize="nf4" if config.method == "qlora" else None,
+        double_quant=config.double_quant,
+        progress=progress and accelerator.is_main_process,
+    )
     own_template = tokenizer.chat_template
     set_chat_template(tokenizer, config.chat_template)
     train_set = load_dataset(config.data, tokenizer, config.max_length)
@@ -175,7 +181,7 @@ def method_config(config: SFTConfig) -> Any:
     """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
     from lora_kernels.methods import full, lora, prefix, prompt
 
-    if config.method == "lora":
+    if config.method in ("lora", "qlora"):
         return lora.LoRAConfig(
             r=config.r,
             lora_alpha=config.lora_alpha,
