@@ -87,13 +87,13 @@ def linear_steps(M: int, N: int, K: int, dtype: torch.dtype, backward: bool) -> 
             steps["bnb eval"] = step(layer.to("cpu").eval())
     grouped = _grouped_nf4_gemm() if dtype == torch.float32 and K % 64 == 0 else None
     if grouped is not None:
-        packed, absmax = ours.packed.view(1, N, K // 2), ours.absmax.view(1, N, K // 64)
+        experts, scales = ours.packed.view(1, N, K // 2), ours.absmax.view(1, N, K // 64)
         threads = torch.get_num_threads()
 
         def both() -> None:
-            grouped.gemv_nf4_grouped_cpu(x, packed, absmax, [M], [0], threads=threads)
+            grouped.gemv_nf4_grouped_cpu(x, experts, scales, [M], [0], threads=threads)
             if backward:
-                grouped.dgrad_nf4_grouped_cpu(dy, packed, absmax, [M], [0], threads=threads)
+                grouped.dgrad_nf4_grouped_cpu(dy, experts, scales, [M], [0], threads=threads)
 
         steps["grouped"] = both
     return steps

@@ -337,6 +337,8 @@ def lora_linear_bwd(
         base = None
         if finish_dx:
             base = dx[rows] if native_dx else _base_of_dx(dy[rows], weight, dx[rows], native)
+        if R == 0 and base is not None and base.dtype == dx.dtype:
+            continue
         block = torch.empty(R, K, **float32) if need_a else None
         _launch(
             "lora_a_bwd",
