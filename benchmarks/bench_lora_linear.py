@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import in_fresh_process, interleave, peak_memory, write_report
-from torch import Tensor
+from contenders import DROPOUT_P, SCALING, AddmmLoRA, peft_layer
 from torch.nn import functional as F
 
 from lora_kernels import lora_linear
@@ -32,39 +32,6 @@ from lora_kernels.testing import lora_inputs
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]
 CONTENDERS = ("bare", "ours", "addmm", "peft")
-DROPOUT_P = 0.1
-SCALING = 2.0
-
-
-class AddmmLoRA(torch.autograd.Function):
-    """The usual fused formulation: no dropout, and the low-rank products added in place by addmm."""
-
-    @staticmethod
-    def forward(ctx, x, weight, lora_a, lora_b):
-        h = x @ lora_a.T
-        ctx.save_for_backward(x, h, weight, lora_a, lora_b)
-        return F.linear(x, weight).addmm_(h, lora_b.T, alpha=SCALING)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, h, weight, lora_a, lora_b = ctx.saved_tensors
-        dh = SCALING * (dy @ lora_b)
-        dx = (dy @ weight).addmm_(dh, lora_a)
-        return dx, None, dh.T @ x, SCALING * (dy.T @ h)
-
-
-def peft_layer(weight: Tensor, R: int) -> torch.nn.Module:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    N, K = weight.shape
-    model = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, device="meta"))
-    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
-    config = LoraConfig(r=R, lora_alpha=int(SCALING * R), lora_dropout=DROPOUT_P, target_modules=["0"])
-    layer = inject_adapter_in_model(config, model)[0]
-    for name, parameter in layer.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-    return layer.train()
 
 
 def make_step(contender: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> Callable[[], None]:

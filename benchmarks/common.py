@@ -20,23 +20,30 @@ from lora_kernels import cpu
 from lora_kernels.io.files import replacing
 
 
-def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int, base: str) -> dict[str, dict[str, float]]:
-    """Run all steps once a round, in a new random order every round.
+def interleave(
+    steps: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    base: str,
+    timer: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Run all steps once a round, in a new random order every round; `timer` gives the seconds that a step takes.
 
     By step: median_ms and min_ms; ratio, the median of its time over that of `base` in the same round, so that a busy
-    machine slows both; ratio_of_min. A step that takes less than a millisecond is run several times in a row.
+    machine slows both; ratio_of_min. Without a timer the clock of the CPU is used, and a step that takes less than a
+    millisecond is run several times in a row.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     repeats = {}
     for name, step in steps.items():
         step()
-        start = time.perf_counter()
-        step()
-        repeats[name] = max(1, min(20, int(1e-3 / (time.perf_counter() - start))))
+        repeats[name] = 1 if timer else max(1, min(20, int(1e-3 / _seconds(step))))
     order = list(steps)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
+            if timer:
+                seconds[name].append(timer(steps[name]))
+                continue
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 steps[name]()

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels import backends, reference
+from lora_kernels import reference, strategy
 from lora_kernels.ops.nf4 import NF4Weight
 from lora_kernels.reference import NF4
 
@@ -43,15 +43,15 @@ def _frozen(weight: Tensor, shape: tuple[int, int], absmax=None, absmax_scale=No
     return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def _run(name: str, x: Tensor, lora_b: Tensor, *args):
-    """Call the function ``name`` of the backend that is in force."""
-    empty = 0 in (*x.shape, lora_b.shape[0])
-    function = getattr(reference if empty else backends.resolve(x), name)
+def _run(name: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: tuple, *args):
+    """Call the function ``name`` of the backend that is in force, or of the fastest; see `strategy.resolve`."""
     if not torch.is_autocast_enabled(x.device.type):
-        return function(*args)
+        empty = 0 in (*x.shape, weight.shape[0])
+        backend = reference if empty else strategy.resolve(name, x, weight, lora_a, variant, args)
+        return getattr(backend, name)(*args)
     # The op has chosen its dtypes already: autocast must not round inside it.
     with torch.autocast(x.device.type, enabled=False):
-        return function(*args)
+        return _run(name, x, weight, lora_a, variant, *args)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
@@ -62,7 +62,8 @@ def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_
     frozen = _frozen(weight, (lora_b.shape[0], x.shape[1]), *nf4_parts)
     adapters = (lora_a.contiguous(), lora_b.contiguous())
     args = (_rows(x), frozen, *adapters, scaling, _vector(bias), _vector(lora_e), dropout_p, rng)
-    return _run("lora_linear_fwd", x, lora_b, *args)
+    variant = (bias is not None, dropout_p > 0)
+    return _run("lora_linear_fwd", x, frozen, lora_a, variant, *args)
 
 
 def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs, *nf4_parts):
@@ -70,7 +71,7 @@ def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, need
     adapters = (lora_a.contiguous(), lora_b.contiguous())
     tensors = (_rows(dy), _rows(x), h.contiguous(), frozen, *adapters)
     args = (*tensors, scaling, _vector(lora_e), dropout_p, rng, needs)
-    grads = _run("lora_linear_bwd", x, lora_b, *args)
+    grads = _run("lora_linear_bwd", x, frozen, lora_a, (dropout_p > 0, *needs), *args)
     # An op's schema has no optional results: a gradient that nobody asked for is an empty tensor.
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 

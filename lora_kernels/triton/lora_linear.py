@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.reference import NF4, dropout_scale, dropout_threshold
+from lora_kernels.vendor import add_product
 
 from . import configs
 from .common import INTERPRETED, Launcher, cast, dot
-from .nf4 import load_tables, load_tile, tables
+from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
 __all__ = ["INTERPRETED", "lora_linear_bwd", "lora_linear_fwd"]
 
@@ -324,8 +325,9 @@ def _program_target(index: int) -> int:
 class _LoraLauncher(Launcher):
     """Adds what launches of `lora_linear` share: configurations, dot precision and dropout arguments."""
 
-    def __init__(self, x: Tensor, rank: int, dropout_p: float, rng: Tensor | None) -> None:
+    def __init__(self, x: Tensor, rank: int, dropout_p: float, rng: Tensor | None, vendor: bool) -> None:
         super().__init__("x", x)
+        self.vendor = vendor
         self.threshold = dropout_threshold(dropout_p)
         if self.threshold and rng is None:
             raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
@@ -368,18 +370,33 @@ class _LoraLauncher(Launcher):
             PRECISION=self.precision, **config,
         )  # fmt: skip
 
+    def product(self, x, weight, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
+        """`gemm`; with `vendor` that computes the low-rank term alone, from no columns of x, and the vendor's library
+        adds the large product to it, an NF4 weight being dequantised first."""
+        if not self.vendor:
+            self.gemm(x, weight, bias, u, lora_e, v, out, scale, backward)
+            return
+        if isinstance(weight, NF4):
+            dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+            dequantize_nf4(weight, dense)
+            weight = dense
+        nothing = weight[:0] if backward else weight[:, :0]
+        self.gemm(x[:, :0], nothing, None, u, lora_e, v, out, scale, backward)
+        add_product(out, x, weight if backward else weight.T, bias)
+
 
 def lora_linear_fwd(
     x: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None,
+    bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, vendor: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
 
-    Arguments are those of `lora_kernels.reference.lora_linear_fwd`. Raises TypeError for other dtypes than float32,
-    float16, bfloat16 and RuntimeError for CPU tensors outside Triton's interpreter.
+    With `vendor` the large product is the vendor's (`lora_kernels.vendor`), in more launches; the other arguments are
+    those of `lora_kernels.reference.lora_linear_fwd`. Raises TypeError for other dtypes than float32, float16,
+    bfloat16 and RuntimeError for CPU tensors outside Triton's interpreter.
     """
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    run = _LoraLauncher(x, rank, dropout_p, rng)
+    run = _LoraLauncher(x, rank, dropout_p, rng, vendor)
     h = torch.empty((m, rank), dtype=torch.float32, device=x.device)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     config = run.config("h")
@@ -389,13 +406,14 @@ def lora_linear_fwd(
                 x, lora_a, h, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
                 HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
             )  # fmt: skip
-        run.gemm(x, weight, bias, h, lora_e, lora_b.T, y, scaling)
+        run.product(x, weight, bias, h, lora_e, lora_b.T, y, scaling)
     return y, h
 
 
 def lora_linear_bwd(
     dy: Tensor, x: Tensor, h: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
     lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: tuple[bool, bool, bool, bool],
+    vendor: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
 
@@ -406,7 +424,7 @@ def lora_linear_bwd(
     if not (need_dh or need_db or need_de):
         return None, None, None, None
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    run = _LoraLauncher(x, rank, dropout_p, rng)
+    run = _LoraLauncher(x, rank, dropout_p, rng, vendor)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=x.device) if when else None
@@ -448,5 +466,5 @@ def lora_linear_bwd(
                     HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
                 )  # fmt: skip
         if need_dx:
-            run.gemm(dy, weight, None, dh, None, lora_a, dx, run.inv_keep, backward=True)
+            run.product(dy, weight, None, dh, None, lora_a, dx, run.inv_keep, backward=True)
     return dx, dlora_a, dlora_b, dlora_e

@@ -1,0 +1,59 @@
+"""The peers that more than one benchmark times."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DROPOUT_P = 0.1
+SCALING = 2.0
+
+
+class AddmmLoRA(torch.autograd.Function):
+    """The usual fused formulation: no dropout, and the low-rank products added in place by addmm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b):
+        h = x @ lora_a.T
+        ctx.save_for_backward(x, h, weight, lora_a, lora_b)
+        return F.linear(x, weight).addmm_(h, lora_b.T, alpha=SCALING)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, weight, lora_a, lora_b = ctx.saved_tensors
+        dh = SCALING * (dy @ lora_b)
+        dx = (dy @ weight).addmm_(dh, lora_a)
+        return dx, None, dh.T @ x, SCALING * (dy.T @ h)
+
+
+def peft_layer(weight: Tensor, R: int) -> torch.nn.Module:
+    """PEFT's layer over a frozen weight [N, K], with float32 adapters."""
+    N, K = weight.shape
+    model = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, device="meta"))
+    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
+    return _inject(model, R)
+
+
+def peft_nf4_layer(weight: Tensor, R: int) -> torch.nn.Module:
+    """The same over bitsandbytes' NF4 of the weight."""
+    import bitsandbytes as bnb
+
+    N, K = weight.shape
+    linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+    linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+    # bitsandbytes quantises on the way to the device.
+    model = torch.nn.Sequential(linear).to(weight.device)
+    model.is_loaded_in_4bit = True
+    return _inject(model, R)
+
+
+def _inject(model: torch.nn.Module, R: int) -> torch.nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=R, lora_alpha=int(SCALING * R), lora_dropout=DROPOUT_P, target_modules=["0"])
+    layer = inject_adapter_in_model(config, model)[0]
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return layer.train()

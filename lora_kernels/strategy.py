@@ -1,0 +1,192 @@
+"""Which implementation runs lora_linear on a GPU: each candidate is timed once for a shape, the choice kept on disk.
+
+Candidates: the Triton kernels; the CUDA C++ kernels (16-bit activations, where they are built); `vendor`, the Triton
+kernels with the large products by cuBLAS (`lora_kernels.vendor`). All give the same result up to rounding. Nothing is
+measured for CPU tensors, nor for a backend that was named, nor while a CUDA graph is captured: that takes what is known
+already, else Triton's.
+
+The environment variable LORA_KERNELS_STRATEGY: "auto" (default) measures; "fused" takes Triton's and "vendor" the
+vendor's product everywhere, and neither measures nor reads the cache. Choices are in `strategy.json` in the cache
+directory (`lora_kernels.io.models.cache_dir`), by op, GPU, dtypes, kind of weight, M rounded up to a power of two, N, K
+and R. A file of other versions of torch, Triton or this package, or one that can't be read, is made anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import backends, vendor
+from lora_kernels.io.files import replacing
+from lora_kernels.reference import NF4
+
+ENVIRONMENT_VARIABLE = "LORA_KERNELS_STRATEGY"
+MODES = ("auto", "fused", "vendor")
+
+# Autograd's threads measure too: one at a time, or they would slow each other.
+_lock = threading.Lock()
+
+
+def mode() -> str:
+    """The value of LORA_KERNELS_STRATEGY, "auto" where it is not set. Raises ValueError for another than `MODES`."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if name not in MODES:
+        raise ValueError(f"environment variable {ENVIRONMENT_VARIABLE} is {name!r}; allowed: {', '.join(MODES)}")
+    return name
+
+
+def _versions() -> str:
+    import triton
+
+    from lora_kernels import __version__
+
+    return f"lora-kernels {__version__}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+class Choices:
+    """Key -> {"choice": candidate, "ms": {candidate: milliseconds}}, kept in the JSON file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            content = json.loads(self.path.read_text())
+            if content["made_by"] != _versions():
+                return {}
+            found = content["choices"].items()
+            return {key: {"choice": str(value["choice"]), "ms": dict(value["ms"])} for key, value in found}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def get(self, key: str) -> str | None:
+        return self._known[key]["choice"] if key in self._known else None
+
+    def put(self, key: str, milliseconds: dict[str, float]) -> None:
+        """Remember the fastest, here and in the file, beside what other processes have written there meanwhile."""
+        best = min(milliseconds, key=milliseconds.__getitem__)
+        self._known = self._read() | self._known | {key: {"choice": best, "ms": milliseconds}}
+        try:
+            with replacing(self.path) as temporary:
+                temporary.write_text(json.dumps({"made_by": _versions(), "choices": self._known}, indent=1) + "\n")
+        except OSError as error:
+            warnings.warn(f"choices of {ENVIRONMENT_VARIABLE}=auto last for this process only: {error}", stacklevel=2)
+
+
+def time_ms(step: Callable[[], object]) -> float:
+    """The median time of `step` on the current stream, compilation excluded."""
+    for _ in range(3):
+        step()
+    times = []
+    for _ in range(9):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def choose(
+    choices: Choices, key: str, steps: Mapping[str, Callable[[], object]], timer: Callable[[Callable], float]
+) -> str:
+    """The candidate that `choices` has for `key`; else all `steps` are timed and the fastest is put there.
+
+    One that runs out of memory is no candidate, unless all do: then that is raised, as any other error is.
+    """
+    if (known := choices.get(key)) in steps:
+        return known
+    times, failure = {}, None
+    for name, step in steps.items():
+        try:
+            times[name] = timer(step)
+        except torch.OutOfMemoryError as error:
+            failure = error
+    if not times:
+        raise failure
+    choices.put(key, times)
+    return choices.get(key)
+
+
+@functools.cache
+def _choices() -> Choices:
+    from lora_kernels.io.models import cache_dir
+
+    return Choices(cache_dir() / "strategy.json")
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def vendor_backend() -> SimpleNamespace:
+    """lora_linear's two functions with the large products by the vendor's library."""
+    from lora_kernels import triton
+
+    names = ("lora_linear_fwd", "lora_linear_bwd")
+    return SimpleNamespace(**{name: functools.partial(getattr(triton, name), vendor=True) for name in names})
+
+
+def _candidates(x: Tensor) -> dict[str, ModuleType | SimpleNamespace]:
+    from lora_kernels import cuda, triton
+
+    found = {"triton": triton}
+    if cuda.unavailable is None and x.dtype in (torch.bfloat16, torch.float16):
+        found["cuda"] = cuda
+    if vendor.unsupported(x.dtype) is None:
+        found["vendor"] = vendor_backend()
+    return found
+
+
+def resolve(op: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: tuple, args: tuple) -> Any:
+    """The module, or what has its functions, to run `op` of lora_linear with `args`.
+
+    variant: what of the arguments, besides the sizes and the kind of weight, changes the work. Raises ValueError for an
+    unknown LORA_KERNELS_STRATEGY, RuntimeError where it says "vendor" and that can't be used here.
+    """
+    backend = backends.resolve(x)
+    if not _is_on_gpu(x) or backends.selected() != "auto" or backend.__name__ != "lora_kernels.triton":
+        return backend
+    asked = mode()
+    if asked == "fused":
+        return backend
+    candidates = _candidates(x)
+    if asked == "vendor":
+        if reason := vendor.unsupported(x.dtype):
+            raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=vendor can't be used with x of {x.dtype}: {reason}")
+        return candidates["vendor"]
+    (M, K), N, R = x.shape, weight.shape[0], lora_a.shape[0]
+    kind = f"nf4/{weight.block_size}" if isinstance(weight, NF4) else "dense" if weight.stride(1) == 1 else "transposed"
+    rows = 1 << (M - 1).bit_length()
+    flags = "".join(str(int(flag)) for flag in variant)
+    dtypes = f"{x.dtype}/{lora_a.dtype}".replace("torch.", "")
+    key = f"{op} {flags}, {_gpu_name(x.get_device())}, {dtypes}, {kind}, M<={rows} N={N} K={K} R={R}"
+    if (known := _choices().get(key)) in candidates:
+        return candidates[known]
+    if _is_capturing():
+        return backend
+    with _lock, torch.cuda.device_of(x):
+        steps = {name: functools.partial(getattr(module, op), *args) for name, module in candidates.items()}
+        return candidates[choose(_choices(), key, steps, time_ms)]
