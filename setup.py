@@ -22,10 +22,12 @@ from setuptools.command.build_ext import build_ext
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-# name -> (lanes of a vector, flags). avx2_wide is AVX-512's width in AVX2's registers: its logic, tested anywhere.
-ISAS = {"generic": (4, [])}
+# name -> (lanes of a vector, flags)
+ISAS, TEST_ISAS = {"generic": (4, [])}, {}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISAS |= {"avx2": (8, AVX2), "avx2_wide": (16, AVX2), "avx512": (16, AVX512)}
+    ISAS |= {"avx2": (8, AVX2), "avx512": (16, AVX512)}
+    # AVX-512's width in AVX2's registers: its logic, tested anywhere.
+    TEST_ISAS = {"avx2_wide": (16, AVX2)}
 
 # ISO C++ would forbid fusing a multiplication and an addition; errno and traps would forbid vectorising.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
@@ -35,6 +37,8 @@ CXX_FLAGS += ["-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-uninitialized",
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
+# "package": what a wheel has. "tests", the default of a build in place: also what only tests use. "none": nothing.
+BUILD_VARIABLE = "LORA_KERNELS_BUILD"
 # Architectures to compile the CUDA kernels for, such as "80,90a", or "none". Unset: the list below for a wheel, none
 # for a build in place, which then takes one minute and not ten. PTX of the lowest serves later GPUs.
 CUDA_ARCHS_VARIABLE = "LORA_KERNELS_CUDA_ARCHS"
@@ -68,12 +72,15 @@ def python_includes() -> list[str]:
     return [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
 
 
-def cpu_commands() -> list[list[str]]:
+def cpu_commands(tests: bool) -> list[list[str]]:
     """Compiler commands of _C, each without its output and ending with the source."""
+    isas = ISAS | (TEST_ISAS if tests else {})
+    defines = [f"-DLK_HAS_{isa.upper()}" for isa in isas if isa in TEST_ISAS]
     compiler = [*os.environ.get("CXX", "c++").split(), *CXX_FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split()]
-    commands = [[*compiler, *python_includes(), "-c", "csrc/bindings.cpp"], [*compiler, "-c", "csrc/cpu/isa.cpp"]]
+    commands = [[*compiler, *python_includes(), "-c", "csrc/bindings.cpp"]]
+    commands += [[*compiler, *defines, "-c", "csrc/cpu/isa.cpp"]]
     for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):
-        for isa, (lanes, isa_flags) in ISAS.items():
+        for isa, (lanes, isa_flags) in isas.items():
             commands.append([*compiler, f"-DLK_ISA={isa}", f"-DLK_LANES={lanes}", *isa_flags, "-c", str(source)])
     return commands
 
@@ -133,8 +140,11 @@ class BuildExt(build_ext):
         shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         linker = [*os.environ.get("CXX", "c++").split(), *shared, *os.environ.get("LDFLAGS", "").split()]
         # name -> compiler commands and linker command
-        self.units = {"_C": (cpu_commands(), [*linker, *OPENMP])}
-        if self.inplace and sys.platform == "linux":
+        build = os.environ.get(BUILD_VARIABLE, "tests" if self.inplace else "package")
+        if build not in ("none", "package", "tests"):
+            raise SystemExit(f"{BUILD_VARIABLE} is {build!r}; allowed: none, package, tests")
+        self.units = {"_C": (cpu_commands(build == "tests"), [*linker, *OPENMP])}
+        if build == "tests" and sys.platform == "linux":
             self.units["_simt"] = (simt_commands(), linker)
         self.without_cuda = None
         archs, nvcc = cuda_archs(self.inplace), find_nvcc()
@@ -150,6 +160,8 @@ class BuildExt(build_ext):
                 cuda_commands(nvcc, archs),
                 [nvcc, "-shared", "-cudart=static", *nvcc_host_compiler(), *nvcc_library_dirs(nvcc)],
             )
+        if build == "none":
+            self.units, self.without_cuda = {}, None
         self.distribution.ext_modules = [Extension(f"lora_kernels.{name}", sources=[]) for name in self.units]
         super().finalize_options()
 

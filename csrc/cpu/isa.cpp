@@ -17,8 +17,10 @@ namespace lora_kernels::cpu {
 LK_ISA_TABLE(generic)
 #if defined(__x86_64__)
 LK_ISA_TABLE(avx2)
-LK_ISA_TABLE(avx2_wide)
 LK_ISA_TABLE(avx512)
+#if defined(LK_HAS_AVX2_WIDE)
+LK_ISA_TABLE(avx2_wide)
+#endif
 
 static bool has_f16c() {
   unsigned a, b, c, d;
@@ -37,7 +39,7 @@ int supported_isas(const Isa** out) {
   if (avx2) out[count++] = &isa_avx2;
 #endif
   out[count++] = &isa_generic;
-#if defined(__x86_64__)
+#if defined(LK_HAS_AVX2_WIDE)
   if (avx2) out[count++] = &isa_avx2_wide;
 #endif
   return count;
