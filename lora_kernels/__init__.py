@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lora_kernels.backends import available, use_backend
     from lora_kernels.io.adapters import load_adapter, save_adapter
     from lora_kernels.methods import adapters_disabled, inject, merge, trainable_summary
+    from lora_kernels.methods.adalora import AdaLoRAConfig
     from lora_kernels.methods.full import FullConfig
     from lora_kernels.methods.lora import LoRAConfig
     from lora_kernels.methods.named import add_adapter, use_adapter
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaLoRAConfig": "methods.adalora",
     "FullConfig": "methods.full",
     "FusedLoRALinear": "nn.lora_linear",
     "LoRAConfig": "methods.lora",
@@ -45,6 +47,7 @@ _HOME = {
     "use_backend": "backends",
 }
 __all__ = [
+    "AdaLoRAConfig",
     "FullConfig",
     "FusedLoRALinear",
     "LoRAConfig",

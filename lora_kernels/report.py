@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_kernels.io.files import replacing
@@ -89,6 +91,46 @@ def plot_loss(
     axes.grid(color=_GREY, alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(output)
+
+
+def plot_ranks(ranks: Mapping[str, int], output: str | Path, title: str = "Rank of each matrix") -> Path:
+    """Draw {module path: rank} as a map of layers (rows) by modules (columns), as a PNG; returns its path.
+
+    The first number in a path is its layer; paths without one share a row. Raises ValueError for no ranks.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not ranks:
+        raise ValueError("ranks is empty; expected {module path: rank}")
+    cells = {}
+    for path, rank in ranks.items():
+        match = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", path)
+        cells[(int(match[1]), match[2]) if match else (-1, path)] = rank
+    rows = sorted({row for row, _ in cells})
+    columns = list(dict.fromkeys(column for _, column in cells))
+    grid = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
+
+    size = (2.0 + 0.75 * len(columns), 1.8 + 0.28 * len(rows))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    most = max(1, *ranks.values())
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=most, aspect="auto")
+    for y, values in enumerate(grid):
+        for x, rank in enumerate(values):
+            if rank == rank:  # not NaN: the layer has this module
+                color = "black" if rank > 0.6 * most else "white"
+                axes.text(x, y, str(rank), ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), ["-" if row < 0 else str(row) for row in rows], fontsize=8)
+    mean = sum(ranks.values()) / len(ranks)
+    axes.set(title=f"{title} (mean {mean:.2f})", ylabel="layer")
+    figure.colorbar(image, ax=axes, label="rank")
 
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png")

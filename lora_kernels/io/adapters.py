@@ -1,6 +1,6 @@
 """Files of every method: what `save_adapter` writes, `load_adapter` reads, whatever the method.
 
-LoRA, prefix and prompt tuning are in PEFT's format, a fully fine-tuned model is a Hugging Face directory.
+LoRA, AdaLoRA, prefix and prompt tuning are in PEFT's format, a fully fine-tuned model is a Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lora_kernels.io import peft, peft_prompt
-from lora_kernels.methods import adapter_config, full, lora, prefix, prompt
+from lora_kernels.io import peft, peft_adalora, peft_prompt
+from lora_kernels.methods import adalora, adapter_config, full, lora, prefix, prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,21 +22,30 @@ if TYPE_CHECKING:
 # peft_type -> (config class, module that reads and writes its files)
 _ADAPTERS = {
     "LORA": (lora.LoRAConfig, peft),
+    peft_adalora.ADALORA: (adalora.AdaLoRAConfig, peft_adalora),
     peft_prompt.PREFIX: (prefix.PrefixConfig, peft_prompt),
     peft_prompt.PROMPT: (prompt.PromptConfig, peft_prompt),
 }
 _MODEL_CONFIG = "config.json"
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool = False) -> None:
     """Writes what was injected into `model` and trained to `directory`.
 
     Adapters as PEFT would (adapter_config.json, adapter_model.safetensors); after full fine-tuning the whole model as
     `save_pretrained` does (config.json, model.safetensors). Each file is written under a temporary name and then moved
-    into place. Raises ValueError if nothing was injected.
+    into place.
+
+    as_lora: write an AdaLoRA adapter as plain LoRA, with the rank of each module, for whatever reads LoRA only.
+
+    Raises ValueError if nothing was injected, or nothing that as_lora could be written as LoRA.
     """
     config = adapter_config(model)
-    if isinstance(config, full.FullConfig):
+    if as_lora and not isinstance(config, lora.LoRAConfig):
+        if not isinstance(config, adalora.AdaLoRAConfig):
+            raise ValueError(f"as_lora is True, but a {type(config).__name__} was injected; allowed: AdaLoRAConfig")
+        peft_adalora.save_as_lora(model, directory)
+    elif isinstance(config, full.FullConfig):
         _save_model(model, Path(directory))
     else:
         dict(_ADAPTERS.values())[type(config)].save_adapter(model, directory)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from lora_kernels.methods.lora import (
     pattern_matches,
     plan,
 )
-from lora_kernels.nn.lora_linear import is_conv1d, lora_scaling
+from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 _READ = {
     "peft_type",
@@ -93,14 +93,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     Raises ValueError if the model carries no adapters, RuntimeError inside `adapters_disabled`.
     """
     config = _config_of(model)
+    write_files(Path(directory), peft_config(model, config), detached(model, _adapter_tensors(model)))
+
+
+def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies as they are written: on the CPU, adapters of 16 bits as float32. RuntimeError inside adapters_disabled."""
     for name, original in model.lora_originals.items():
         if model.get_submodule(name) is original:
             raise RuntimeError("save_adapter was called inside adapters_disabled, where trained modules are set aside")
-    tensors = {}
-    for key, tensor in _adapter_tensors(model).items():
-        wide = tensor.float() if key.endswith((".lora_A.weight", ".lora_B.weight")) and tensor.itemsize < 4 else tensor
-        tensors[key] = wide.detach().to("cpu", copy=True).contiguous()
-    write_files(Path(directory), _peft_config(model, config), tensors)
+    saved = {}
+    for key, tensor in tensors.items():
+        is_adapter = key.removesuffix(".weight").endswith((".lora_A", ".lora_B", ".lora_E"))
+        wide = tensor.float() if is_adapter and tensor.itemsize < 4 else tensor
+        saved[key] = wide.detach().to("cpu", copy=True).contiguous()
+    return saved
 
 
 def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -124,17 +130,23 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of an injected model by PEFT's key; they share memory with the model."""
     tensors = {}
     for name, layer in lora_modules(model):
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_a
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_b
-    for name in model.lora_originals:
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            tensors[f"{_PREFIX}{name}.{key}"] = tensor
-    return tensors
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    return tensors | saved_module_tensors(model, model.lora_originals)
 
 
-def _peft_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
+def saved_module_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of modules_to_save, by PEFT's key."""
+    states = {name: model.get_submodule(name).state_dict() for name in names}
+    return {f"{PREFIX}{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+
+
+def peft_config(
+    model: nn.Module, config: LoRAConfig, layers: Mapping[str, FusedLoRALinear] | None = None
+) -> dict[str, Any]:
+    """PEFT's config of the LoRA adapters that `model` carries, or of those of them in `layers`, by path."""
     names = [name for name, _ in model.named_modules() if name]
-    layers = dict(lora_modules(model))
+    layers = dict(lora_modules(model)) if layers is None else layers
     saved = list(model.lora_originals)
     # PEFT looks for targets outside of modules_to_save only, and for the latter by the end of the string.
     targets = _suffixes(layers, [name for name in names if not inside(name, saved)])
@@ -215,7 +227,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     directory = Path(directory)
     raw = read_config(directory / CONFIG_NAME)
     tensors = read_tensors(directory / WEIGHTS_NAME)
-    config = _lora_config(model, raw, tensors, directory / CONFIG_NAME)
+    config = lora_config(model, raw, tensors, directory / CONFIG_NAME)
     injected = getattr(model, "adapter_config", None) is not None
     if injected:
         _check_same_adapters(model, config)
@@ -263,7 +275,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 
 
-def _lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> LoRAConfig:
+def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str], path: Path) -> LoRAConfig:
     """The LoRAConfig of a PEFT config, or ValueError for what it asks of us and we can't do."""
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {raw.get('peft_type')!r}; supported: 'LORA'")
@@ -294,7 +306,7 @@ def _lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str,
     saved = [name for name in names if any(name.endswith(suffix) for suffix in ends_saved)]
     present = [name for name in names if not inside(name, saved)]
     end = ".lora_A.weight"
-    adapted = [key.removeprefix(_PREFIX).removesuffix(end) for key in tensors if key.endswith(end)]
+    adapted = [key.removeprefix(PREFIX).removesuffix(end) for key in tensors if key.endswith(end)]
 
     def known(value: str | list[str]) -> str | list[str]:
         if isinstance(value, str):
@@ -327,12 +339,10 @@ def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Si
     for name, (r, _) in planned.adapters.items():
         linear = model.get_submodule(name)
         N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
-        shapes[f"{_PREFIX}{name}.lora_A.weight"] = torch.Size((r, K))
-        shapes[f"{_PREFIX}{name}.lora_B.weight"] = torch.Size((N, r))
-    for name in planned.modules_to_save:
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            shapes[f"{_PREFIX}{name}.{key}"] = tensor.shape
-    return shapes
+        shapes[f"{PREFIX}{name}.lora_A.weight"] = torch.Size((r, K))
+        shapes[f"{PREFIX}{name}.lora_B.weight"] = torch.Size((N, r))
+    saved = saved_module_tensors(model, planned.modules_to_save)
+    return shapes | {key: tensor.shape for key, tensor in saved.items()}
 
 
 def _check_same_adapters(model: nn.Module, config: LoRAConfig) -> None:

@@ -2,7 +2,8 @@
 
 A method is a module of this package with a config class and three functions: `inject(model, config, tokenizer)`,
 `merge(model)` and `adapters_disabled(model)`. The functions below pass on to those of the module that the config's
-class comes from. `model.adapter_config` is the config that was injected.
+class comes from. A module that takes part in the steps of a training has `training_hook(model, total_step)` too.
+`model.adapter_config` is the config that was injected.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 
     from lora_kernels.methods.lora import TrainableSummary
 
-_CONFIGS = {"full": "FullConfig", "lora": "LoRAConfig", "prefix": "PrefixConfig", "prompt": "PromptConfig"}
+_CONFIGS = {
+    "adalora": "AdaLoRAConfig",
+    "full": "FullConfig",
+    "lora": "LoRAConfig",
+    "prefix": "PrefixConfig",
+    "prompt": "PromptConfig",
+}
 
 
 def _module_of(config: Any) -> ModuleType:
@@ -42,9 +49,9 @@ def adapter_config(model: nn.Module) -> Any:
 def inject(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:
     """Prepares `model`, in place, for the method that `config` belongs to; only what it trains requires gradients.
 
-    config: LoRAConfig, PrefixConfig, PromptConfig or FullConfig, kept as `model.adapter_config`. `tokenizer` is needed
-    for an initialisation from a text only. Returns the model. Raises TypeError for another config, and ValueError, with
-    the model unchanged, if it already carries adapters or the config doesn't fit it.
+    config: LoRAConfig, AdaLoRAConfig, PrefixConfig, PromptConfig or FullConfig, kept as `model.adapter_config`.
+    `tokenizer` is needed for an initialisation from a text only. Returns the model. Raises TypeError for another
+    config, and ValueError, with the model unchanged, if it already carries adapters or the config doesn't fit it.
     """
     method = _module_of(config)
     if getattr(model, "adapter_config", None) is not None:
@@ -63,8 +70,8 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     method = _module_of(adapter_config(model))
     if quantize is None:
         return method.merge(model)
-    if method.__name__ != f"{__name__}.lora":
-        raise ValueError(f"quantize is {quantize!r}, which only LoRA's merge takes")
+    if method.__name__.rpartition(".")[2] not in ("lora", "adalora"):
+        raise ValueError(f"quantize is {quantize!r}, which only LoRA's and AdaLoRA's merge take")
     return method.merge(model, quantize)
 
 
@@ -74,6 +81,16 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
     Raises ValueError if the model carries no adapters, or the method keeps no base model (full fine-tuning).
     """
     return _module_of(adapter_config(model)).adapters_disabled(model)
+
+
+def training_hook(module: nn.Module, total_step: int) -> Any:
+    """What the method of the adapted model in `module` does in a training of `total_step` steps, or None for nothing.
+
+    Only AdaLoRA has one; see `lora_kernels.methods.adalora.TrainingHook`, whose functions the trainers call.
+    """
+    model = next((part for part in module.modules() if getattr(part, "adapter_config", None) is not None), None)
+    make = getattr(_module_of(model.adapter_config), "training_hook", None) if model is not None else None
+    return make(model, total_step) if make else None
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:

@@ -14,6 +14,8 @@ from lora_kernels.ops.lora_linear import frozen_linear, lora_linear
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
+# Along which dimension of the adapter's tensors the rank runs.
+RANK_DIMENSION = {"lora_a": 0, "lora_b": 1, "lora_e": 0}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -75,8 +77,9 @@ class FusedLoRALinear(nn.Module):
             not rounded away. The dtype of the weight is the other choice. Over a float64 weight it is float64.
 
     Attributes: weight [N, K] and bias [N], frozen; lora_a [R, K] and lora_b [N, R], the only parameters that require
-    gradients. `adapters_enabled = False` makes the layer the frozen one. A layer made from transformers' Conv1D
-    (`fan_in_fan_out`) keeps that weight's stored shape [K, N]. Input x [..., K], output y [..., N].
+    gradients; lora_e, None or the factor [R] of x · lora_aᵀ that AdaLoRA trains. `adapters_enabled = False` makes the
+    layer the frozen one. A layer made from transformers' Conv1D (`fan_in_fan_out`) keeps that weight's stored shape
+    [K, N]. Input x [..., K], output y [..., N].
 
     Raises ValueError naming the argument that is out of range.
     """
@@ -174,6 +177,7 @@ class FusedLoRALinear(nn.Module):
         self.bias = None if bias is None else bias.requires_grad_(False)
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, dtype=adapter_dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, dtype=adapter_dtype, device=weight.device))
+        self.register_parameter("lora_e", None)
         self.reset_lora_parameters(init)
 
     @torch.no_grad()
@@ -195,7 +199,7 @@ class FusedLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
         weight = self.weight
-        if self.adapters_enabled and not self.merged:
+        if self.adapters_enabled and not self.merged and self.r:
             return lora_linear(
                 x,
                 weight.t() if self.fan_in_fan_out else weight,
@@ -203,6 +207,7 @@ class FusedLoRALinear(nn.Module):
                 self.lora_b,
                 self.scaling,
                 bias=self.bias,
+                lora_e=self.lora_e,
                 dropout_p=self.lora_dropout if self.training else 0.0,
             )
         if self.merged and not self.adapters_enabled:
@@ -220,9 +225,26 @@ class FusedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """scaling · lora_b · lora_a [N, K], in float32 (float64 over a float64 weight)."""
+        """scaling · lora_b · diag(lora_e) · lora_a [N, K], in float32 (float64 over a float64 weight)."""
         acc_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return self.scaling * (self.lora_b.to(acc_dtype) @ self.lora_a.to(acc_dtype))
+        lora_b = self.lora_b.to(acc_dtype)
+        if self.lora_e is not None:
+            lora_b = lora_b * self.lora_e
+        return self.scaling * (lora_b @ self.lora_a.to(acc_dtype))
+
+    @torch.no_grad()
+    def keep_ranks(self, index: Tensor) -> None:
+        """Cuts the adapter to the ranks `index`, an int64 tensor; the scaling stays.
+
+        lora_a, lora_b and lora_e become new parameters. With no rank left the layer is the frozen one, and its empty
+        parameters require no gradient.
+        """
+        for name, dimension in RANK_DIMENSION.items():
+            whole = getattr(self, name)
+            if whole is not None:
+                trained = whole.requires_grad and len(index) > 0
+                setattr(self, name, nn.Parameter(whole.index_select(dimension, index), requires_grad=trained))
+        self.r = len(index)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

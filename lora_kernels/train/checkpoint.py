@@ -20,6 +20,7 @@ from lora_kernels.io.files import replacing
 LAST = "checkpoint-last"
 _WRITING, _REPLACED = ".checkpoint-last.tmp", ".checkpoint-last.old"
 _TENSORS, _STATE = "training_state.safetensors", "training_state.json"
+_METHOD = "method_state.safetensors"
 
 
 @dataclass
@@ -46,11 +47,13 @@ def save_checkpoint(
     run: dict[str, Any],
     accelerator: Accelerator,
     save_adapter: Callable[[Path], None],
+    method_state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write `checkpoint-last/` beside the old one and swap them; every process must call this.
 
     Holds the adapter as `save_adapter` writes it, the trainable parameters and optimizer state by name, the random
-    state of each process, `state`, and `run` (what a resumed run must have in common with this one).
+    state of each process, `state`, `run` (what a resumed run must have in common with this one), and `method_state`, if
+    the method has any.
     """
     writing, last, replaced = (output_dir / name for name in (_WRITING, LAST, _REPLACED))
     if accelerator.is_main_process:
@@ -65,6 +68,9 @@ def save_checkpoint(
             tensors |= {f"optimizer/{name}/{key}": item for key, item in optimizer.state[value].items()}
         with replacing(writing / _TENSORS) as path:
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path)
+        if method_state:
+            with replacing(writing / _METHOD) as path:
+                save_file({key: value.cpu().contiguous() for key, value in method_state.items()}, path)
         (writing / _STATE).write_text(json.dumps({**asdict(state), "run": run}, indent=1))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -77,14 +83,8 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(
-    directory: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    run: dict[str, Any],
-    accelerator: Accelerator,
-) -> LoopState:
-    """Restore parameters, optimizer and this process's random state; ValueError where the run is another one."""
+def load_state(directory: Path, run: dict[str, Any]) -> tuple[LoopState, dict[str, torch.Tensor]]:
+    """What the loop had done, and the method's state; ValueError where the run is another one."""
     values = json.loads((directory / _STATE).read_text())
     saved = values.pop("run")
     for key, value in run.items():
@@ -92,6 +92,17 @@ def load_checkpoint(
             raise ValueError(
                 f"can't resume {directory}: it was made with {key} = {saved.get(key)}, this run has {value}"
             )
+    method_state = load_file(directory / _METHOD) if (directory / _METHOD).exists() else {}
+    return LoopState(**values), method_state
+
+
+def load_checkpoint(
+    directory: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> None:
+    """Restore parameters, optimizer and this process's random state; ValueError where the parameters are others."""
     tensors = load_file(directory / _TENSORS)
     there = {name.removeprefix("parameter/"): value for name, value in tensors.items() if name.startswith("parameter/")}
     for name in sorted(parameters.keys() | there.keys()):
@@ -109,7 +120,6 @@ def load_checkpoint(
         }
     optimizer.load_state_dict(packed)
     _set_rng_state(json.loads((directory / f"rng-{accelerator.process_index}.json").read_text()))
-    return LoopState(**values)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -15,10 +15,12 @@ from lora_kernels.io.files import replacing
 
 # Peak learning rates that work with AdamW. Schulman et al. 2025 find LoRA's best about ten times that of full
 # fine-tuning; virtual tokens need far more (Lester et al. 2021 take 0.3 with Adafactor).
-LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "prefix": 5e-3, "prompt": 3e-2, "qlora": 2e-4}
+LEARNING_RATES = {"adalora": 1e-3, "full": 2e-5, "lora": 2e-4, "prefix": 5e-3, "prompt": 3e-2, "qlora": 2e-4}
 METHODS = tuple(LEARNING_RATES)
+# Fields that are AdaLoRAConfig's too, beside lora_alpha and lora_dropout.
+ADALORA = ("init_r", "target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
 _INITS = {"lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
-_TARGETS = {"full": "all", "lora": "all-linear", "qlora": "all-linear"}
+_TARGETS = {"adalora": "all-linear", "full": "all", "lora": "all-linear", "qlora": "all-linear"}
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -30,12 +32,16 @@ class SFTConfig:
 
     model: directory or hub id of a causal language model.
     data, eval_data: .json, .jsonl, .jsonl.gz or .parquet file (see `lora_kernels.train.data`).
-    output_dir: gets the adapter, `checkpoint-last/`, metrics.jsonl, loss.png and config.yaml.
+    output_dir: gets the adapter, `checkpoint-last/`, metrics.jsonl, loss.png and config.yaml; ranks.png with
+        adalora.
     method: "lora"; "qlora", the same with the frozen linear layers in NF4 (Dettmers et al. 2023), where a bitsandbytes
-        NF4 checkpoint stays with any method; "prefix" or "prompt", learned virtual tokens before each sequence; "full",
+        NF4 checkpoint stays with any method; "adalora", low-rank updates whose ranks are distributed over the modules
+        while they train (Zhang et al. 2023); "prefix" or "prompt", learned virtual tokens before each sequence; "full",
         the model's own weights.
     double_quant: of qlora, quantise the 4-bit blocks' scales too; see `lora_kernels.quantize_nf4`.
     r, lora_alpha, lora_dropout, use_rslora: of LoRA's adapters.
+    init_r, target_r, tinit, tfinal, delta_t, beta1, beta2, orth_reg_weight: of adalora, see `AdaLoRAConfig`; lora_alpha
+        and lora_dropout are its own too.
     target: modules that get a LoRA adapter ("all-linear" by default) or are trained by "full" ("all"): a module name, a
         comma-separated list of names, or a regular expression over module paths.
     init: how adapters start, by default "default" for LoRA (see `FusedLoRALinear`), "vocab" for virtual tokens, which
@@ -72,6 +78,14 @@ class SFTConfig:
     lora_dropout: float = 0.0
     target: str | list[str] | None = None
     use_rslora: bool = False
+    init_r: int = 12
+    target_r: int = 8
+    tinit: int = 0
+    tfinal: int = 0
+    delta_t: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
     init: str | None = None
     num_virtual_tokens: int = 20
     init_text: str | None = None
@@ -135,8 +149,11 @@ class SFTConfig:
         self._check(
             "init_text", method in ("prefix", "prompt") or self.init_text is None, f"left out with method {method}"
         )
+        if method in ("adalora", "full"):
+            self._check("init", self.init is None, f"left out with method {method}")
+        if method == "adalora":
+            self._check("use_rslora", not self.use_rslora, "left out with method adalora")
         if method == "full":
-            self._check("init", self.init is None, "left out with method full")
             self._check(
                 "dtype", self.dtype != "bfloat16", "float32 with method full, whose updates bfloat16 rounds away"
             )

@@ -16,9 +16,10 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from lora_kernels.io.files import replacing
+from lora_kernels.methods import training_hook
 from lora_kernels.optim import LoRAPlusAdamW
-from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, save_checkpoint
-from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, load_state, save_checkpoint
+from lora_kernels.train.config import ADALORA, SFTConfig
 from lora_kernels.train.data import TokenDataset
 from lora_kernels.train.losses import IGNORE_INDEX
 from lora_kernels.train.progress import Progress
@@ -155,14 +156,18 @@ class Loop:
         per_epoch = max(1, round(len(train_set) / self.plan.sequences_per_step))
         self.eval_steps = config.eval_steps or per_epoch
         self.save_steps = config.save_steps or per_epoch
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ValueError("the model has no trainable parameters; inject adapters first")
-        self.wrapped = accelerator.prepare(module)
+        self.hook = training_hook(module, self.plan.total_steps)
+        self._take_parameters()
         self.optimizer = make_optimizer(module, config)
         self.progress = Progress(self.plan.total_steps, enabled=show_progress and self.main)
         self.state = LoopState()
         self.last_loss = self.last_eval_loss = None
+
+    def _take_parameters(self) -> None:
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameters; inject adapters first")
+        self.wrapped = self.accelerator.prepare(self.module)
 
     @property
     def run_identity(self) -> dict[str, Any]:
@@ -171,7 +176,7 @@ class Loop:
         names = ("model", "method", "target", "init", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr")
         names += ("num_virtual_tokens", "init_text", "mlp_hidden")
         names += ("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
-        names += ("optimizer", "lr_ratio", "double_quant")
+        names += ("optimizer", "lr_ratio", "double_quant", *(ADALORA if config.method == "adalora" else ()))
         return {
             **{name: getattr(config, name) for name in names},
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
@@ -189,8 +194,10 @@ class Loop:
         set_seed(self.config.seed, device_specific=True)
         checkpoint = find_checkpoint(self.output_dir) if self.config.resume else None
         if checkpoint:
-            arguments = (self.parameters, self.optimizer, self.run_identity, self.accelerator)
-            self.state = load_checkpoint(checkpoint, *arguments)
+            self.state, method_state = load_state(checkpoint, self.run_identity)
+            if self.hook and self.hook.load_state_dict(method_state, self.optimizer, self.state.step):
+                self._take_parameters()
+            load_checkpoint(checkpoint, self.parameters, self.optimizer, self.accelerator)
         if self.main:
             truncate_metrics(self.metrics_path, self.state.step)
         self.accelerator.wait_for_everyone()
@@ -230,12 +237,17 @@ class Loop:
                 loss = self.wrapped(**self._to_device(batch))
                 self.accelerator.backward(loss * scale)
             self.window_loss += loss.detach()
+        extra_loss = self._add_extra_loss()
         self.optimizer.step()
         grad_norm = self.optimizer.grad_norm
         self.finite &= torch.isfinite(grad_norm)
+        state.step += 1
+        if self.hook and self.hook.after_step(self.optimizer, state.step):
+            self._take_parameters()
+            # What was best until now is larger than what was asked for.
+            state.best_eval_loss = None
         self.optimizer.zero_grad(set_to_none=True)
 
-        state.step += 1
         tokens = int(self.train_set.lengths[rows].sum())
         state.tokens += tokens
         state.window_answer_tokens += answer_tokens
@@ -256,6 +268,8 @@ class Loop:
                     "grad_norm": grad_norm.item(),
                     "tokens": state.tokens,
                     "tokens_per_second": round(self.window_tokens / self.window_seconds, 1),
+                    **({} if extra_loss is None else {"extra_loss": extra_loss.item()}),
+                    **(self.hook.metrics() if self.hook else {}),
                 }
             )
             self.window_loss.zero_()
@@ -269,6 +283,20 @@ class Loop:
             self._checkpoint(best or self.eval_set is None)
         elif best and self.main:
             self.save_adapter(self.output_dir)
+
+    def _add_extra_loss(self) -> torch.Tensor | None:
+        """Adds the gradient of the method's own loss, which is the same in every process; returns that loss."""
+        if self.hook is None:
+            return None
+        extra_loss = self.hook.extra_loss()
+        if extra_loss.requires_grad:
+            # Not backward(): DistributedDataParallel has reduced the gradients already.
+            parameters = list(self.parameters.values())
+            grads = torch.autograd.grad(extra_loss, parameters, allow_unused=True)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                if grad is not None:
+                    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return extra_loss
 
     def _window_loss(self) -> float:
         """Summed loss since the last log over all processes."""
@@ -299,7 +327,8 @@ class Loop:
         if best and self.main:
             self.save_adapter(self.output_dir)
         arguments = (self.state, self.run_identity, self.accelerator, self.save_adapter)
-        save_checkpoint(self.output_dir, self.parameters, self.optimizer, *arguments)
+        method_state = self.hook.state_dict() if self.hook else None
+        save_checkpoint(self.output_dir, self.parameters, self.optimizer, *arguments, method_state)
 
     def _epoch(self) -> float:
         seen = min(self.state.step * self.plan.sequences_per_step, self.plan.sequences)

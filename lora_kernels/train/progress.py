@@ -14,7 +14,7 @@ class Progress:
         self.total_steps, self.enabled = total_steps, enabled
         self.console = Console(stderr=True)
         self.started, self.first_step = time.perf_counter(), None
-        self.fields = {"loss": "-", "eval_loss": "-", "speed": "-"}
+        self.fields = {"loss": "-", "eval_loss": "-", "speed": "-", "rank": ""}
         self.bar = None
         if enabled and self.console.is_terminal:
             self.bar = progress.Progress(
@@ -22,7 +22,8 @@ class Progress:
                 progress.MofNCompleteColumn(),
                 progress.BarColumn(),
                 progress.TextColumn(
-                    "loss {task.fields[loss]} | eval {task.fields[eval_loss]} | {task.fields[speed]} tok/s"
+                    "loss {task.fields[loss]} | eval {task.fields[eval_loss]}{task.fields[rank]} | "
+                    "{task.fields[speed]} tok/s"
                 ),
                 progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
@@ -52,6 +53,8 @@ class Progress:
             return
         if "loss" in record:
             self.fields |= {"loss": f"{record['loss']:.4f}", "speed": f"{record['tokens_per_second']:.0f}"}
+        if "average_rank" in record:
+            self.fields["rank"] = f" | rank {record['average_rank']:.2f}"
         if "eval_loss" in record:
             self.fields["eval_loss"] = f"{record['eval_loss']:.4f}"
         if self.bar:
@@ -63,6 +66,7 @@ class Progress:
             done = record["step"] - (self.first_step or 0)
             left = (time.perf_counter() - self.started) / max(1, done) * (self.total_steps - record["step"])
             text = (
-                f"loss {self.fields['loss']} | lr {record['lr']:.2e} | {self.fields['speed']} tok/s | {left:.0f} s left"
+                f"loss {self.fields['loss']}{self.fields['rank']} | lr {record['lr']:.2e} | "
+                f"{self.fields['speed']} tok/s | {left:.0f} s left"
             )
         self.console.print(f"step {record['step']}/{self.total_steps} | {text}", highlight=False, soft_wrap=True)

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from lora_kernels.backends import backend_option
 from lora_kernels.io.files import replacing
 from lora_kernels.train.checkpoint import find_checkpoint
-from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.config import ADALORA, SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset, set_chat_template
 from lora_kernels.train.loop import METRICS, Callback, Loop, make_accelerator
 from lora_kernels.train.losses import chunked_cross_entropy
 
-CONFIG, PLOT, TEMPLATE = "config.yaml", "loss.png", "chat_template.jinja"
+CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"
 _CHECK_TOKENS = 8
 
 
@@ -179,7 +179,7 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
 
 def method_config(config: SFTConfig) -> Any:
     """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
-    from lora_kernels.methods import full, lora, prefix, prompt
+    from lora_kernels.methods import adalora, full, lora, prefix, prompt
 
     if config.method in ("lora", "qlora"):
         return lora.LoRAConfig(
@@ -189,6 +189,13 @@ def method_config(config: SFTConfig) -> Any:
             target_modules=target_modules(config.target),
             use_rslora=config.use_rslora,
             init=config.init,
+        )
+    if config.method == "adalora":
+        return adalora.AdaLoRAConfig(
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=target_modules(config.target),
+            **{name: getattr(config, name) for name in ADALORA},
         )
     if config.method == "full":
         return full.FullConfig(target_modules(config.target))
@@ -258,9 +265,11 @@ def train_sft(
     with backend_option(config.backend), board or nullcontext():
         loop.run()
     if accelerator.is_main_process:
-        from lora_kernels.report import plot_loss
+        from lora_kernels.report import plot_loss, plot_ranks
 
         plot_loss(output_dir / METRICS, output_dir / PLOT)
+        if loop.hook:
+            plot_ranks(loop.hook.ranks(), output_dir / RANKS)
     accelerator.wait_for_everyone()
     return SFTResult(
         output_dir=output_dir,

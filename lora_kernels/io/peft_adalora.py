@@ -1,0 +1,167 @@
+"""AdaLoRA adapters in PEFT's file format, and as plain LoRA.
+
+Tensors are named `base_model.model.<module path>.lora_A` [R, K], `.lora_B` [N, R] and `.lora_E` [R, 1]. The config's
+`rank_pattern` is {"<module path>.lora_E": [init_r booleans]}, of which as many are true as the module has ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.io import peft
+from lora_kernels.io.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from lora_kernels.methods.adalora import AdaLoRAConfig, inject
+from lora_kernels.methods.lora import lora_modules, plan
+from lora_kernels.nn.lora_linear import is_conv1d
+
+ADALORA = "ADALORA"
+# our field -> PEFT's
+_FIELDS = {
+    "init_r": "init_r",
+    "target_r": "target_r",
+    "tinit": "tinit",
+    "tfinal": "tfinal",
+    "delta_t": "deltaT",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "orth_reg_weight": "orth_reg_weight",
+    "total_step": "total_step",
+}
+_LORA_FIELDS = ("lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "exclude_modules")
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes an AdaLoRA adapter as PEFT would, with the ranks that its tensors have. Raises as `peft.save_adapter`."""
+    config: AdaLoRAConfig = model.adapter_config
+    raw = peft.peft_config(model, config.lora_config())
+    raw |= {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    # PEFT takes no config without one, nor one that leaves no step to tinit and tfinal.
+    raw["total_step"] = config.total_step or config.tinit + config.tfinal + 1
+    ranks = {name: layer.r for name, layer in lora_modules(model)}
+    pattern = {f"{name}.lora_E": [place < r for place in range(config.init_r)] for name, r in ranks.items()}
+    # r has no meaning here, and PEFT warns of any but its default.
+    raw |= {"peft_type": ADALORA, "r": 8, "init_lora_weights": True, "alpha_pattern": {}}
+    raw["rank_pattern"] = pattern if any(r < config.init_r for r in ranks.values()) else None
+    peft.write_files(Path(directory), raw, peft.detached(model, _adapter_tensors(model)))
+
+
+def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes an AdaLoRA adapter as a LoRA adapter that computes the same.
+
+    lora_e goes into lora_a. Each module has its rank in `rank_pattern` and in `alpha_pattern` the lora_alpha that
+    keeps the scaling; modules without ranks are left out. Raises ValueError if no module has a rank.
+    """
+    config: AdaLoRAConfig = model.adapter_config
+    layers = {name: layer for name, layer in lora_modules(model) if layer.r}
+    if not layers:
+        raise ValueError("no module has a rank left: there is no LoRA adapter to write")
+    tensors = peft.saved_module_tensors(model, model.lora_originals)
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a * layer.lora_e[:, None]
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    lora_config = dataclasses.replace(config.lora_config(), r=config.target_r, init="default")
+    raw = peft.peft_config(model, lora_config, layers)
+    raw["rank_pattern"] = {name: layer.r for name, layer in layers.items()}
+    raw["alpha_pattern"] = {name: layer.scaling * layer.r for name, layer in layers.items()}
+    peft.write_files(Path(directory), raw, peft.detached(model, tensors))
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of an injected model by PEFT's key; they share memory with the model."""
+    tensors = {}
+    for name, layer in lora_modules(model):
+        tensors[f"{PREFIX}{name}.lora_A"] = layer.lora_a
+        tensors[f"{PREFIX}{name}.lora_B"] = layer.lora_b
+        tensors[f"{PREFIX}{name}.lora_E"] = layer.lora_e[:, None]
+    return tensors | peft.saved_module_tensors(model, model.lora_originals)
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
+    """Loads an AdaLoRA adapter in PEFT's format, as `peft.load_adapter` does; the tensors say which rank each has.
+
+    A model that has AdaLoRA adapters must have them with the same ranks. One whose ranks have been allocated
+    computes and merges, and trains on as LoRA (`save_adapter(..., as_lora=True)`).
+    """
+    directory = Path(directory)
+    path = directory / CONFIG_NAME
+    raw = peft.read_config(path)
+    tensors = peft.read_tensors(directory / WEIGHTS_NAME)
+    config = _config(model, raw, tensors, path)
+    injected = getattr(model, "adapter_config", None) is not None
+    ranks = {key: len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_E")}
+    if injected:
+        _check_same_adapters(model, config)
+        expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
+    else:
+        expected = _expected_shapes(model, config, ranks)
+    peft.check_tensors(tensors, expected, directory / WEIGHTS_NAME)
+    if not injected:
+        # The values come from the file, so that torch's random state is left alone.
+        with torch.random.fork_rng(devices=[]):
+            inject(model, config)
+        for name, layer in lora_modules(model):
+            layer.keep_ranks(torch.arange(ranks[f"{PREFIX}{name}.lora_E"], device=layer.lora_a.device))
+    with torch.no_grad():
+        for key, target in _adapter_tensors(model).items():
+            target.copy_(tensors[key])
+    for _, layer in lora_modules(model):
+        for parameter in (layer.lora_a, layer.lora_b, layer.lora_e):
+            parameter.requires_grad_(trainable and layer.r > 0)
+    for name in model.lora_originals:
+        model.get_submodule(name).requires_grad_(trainable)
+    return model
+
+
+def _config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> AdaLoRAConfig:
+    own = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if raw.get(theirs) is not None}
+    _check_rank_pattern(raw.get("rank_pattern") or {}, tensors, path)
+    shared = {key: value for key, value in raw.items() if key not in (*_FIELDS.values(), "rank_pattern")}
+    shared |= {"peft_type": "LORA", "r": own.get("init_r", AdaLoRAConfig.init_r)}
+    lora_config = peft.lora_config(model, shared, [f"{key}.weight" for key in tensors], path)
+    if lora_config.use_rslora or lora_config.alpha_pattern:
+        raise ValueError(f"{path}: use_rslora and alpha_pattern have no meaning for AdaLoRA; allowed: none of them")
+    try:
+        return AdaLoRAConfig(**own, **{name: getattr(lora_config, name) for name in _LORA_FIELDS})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_rank_pattern(pattern: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
+    if not isinstance(pattern, dict) or not all(isinstance(kept, list) for kept in pattern.values()):
+        raise ValueError(f"{path}: rank_pattern is no mapping of names to lists of booleans")
+    for name, kept in pattern.items():
+        # In a running PEFT model the adapter's name comes behind.
+        key = f"{PREFIX}{name[: name.rindex('.lora_E') + len('.lora_E')]}" if ".lora_E" in name else name
+        if key in tensors and len(tensors[key]) != sum(kept):
+            raise ValueError(
+                f"{path}: rank_pattern gives {name} rank {sum(kept)}, its tensors have rank {len(tensors[key])}"
+            )
+
+
+def _expected_shapes(model: nn.Module, config: AdaLoRAConfig, ranks: Mapping[str, int]) -> dict[str, torch.Size]:
+    planned = plan(model, config.lora_config())
+    shapes = {}
+    for name in planned.adapters:
+        linear = model.get_submodule(name)
+        N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+        r = ranks.get(f"{PREFIX}{name}.lora_E", config.init_r)
+        for end, shape in (("lora_A", (r, K)), ("lora_B", (N, r)), ("lora_E", (r, 1))):
+            shapes[f"{PREFIX}{name}.{end}"] = torch.Size(shape)
+    saved = peft.saved_module_tensors(model, planned.modules_to_save)
+    return shapes | {key: tensor.shape for key, tensor in saved.items()}
+
+
+def _check_same_adapters(model: nn.Module, config: AdaLoRAConfig) -> None:
+    for name, layer in lora_modules(model):
+        if layer.merged:
+            raise ValueError(f"{name} is merged; call unmerge() before loading an adapter")
+        if not math.isclose(layer.scaling, config.scaling, rel_tol=1e-6):
+            raise ValueError(f"{name}: the file has scaling {config.scaling:g}, the model {layer.scaling:g}")
