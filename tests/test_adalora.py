@@ -18,6 +18,7 @@ from lora_kernels.methods.adalora import RankAllocator, Triplets, orthogonality
 from lora_kernels.methods.lora import lora_modules, replace_module
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.report import plot_ranks
+from lora_kernels.train import loop
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import build_dataset
 from lora_kernels.train.sft import method_config, run_sft, train_sft
@@ -511,6 +512,16 @@ def test_run_from_files(tmp_path, capsys):
     )
     trained = sum(p.numel() for p in load_adapter(tiny_llama(), out).parameters() if p.requires_grad)
     assert result.trainable_parameters == trained
+
+
+def test_the_best_adapter_is_one_with_the_ranks_asked_for(tmp_path, monkeypatch):
+    """The evaluation before the cut (step 5) is better than the one after it, by decree."""
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
+    _, result = train_tiny(tmp_path)
+    assert result.best_eval_loss == 2.0
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(len(tensor) for name, tensor in saved.items() if name.endswith("lora_E")) == 28
 
 
 def test_the_extra_loss_is_no_part_of_the_loss(tmp_path):
