@@ -452,7 +452,7 @@ def test_what_does_not_fit_is_refused_by_name(config_class, tmp_path):
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
     with pytest.raises(ValueError, match="model is a MambaForCausalLM, which takes no past_key_values"):
         inject(mamba, config_class())
-    with pytest.raises(TypeError, match="config is a dict; allowed: FullConfig, LoRAConfig, PrefixConfig, PromptConf"):
+    with pytest.raises(TypeError, match="config is a dict; allowed: .*PrefixConfig, PromptConfig"):
         inject(base, {})
     with pytest.raises(ValueError, match="no adapter_config"):
         save_adapter(base, tmp_path)
