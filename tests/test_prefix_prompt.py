@@ -452,7 +452,7 @@ def test_what_does_not_fit_is_refused_by_name(config_class, tmp_path):
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
     with pytest.raises(ValueError, match="model is a MambaForCausalLM, which takes no past_key_values"):
         inject(mamba, config_class())
-    with pytest.raises(TypeError, match="config is a dict; allowed: .*PrefixConfig, PromptConfig"):
+    with pytest.raises(TypeError, match="config is a dict; allowed: AdaLoRAConfig, FullConfig, LoRAConfig, PrefixConf"):
         inject(base, {})
     with pytest.raises(ValueError, match="no adapter_config"):
         save_adapter(base, tmp_path)
@@ -486,7 +486,7 @@ def test_what_does_not_fit_is_refused_by_name(config_class, tmp_path):
         ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2"),
         ({"modules_to_save": ["score"]}, "modules_to_save is"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens is None"),
-        ({"peft_type": "P_TUNING"}, "peft_type is 'P_TUNING'; supported: 'LORA', 'PREFIX_TUNING', 'PROMPT_TUNING'"),
+        ({"peft_type": "P_TUNING"}, "peft_type is 'P_TUNING'; supported: 'LORA', .*'PROMPT_TUNING'"),
     ):
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(raw | change))
         with pytest.raises(ValueError, match=message):
