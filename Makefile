@@ -1,4 +1,4 @@
-# make demo | test | lint | bench. Everything goes into .venv; nothing outside this directory but the model cache is written.
+# make demo | test | lint | bench | wheel. Everything goes into .venv; nothing outside this directory but the model cache is written.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Triton has no build for macOS.
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: venv demo test test-all test-sanitizers lint bench clean
+.PHONY: venv demo test test-all test-sanitizers lint bench wheel clean
 
 venv: $(VENV)/.dev $(VENV)/.test-extension
 
@@ -62,6 +62,14 @@ lint: venv
 
 bench: venv
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+# As a release builds it, for this machine's Python. build/lib may hold modules that are gone from the source.
+wheel: $(VENV)/.dev
+	rm -rf build/lib* build/wheel dist
+	LORA_KERNELS_BUILD=package $(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/python tools/check_wheel.py dist/*.whl
 
 clean:
 	rm -rf build dist outputs *.egg-info lora_kernels/*.so .pytest_cache .ruff_cache .benchmarks

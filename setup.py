@@ -164,6 +164,9 @@ class BuildExt(build_ext):
             self.units, self.without_cuda = {}, None
         self.distribution.ext_modules = [Extension(f"lora_kernels.{name}", sources=[]) for name in self.units]
         super().finalize_options()
+        if self.inplace and not self.editable_mode:
+            # From build/lib, _simt would get into the next wheel.
+            self.build_lib = str(Path(self.build_temp).parent / "inplace")
 
     def run(self) -> None:
         if self.without_cuda:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import binaries  # noqa: E402
 
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Divisible by 16 in every real model; triton specialises its code on that.
@@ -22,8 +24,9 @@ FLOAT_ARGUMENTS = {"scale", "scaling", "inv_keep"}
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
 
-def variants(full: bool) -> list[dict]:
-    """Kernel, dtype, rank and flags of each variant: what training in bf16 at R <= 16 launches, or everything."""
+def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
+    """Kernel, dtype, rank and flags of each variant: what training in bf16 at R <= 16 launches, with `dtypes` in fp16
+    and fp32 too, or everything."""
 
     def some(dtype: str, rank: int, even: bool = True, dropout: bool = True, conv1d: bool = False) -> list[dict]:
         need = {"NEED_DH": True, "NEED_DB": True, "NEED_DE": True}
@@ -79,6 +82,8 @@ def variants(full: bool) -> list[dict]:
 
     chosen = some("bf16", 16) + nf4("bf16") + nf4("bf16", rows=16, double=True)
     chosen += codec("bf16", 64, double=True) + adamw("fp32", "fp32")
+    if dtypes:
+        chosen += some("fp16", 16) + some("fp32", 16)
     if full:
         chosen += adamw("fp32", "fp32", aligned=False) + adamw("bf16", "bf16") + adamw("fp16", "fp16")
         chosen += some("bf16", 32) + some("bf16", 64) + some("fp16", 16) + some("fp32", 16) + some("fp32", 64)
@@ -93,7 +98,7 @@ def variants(full: bool) -> list[dict]:
 
 
 def compile_variant(chip: int | str, variant: dict) -> dict:
-    """Compile one variant for one chip and read the binary: registers, spills, shared memory, matrix instruction."""
+    """Compile one variant for one chip and read the binary: registers, spills, shared memory, what is in its loops."""
     from lora_kernels.triton import configs, lora_linear, nf4
 
     if variant.get("op") == "adamw":
@@ -187,16 +192,11 @@ def _compile(chip: int | str, kernel, signature: dict, constants: dict, attrs: d
 
 
 def _read_cubin(compiled) -> dict:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout)}
-    matrix = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
-    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"], "matrix": matrix and matrix.group()}
+        (facts,) = binaries.nvidia_kernels(Path(file.name)).values()
+    return facts
 
 
 def _read_amdgcn(text: str) -> dict:
@@ -205,16 +205,15 @@ def _read_amdgcn(text: str) -> dict:
 
     # Scalar registers spill into lanes of vector registers; if that reached memory the private segment would show it.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    matrix = re.search(r"v_mfma\w+", text)
-    return {"registers": number("vgpr_count"), "spills": spills, "matrix": matrix and matrix.group()}
+    return {"registers": number("vgpr_count"), "spills": spills, **binaries.amdgcn_facts(text)}
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'chip':7} {'kernel':44} {'regs':>5} {'spills':>6} {'shared':>7} {'limit':>7}  instruction"]
+    lines = [f"{'chip':7} {'kernel':44} {'regs':>5} {'spills':>6} {'shared':>7} {'limit':>7} {'load':>5}  instruction"]
     for row in rows:
         lines.append(
             f"{row['chip']:7} {row['kernel']:44} {row['registers']:5} {row['spills']:6} {row['shared']:7} "
-            f"{row['shared_limit']:7}  {row['matrix'] or '-'}"
+            f"{row['shared_limit']:7} {max(row['loads'], default=0):5}  {row['matrix'] or '-'}"
         )
     return "\n".join(lines)
 
@@ -227,13 +226,14 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="every dtype, rank step and flag instead of bf16 at R <= 16"
     )
+    parser.add_argument("--dtypes", action="store_true", help="fp16 and fp32 besides bf16, at R <= 16")
     parser.add_argument("--chips", nargs="*", help="some of " + " ".join(map(str, configs.families())))
     parser.add_argument("--kernel", default="", help="only variants whose name contains this")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     options = parser.parse_args()
     chips = [chip for chip in configs.families() if not options.chips or str(chip) in options.chips]
-    work = [(chip, v) for chip in chips for v in variants(options.full) if options.kernel in v["label"]]
+    work = [(chip, v) for chip in chips for v in variants(options.full, options.dtypes) if options.kernel in v["label"]]
     with ProcessPoolExecutor(options.workers) as pool:
         rows = list(pool.map(compile_variant, *zip(*work, strict=True)))
     print(json.dumps(rows) if options.json else table(rows))
