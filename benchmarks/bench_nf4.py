@@ -126,7 +126,7 @@ def train_step(contender: str, dtype: torch.dtype) -> tuple[Callable[[], object]
         loss = AnswerLoss(model.train())
 
         def compute() -> Tensor:
-            return loss(ids, ids) / ids.numel()
+            return loss(ids, ids)["loss"] / ids.numel()
     else:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
         from transformers import BitsAndBytesConfig

@@ -62,7 +62,7 @@ def held_out_loss(model: Any, tokenizer: Any) -> float:
     """Mean loss per answer token of the held-out records, as the trainer computes it."""
     dataset = load_dataset(EVAL, tokenizer, MAX_LENGTH)
     accelerator = make_accelerator()
-    return evaluate(AnswerLoss(model).to(accelerator.device), dataset, 8, accelerator)
+    return evaluate(AnswerLoss(model).to(accelerator.device), dataset, 8, accelerator)["loss"]
 
 
 def answer(model: Any, tokenizer: Any, count: int | None = None) -> Answers:

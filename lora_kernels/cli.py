@@ -19,7 +19,7 @@ import typer
 import yaml
 
 from lora_kernels.io.files import replacing
-from lora_kernels.train.config import LEARNING_RATES, SFTConfig
+from lora_kernels.train.config import SFTConfig, TrainConfig
 
 app = typer.Typer(
     name="lora-kernels",
@@ -31,8 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# field of SFTConfig -> (panel, help). A field that is missing here still gets its flag.
-_SFT_HELP = {
+# field of a trainer's config -> (panel, help). A field that is missing here still gets its flag.
+_FIELD_HELP = {
     "model": ("Model and data", "Directory or hub id of a causal LM, a Llama GGUF file, or smollm2-135m."),
     "data": ("Model and data", "Training file: .json, .jsonl, .jsonl.gz or .parquet."),
     "eval_data": ("Model and data", "Evaluation file, same forms."),
@@ -64,12 +64,7 @@ _SFT_HELP = {
     "gradient_accumulation_steps": ("Optimisation", "Micro-batches per optimizer step."),
     "optimizer": ("Optimisation", "adamw or loraplus, which trains lora_b with lr * lr_ratio."),
     "lr_ratio": ("Optimisation", "Learning rate of lora_b over that of the rest, for loraplus."),
-    "lr": (
-        "Optimisation",
-        "Peak learning rate of AdamW. Default: "
-        + ", ".join(f"{lr:g} ({method})" for method, lr in LEARNING_RATES.items())
-        + ".",
-    ),
+    "lr": ("Optimisation", "Peak learning rate of AdamW."),
     "lr_scheduler": ("Optimisation", "cosine, linear or constant."),
     "warmup_ratio": ("Optimisation", "Share of the steps over which the learning rate rises."),
     "weight_decay": ("Optimisation", "AdamW weight decay."),
@@ -105,7 +100,7 @@ def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _flags_of(config_class: type, help_texts: dict[str, tuple[str, str]]) -> Callable[..., Any]:
+def _flags_of(config_class: type[TrainConfig]) -> Callable[..., Any]:
     """Give a function that takes **flags one option for each field of a dataclass; None means not given."""
     hints = typing.get_type_hints(config_class)
 
@@ -115,9 +110,13 @@ def _flags_of(config_class: type, help_texts: dict[str, tuple[str, str]]) -> Cal
         for field in dataclasses.fields(config_class):
             kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
             kind = next((kind for kind in kinds if kind in (bool, int, float)), str)
-            panel, text = help_texts.get(field.name, ("Other", ""))
+            panel, text = _FIELD_HELP.get(field.name, ("Other", ""))
             if field.default is dataclasses.MISSING:
                 text += " Required, here or in --config."
+            elif field.name == "lr":
+                text += (
+                    f" Default: {', '.join(f'{lr:g} ({name})' for name, lr in config_class.learning_rates.items())}."
+                )
             elif field.default is not None and kind is not bool:
                 text += f" Default: {field.default}."
             flag = f"--{field.name.replace('_', '-')}"
@@ -143,26 +142,30 @@ def _flags_of(config_class: type, help_texts: dict[str, tuple[str, str]]) -> Cal
     return decorate
 
 
-@app.command()
-@_user_errors
-@_flags_of(SFTConfig, _SFT_HELP)
-def sft(
-    *,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML file with the same names, underscores for dashes. Flags override it."),
-    ] = None,
-    **flags: Any,
-) -> None:
-    """Supervised fine-tuning of a causal LM on instruction, chat or completion records."""
+_ConfigFile = Annotated[
+    Path | None, typer.Option(help="YAML file with the same names, underscores for dashes. Flags override it.")
+]
+
+
+def _settings(config_class: type[TrainConfig], config: Path | None, flags: dict[str, Any]) -> Any:
+    """The config that the command line means, its backend checked before a model is loaded."""
     given = {name: value for name, value in flags.items() if value is not None}
     if config is None:
-        settings = SFTConfig.from_dict(given, source="command line")
+        settings = config_class.from_dict(given, source="command line")
     else:
         if not config.is_file():
             raise FileNotFoundError(f"--config {config}: no such file")
-        settings = SFTConfig.from_yaml(config, **given)
+        settings = config_class.from_yaml(config, **given)
     _check_backend(settings.backend)
+    return settings
+
+
+@app.command()
+@_user_errors
+@_flags_of(SFTConfig)
+def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
+    """Supervised fine-tuning of a causal LM on instruction, chat or completion records."""
+    settings = _settings(SFTConfig, config, flags)
     from lora_kernels.train.sft import run_sft
 
     run_sft(settings)

@@ -64,7 +64,7 @@ def test_pad_equal_to_eos():
     assert batch["attention_mask"].sum(1).tolist() == dataset.lengths.tolist()
     assert batch["labels"][0, length - 1] == tokenizer.eos_token_id
     assert (batch["labels"][0, length:] == -100).all()
-    assert (batch["labels"] != -100).sum(1).tolist() == dataset.answer_lengths.tolist()
+    assert (batch["labels"] != -100).sum(1).tolist() == dataset.loss_counts.tolist()
     learned = batch["labels"] != -100
     assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
 

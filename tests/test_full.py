@@ -144,7 +144,7 @@ def test_a_step_is_torchs_own(target, tmp_path):
     dataset = tiny_dataset(8)
     config = settings(tmp_path / "out", target=target, batch_size=8, max_steps=1, warmup_ratio=0, lr_scheduler="linear")
     model = inject(tiny_llama(), FullConfig("all" if target == "all" else ["model.norm", "mlp"]))
-    train_sft(model, tiny_tokenizer(), dataset, None, config, progress=False)
+    train_sft(model, dataset, None, config, progress=False)
 
     other = inject(tiny_llama(), FullConfig("all" if target == "all" else ["model.norm", "mlp"])).train()
     parameters = [parameter for parameter in other.parameters() if parameter.requires_grad]
@@ -172,9 +172,7 @@ def test_the_trainer_continues_a_killed_run_exactly(tmp_path):
 
     def train(out, callbacks=(), **changes):
         model = inject(tiny_llama(), FullConfig())
-        train_sft(
-            model, tiny_tokenizer(), tiny_dataset(), None, settings(out, **changes), callbacks=callbacks, progress=False
-        )
+        train_sft(model, tiny_dataset(), None, settings(out, **changes), callbacks=callbacks, progress=False)
         return model.state_dict()
 
     want = train(tmp_path / "whole")

@@ -531,7 +531,7 @@ def test_the_trainer_continues_a_killed_run_exactly(changes, tmp_path):
         mlp_hidden = {"mlp_hidden": changes["mlp_hidden"]} if "mlp_hidden" in changes else {}
         inject(model, (PrefixConfig if changes["method"] == "prefix" else PromptConfig)(4, **mlp_hidden))
         config = SFTConfig(**TINY_RUN | changes | more, output_dir=str(out))
-        result = train_sft(model, tiny_tokenizer(), tiny_dataset(), None, config, callbacks=callbacks, progress=False)
+        result = train_sft(model, tiny_dataset(), None, config, callbacks=callbacks, progress=False)
         return model.virtual_tokens.saved().detach(), result
 
     want, whole = train(tmp_path / "whole")
@@ -553,12 +553,12 @@ def test_run_from_files_moves_the_held_out_loss(changes, tmp_path):
     dataset = tiny_dataset()
     batch = dataset.batch(range(len(dataset)))
     with torch.no_grad():
-        before = base(**batch).item() / int(dataset.answer_lengths.sum())
+        before = base(**batch)["loss"].item() / int(dataset.loss_counts.sum())
     result = run_sft(config, progress=False)
     assert result.eval_loss < before - 0.1
     loaded = AnswerLoss(load_adapter(tiny_llama(), tmp_path / "out").eval())
     with torch.no_grad():
-        after = loaded(**batch).item() / int(dataset.answer_lengths.sum())
+        after = loaded(**batch)["loss"].item() / int(dataset.loss_counts.sum())
     assert after == pytest.approx(result.best_eval_loss, rel=1e-5)
 
 
@@ -567,7 +567,7 @@ def test_the_virtual_tokens_count_towards_the_context(tmp_path):
     inject(model, PrefixConfig(num_virtual_tokens=20))
     config = SFTConfig(**TINY_RUN | {"num_virtual_tokens": 20}, method="prefix", output_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"num_virtual_tokens 20 and the longest row of \d+ tokens exceed .* of 32"):
-        train_sft(model, tiny_tokenizer(), tiny_dataset(), None, config, progress=False)
+        train_sft(model, tiny_dataset(), None, config, progress=False)
 
 
 def test_settings_depend_on_the_method():

@@ -382,7 +382,7 @@ def test_losses_are_those_of_peft_on_bitsandbytes(tmp_path, model_dir):
     model, tokenizer = load_model(model_dir, "float32", quantize="nf4")
     inject(model, LoRAConfig(r=4, lora_alpha=8))
     save_adapter(model, tmp_path / "start")
-    train_sft(model, tokenizer, dataset, None, settings, progress=False)
+    train_sft(model, dataset, None, settings, progress=False)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ours = [json.loads(line)["loss"] for line in lines]
 

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from lora_kernels.train.config import SFTConfig
     from lora_kernels.train.data import build_dataset, load_dataset
     from lora_kernels.train.losses import chunked_cross_entropy
-    from lora_kernels.train.sft import SFTResult, run_sft, train_sft
+    from lora_kernels.train.run import TrainResult
+    from lora_kernels.train.sft import run_sft, train_sft
 
 _HOME = {
     "SFTConfig": "config",
-    "SFTResult": "sft",
+    "TrainResult": "run",
     "build_dataset": "data",
     "chunked_cross_entropy": "losses",
     "load_dataset": "data",
@@ -22,7 +23,7 @@ _HOME = {
 }
 __all__ = [
     "SFTConfig",
-    "SFTResult",
+    "TrainResult",
     "build_dataset",
     "chunked_cross_entropy",
     "load_dataset",

@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ _METHOD = "method_state.safetensors"
 
 @dataclass
 class LoopState:
-    """What the loop has done so far. `window_*`: since the last logged step."""
+    """What the loop has done so far. `window`: sums since the last logged step, `window_count`: their divisor."""
 
     step: int = 0
     tokens: int = 0
-    window_loss: float = 0.0
-    window_answer_tokens: int = 0
+    window: dict[str, float] = field(default_factory=dict)
+    window_count: int = 0
     best_eval_loss: float | None = None
 
 

@@ -1,4 +1,4 @@
-"""The settings of a supervised fine-tuning run: one dataclass, its checks, and its YAML form."""
+"""The settings of a training run: a dataclass for each trainer, its checks, and its YAML form."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -24,11 +24,19 @@ _TARGETS = {"adalora": "all-linear", "full": "all", "lora": "all-linear", "qlora
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
+# Fields that change where a run reads and writes and how it is watched, or that its plan of steps stands for: all
+# others must agree for a resumed run to continue the same computation.
+_NOT_IDENTITY = {
+    *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
+    *("backend", "chat_template", "max_length", "dtype", "epochs", "max_steps", "batch_size"),
+    "gradient_accumulation_steps",
+}
+_Config = TypeVar("_Config", bound="TrainConfig")
 
 
 @dataclass
-class SFTConfig:
-    """Settings of `run_sft`. The command line and the YAML file use the same names.
+class TrainConfig:
+    """Settings that all trainers share. The command line and the YAML file use the same names.
 
     model: directory or hub id of a causal language model.
     data, eval_data: .json, .jsonl, .jsonl.gz or .parquet file (see `lora_kernels.train.data`).
@@ -55,7 +63,7 @@ class SFTConfig:
         tokens.
     optimizer: "adamw", or "loraplus": AdamW with the learning rate lr * lr_ratio for lora_b (see
         `lora_kernels.optim.LoRAPlusAdamW`). lr_ratio has no effect on "adamw".
-    lr, lr_scheduler, warmup_ratio, weight_decay, max_grad_norm: AdamW; lr is by default that of `LEARNING_RATES`;
+    lr, lr_scheduler, warmup_ratio, weight_decay, max_grad_norm: AdamW; lr is by default that of `learning_rates`;
         max_grad_norm 0 turns clipping off.
     max_length: tokens kept of each row, from its start.
     seed: of the adapters' initial values, the order of the data, and dropout.
@@ -67,10 +75,12 @@ class SFTConfig:
     chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
     """
 
+    learning_rates: ClassVar[dict[str, float]] = LEARNING_RATES
+
     model: str
     data: str
     eval_data: str | None = None
-    output_dir: str = "outputs/sft"
+    output_dir: str = "outputs"
     method: str = "lora"
     double_quant: bool = False
     r: int = 16
@@ -117,7 +127,7 @@ class SFTConfig:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             setattr(self, field.name, _convert(field.name, getattr(self, field.name), hints[field.name]))
-        self._check_choice("method", METHODS)
+        self._check_choice("method", tuple(self.learning_rates))
         self._check_choice("dtype", DTYPES)
         self._check_choice("lr_scheduler", SCHEDULERS)
         self._check_choice("optimizer", OPTIMIZERS)
@@ -136,12 +146,21 @@ class SFTConfig:
         self._check("weight_decay", self.weight_decay >= 0, ">= 0")
         self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 turns clipping off)")
         self._check("seed", self.seed >= 0, ">= 0")
+        self._check_own()
+
+    def _check_own(self) -> None:
+        """The checks of a trainer's own fields."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must have in common with the one it continues."""
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
 
     def _resolve_method(self) -> None:
         """Fill in what depends on the method, and refuse what it has no use for."""
         method = self.method
         self._check("double_quant", method == "qlora" or not self.double_quant, f"left out with method {method}")
-        self.lr = LEARNING_RATES[method] if self.lr is None else self.lr
+        self.lr = self.learning_rates[method] if self.lr is None else self.lr
         self.init = _INITS.get(method) if self.init is None else self.init
         self.target = _TARGETS.get(method) if self.target is None else self.target
         self._check("target", method in _TARGETS or self.target is None, f"left out with method {method}")
@@ -167,19 +186,20 @@ class SFTConfig:
         self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config") -> "SFTConfig":
+    def from_dict(cls: type[_Config], values: dict[str, Any], source: str = "config") -> _Config:
         """Build from a mapping; ValueError names an unknown or a missing field and `source`."""
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ValueError(f"{source}: unknown field {', '.join(map(repr, unknown))}; allowed: {', '.join(names)}")
-        missing = [name for name in ("model", "data") if values.get(name) is None]
+        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        missing = [name for name in required if values.get(name) is None]
         if missing:
             raise ValueError(f"{source}: missing field {', '.join(map(repr, missing))}")
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike, **overrides: Any) -> "SFTConfig":
+    def from_yaml(cls: type[_Config], path: str | os.PathLike, **overrides: Any) -> _Config:
         """Read a YAML mapping of field names to values; `overrides` win over the file."""
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         if not isinstance(values, dict):
@@ -193,6 +213,13 @@ class SFTConfig:
         """Write every field, defaults too."""
         with replacing(path) as temporary:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Settings of `run_sft`: those of `TrainConfig`."""
+
+    output_dir: str = "outputs/sft"
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -68,8 +68,8 @@ class TokenDataset:
 
     def __post_init__(self) -> None:
         self.lengths = np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
-        # The first token has nothing before it that could predict it.
-        self.answer_lengths = np.array([int(mask[1:].sum()) for mask in self.answer_mask], dtype=np.int64)
+        # Answer tokens; the first token of a row has nothing before it that could predict it.
+        self.loss_counts = np.array([int(mask[1:].sum()) for mask in self.answer_mask], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -84,7 +84,7 @@ class TokenDataset:
         total = int(self.lengths.sum())
         text = (
             f"{len(self)} rows, {total} tokens (median {int(np.median(self.lengths))}, longest {self.lengths.max()}), "
-            f"{100 * self.answer_lengths.sum() / total:.0f} % of them learned"
+            f"{100 * self.loss_counts.sum() / total:.0f} % of them learned"
         )
         if self.truncated:
             text += f"; {self.truncated} rows truncated"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,24 @@ from lora_kernels.io.files import replacing
 from lora_kernels.methods import training_hook
 from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, load_state, save_checkpoint
-from lora_kernels.train.config import ADALORA, SFTConfig
-from lora_kernels.train.data import TokenDataset
-from lora_kernels.train.losses import IGNORE_INDEX
+from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.progress import Progress
 
 Callback = Callable[[dict[str, Any]], None]
 METRICS = "metrics.jsonl"
+
+
+class Dataset(Protocol):
+    """Rows to train on. `lengths[i]`: tokens of row i; `loss_counts[i]`: what it adds to the divisor of the loss."""
+
+    lengths: np.ndarray
+    loss_counts: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The keyword arguments of the trained module's forward for these rows."""
+        ...
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
@@ -109,7 +120,7 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
 
 
-def make_optimizer(module: nn.Module, config: SFTConfig) -> LoRAPlusAdamW:
+def make_optimizer(module: nn.Module, config: TrainConfig) -> LoRAPlusAdamW:
     """AdamW or LoRA+ over the trainable parameters of `module`, in one fused step that clips; it keeps grad_norm."""
     rates = {"lr_ratio": config.lr_ratio} if config.optimizer == "loraplus" else {"lr_ratio": 1.0, "lr_embedding": None}
     # math.inf only measures.
@@ -121,18 +132,18 @@ def make_optimizer(module: nn.Module, config: SFTConfig) -> LoRAPlusAdamW:
 
 
 class Loop:
-    """Trains a module whose forward returns the summed loss of a batch of `TokenDataset`.
+    """Trains a module whose forward returns sums over a batch: "loss", and what else is to be logged.
 
-    The loss of an optimizer step is that sum over all micro-batches and processes divided by the number of answer
-    tokens in them, so neither accumulation nor padding nor the number of processes changes it.
+    The loss of an optimizer step is that sum over all micro-batches and processes divided by the `loss_counts` of their
+    rows (answer tokens in SFT), so neither accumulation nor padding nor the number of processes changes it.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        train_set: TokenDataset,
-        eval_set: TokenDataset | None,
-        config: SFTConfig,
+        train_set: Dataset,
+        eval_set: Dataset | None,
+        config: TrainConfig,
         save_adapter: Callable[[Path], None],
         accelerator: Accelerator,
         callbacks: Sequence[Callback] = (),
@@ -172,13 +183,8 @@ class Loop:
     @property
     def run_identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to continue the same computation."""
-        config = self.config
-        names = ("model", "method", "target", "init", "r", "lora_alpha", "lora_dropout", "use_rslora", "lr")
-        names += ("num_virtual_tokens", "init_text", "mlp_hidden")
-        names += ("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "gradient_checkpointing")
-        names += ("optimizer", "lr_ratio", "double_quant", *(ADALORA if config.method == "adalora" else ()))
         return {
-            **{name: getattr(config, name) for name in names},
+            **self.config.identity,
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
             "total_steps": self.plan.total_steps,
             "batch_size": self.plan.batch_size,
@@ -186,7 +192,7 @@ class Loop:
             "processes": self.plan.processes,
             "data rows": len(self.train_set),
             "data tokens": int(self.train_set.lengths.sum()),
-            "data answer tokens": int(self.train_set.answer_lengths.sum()),
+            "data loss counts": int(self.train_set.loss_counts.sum()),
         }
 
     def restore(self) -> None:
@@ -205,7 +211,7 @@ class Loop:
     def run(self) -> None:
         """Train from where `restore` went to the end; leaves the module in eval mode."""
         self.module.train()
-        self.window_loss = torch.tensor(self.state.window_loss if self.main else 0.0, device=self.accelerator.device)
+        self.window = Sums(self.accelerator, self.state.window if self.main else dict.fromkeys(self.state.window, 0.0))
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         self.window_seconds, self.window_tokens = 0.0, 0
         with self.progress:
@@ -224,19 +230,18 @@ class Loop:
 
         # Every process knows all rows of the step, so the divisor needs no communication. DDP averages gradients over
         # the processes; the factor makes that a sum.
-        answer_tokens = int(self.train_set.answer_lengths[rows].sum())
-        scale = self.accelerator.num_processes / answer_tokens
+        count = int(self.train_set.loss_counts[rows].sum())
+        scale = self.accelerator.num_processes / count
         micro_batches = self.plan.micro_batches(rows, self.train_set.lengths, self.accelerator.process_index)
         for index, indices in enumerate(micro_batches):
             # A process without rows still has to take part in the reduction of the gradients.
             batch = self.train_set.batch(indices or rows[:1])
-            if not indices:
-                batch["labels"].fill_(IGNORE_INDEX)
+            share = 1.0 if indices else 0.0
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self.wrapped(**self._to_device(batch))
-                self.accelerator.backward(loss * scale)
-            self.window_loss += loss.detach()
+                sums = self.wrapped(**to_device(batch, self.accelerator))
+                self.accelerator.backward(sums["loss"] * (scale * share))
+            self.window.add(sums, share)
         extra_loss = self._add_extra_loss()
         self.optimizer.step()
         grad_norm = self.optimizer.grad_norm
@@ -250,20 +255,20 @@ class Loop:
 
         tokens = int(self.train_set.lengths[rows].sum())
         state.tokens += tokens
-        state.window_answer_tokens += answer_tokens
+        state.window_count += count
         self.window_tokens += tokens
         end = state.step == self.plan.total_steps
         logs = end or state.step % config.logging_steps == 0
         if logs:
-            loss = self._window_loss() / state.window_answer_tokens
-            self.last_loss = loss
+            means = {name: total / state.window_count for name, total in self._window_sums().items()}
+            self.last_loss = means["loss"]
         self.window_seconds += time.perf_counter() - started
         if logs:
             self._log(
                 {
                     "step": state.step,
                     "epoch": self._epoch(),
-                    "loss": loss,
+                    **means,
                     "lr": config.lr * factor,
                     "grad_norm": grad_norm.item(),
                     "tokens": state.tokens,
@@ -272,8 +277,8 @@ class Loop:
                     **(self.hook.metrics() if self.hook else {}),
                 }
             )
-            self.window_loss.zero_()
-            state.window_answer_tokens = 0
+            self.window = Sums(self.accelerator)
+            state.window_count = 0
             self.window_seconds, self.window_tokens = 0.0, 0
         self.progress.update(state.step)
         best = False
@@ -298,32 +303,34 @@ class Loop:
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         return extra_loss
 
-    def _window_loss(self) -> float:
-        """Summed loss since the last log over all processes."""
-        loss = self.accelerator.reduce(self.window_loss.clone(), "sum").item()
+    def _window_sums(self) -> dict[str, float]:
+        """The sums since the last log over all processes."""
+        sums = self.window.over_all_processes()
+        loss = sums.get("loss", 0.0)
         if not (math.isfinite(loss) and self.finite.item()):
             what = "gradient was not finite" if math.isfinite(loss) else f"loss became {loss}"
             raise FloatingPointError(
                 f"the {what} in the {self.config.logging_steps} steps up to step {self.state.step}; "
                 "checkpoint-last holds the state before; a lower lr or dtype float32 may help"
             )
-        return loss
+        return sums
 
     def _evaluate(self) -> bool:
-        """Mean loss per answer token of the evaluation set; whether it is the best so far."""
+        """Logs the means over the evaluation set; whether its loss is the best so far."""
         started = time.perf_counter()
-        loss = evaluate(self.module, self.eval_set, self.config.batch_size, self.accelerator)
+        means = evaluate(self.module, self.eval_set, self.config.batch_size, self.accelerator)
         self.module.train()
-        self.last_eval_loss = loss
+        self.last_eval_loss = loss = means["loss"]
         best = loss < (math.inf if self.state.best_eval_loss is None else self.state.best_eval_loss)
         if best:
             self.state.best_eval_loss = loss
         seconds = round(time.perf_counter() - started, 3)
-        self._log({"step": self.state.step, "epoch": self._epoch(), "eval_loss": loss, "eval_seconds": seconds})
+        means = {f"eval_{name}": mean for name, mean in means.items()}
+        self._log({"step": self.state.step, "epoch": self._epoch(), **means, "eval_seconds": seconds})
         return best
 
     def _checkpoint(self, best: bool) -> None:
-        self.state.window_loss = self._window_loss()
+        self.state.window = self._window_sums()
         if best and self.main:
             self.save_adapter(self.output_dir)
         arguments = (self.state, self.run_identity, self.accelerator, self.save_adapter)
@@ -333,9 +340,6 @@ class Loop:
     def _epoch(self) -> float:
         seen = min(self.state.step * self.plan.sequences_per_step, self.plan.sequences)
         return round(seen / self.plan.rows, 4)
-
-    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
 
     def _log(self, record: dict[str, Any]) -> None:
         if not self.main:
@@ -347,17 +351,42 @@ class Loop:
             callback(record)
 
 
+class Sums:
+    """Running sums of named scalars on the device; nothing waits for it until they are read."""
+
+    def __init__(self, accelerator: Accelerator, start: dict[str, float] | None = None) -> None:
+        self.accelerator = accelerator
+        self.sums = {name: torch.tensor(value, device=accelerator.device) for name, value in (start or {}).items()}
+
+    def add(self, values: dict[str, torch.Tensor], share: float = 1.0) -> None:
+        for name, value in values.items():
+            value = value.detach().float() * share
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def over_all_processes(self) -> dict[str, float]:
+        if not self.sums:
+            return {}
+        total = self.accelerator.reduce(torch.stack(list(self.sums.values())), "sum")
+        return dict(zip(self.sums, total.tolist(), strict=True))
+
+
+def to_device(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    return {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+
+
 @torch.no_grad()
-def evaluate(module: nn.Module, dataset: TokenDataset, batch_size: int, accelerator: Accelerator) -> float:
-    """Mean loss per answer token over all processes; leaves the module in eval mode."""
+def evaluate(module: nn.Module, dataset: Dataset, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """Means of what the module's forward sums, over the dataset and all processes; leaves the module in eval mode."""
     module.eval()
     order = np.argsort(-dataset.lengths, kind="stable")
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    total = torch.zeros((), device=accelerator.device)
-    for indices in batches[accelerator.process_index :: accelerator.num_processes]:
-        batch = {name: value.to(accelerator.device) for name, value in dataset.batch(indices).items()}
-        total += module(**batch)
-    return accelerator.reduce(total, "sum").item() / int(dataset.answer_lengths.sum())
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    sums = Sums(accelerator)
+    # A process without rows still has to take part in the reduction of the sums.
+    for indices in mine or batches[:1]:
+        sums.add(module(**to_device(dataset.batch(indices), accelerator)), 1.0 if mine else 0.0)
+    count = int(dataset.loss_counts.sum())
+    return {name: total / count for name, total in sums.over_all_processes().items()}
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -1,0 +1,254 @@
+"""What every trainer's run consists of, whatever it trains on: load, inject, train, save."""
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from lora_kernels.backends import backend_option
+from lora_kernels.io.adapters import save_adapter as save_to_directory
+from lora_kernels.io.files import replacing
+from lora_kernels.io.models import load_model
+from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
+from lora_kernels.methods.virtual_tokens import context_length
+from lora_kernels.report import plot_loss, plot_ranks
+from lora_kernels.train.checkpoint import find_checkpoint
+from lora_kernels.train.config import ADALORA, TrainConfig
+from lora_kernels.train.data import set_chat_template
+from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop, make_accelerator
+
+CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"
+
+
+@dataclass
+class TrainResult:
+    """What a run did. `loss` is the mean over the last logged steps (over answer tokens in SFT).
+
+    A resumed run that had nothing left to do has no `loss` and no `eval_loss`.
+    """
+
+    output_dir: Path
+    steps: int
+    tokens: int
+    trainable_parameters: int
+    seconds: float
+    loss: float | None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+
+
+@dataclass
+class Run:
+    """A model that is loaded for `config`, and what belongs to it; `adapt` puts the method's adapters into it."""
+
+    config: TrainConfig
+    method: Any
+    accelerator: Accelerator
+    model: nn.Module
+    tokenizer: Any
+    own_template: str | None
+    progress: bool
+
+    def adapt(self) -> None:
+        """Inject the method, its initial values a function of the seed alone."""
+        set_seed(self.config.seed)
+        inject(self.model, self.method, self.tokenizer)
+
+    def say(self, text: str) -> None:
+        """Print a line in the main process, unless progress is off."""
+        if self.progress and self.accelerator.is_main_process:
+            print(text)
+
+    def save_adapter(self, model: nn.Module, directory: Path) -> None:
+        """`lora_kernels.save_adapter`, and beside it what of the tokenizer is not the model's own."""
+        save_to_directory(model, directory)
+        if self.config.method == "full":
+            self.tokenizer.save_pretrained(directory)
+        elif self.tokenizer.chat_template != self.own_template:
+            with replacing(directory / TEMPLATE) as path:
+                path.write_text(self.tokenizer.chat_template, encoding="utf-8")
+
+
+def start(config: TrainConfig, progress: bool = True) -> Run:
+    """Load `config.model` after the checks that need no model.
+
+    Raises FileExistsError where output_dir holds another run, and ValueError for bad settings.
+    """
+    method = method_config(config)
+    accelerator = make_accelerator()
+    if accelerator.is_main_process:
+        check_output_dir(config)
+    model, tokenizer = load_model(
+        config.model,
+        config.dtype,
+        quantize="nf4" if config.method == "qlora" else None,
+        double_quant=config.double_quant,
+        progress=progress and accelerator.is_main_process,
+    )
+    own_template = tokenizer.chat_template
+    set_chat_template(tokenizer, config.chat_template)
+    return Run(config, method, accelerator, model, tokenizer, own_template, progress)
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """FileExistsError where `output_dir` holds a run and the configuration does not say to resume it."""
+    directory = Path(config.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"output_dir {directory} is a file")
+    found = [
+        name for name in (METRICS, "adapter_model.safetensors", "model.safetensors") if (directory / name).exists()
+    ]
+    if find_checkpoint(directory):
+        found.append("a checkpoint")
+    if found and not config.resume:
+        raise FileExistsError(
+            f"output_dir {directory} holds another run ({', '.join(found)}); choose another one, "
+            "or set resume to continue"
+        )
+
+
+def method_config(config: TrainConfig) -> Any:
+    """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
+    if config.method in ("lora", "qlora"):
+        return lora.LoRAConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=target_modules(config.target),
+            use_rslora=config.use_rslora,
+            init=config.init,
+        )
+    if config.method == "adalora":
+        return adalora.AdaLoRAConfig(
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=target_modules(config.target),
+            **{name: getattr(config, name) for name in ADALORA},
+        )
+    if config.method == "full":
+        return full.FullConfig(target_modules(config.target))
+    tokens = {name: getattr(config, name) for name in ("num_virtual_tokens", "init", "init_text")}
+    if config.method == "prefix":
+        return prefix.PrefixConfig(**tokens, mlp_hidden=config.mlp_hidden)
+    return prompt.PromptConfig(**tokens)
+
+
+def target_modules(target: str | list[str]) -> str | list[str]:
+    """A name, or names with commas between, as a list; "all", "all-linear" and regular expressions as they are."""
+    if (
+        isinstance(target, list)
+        or target in ("all", "all-linear")
+        or not re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", target)
+    ):
+        return target
+    return re.split(r"\s*,\s*", target)
+
+
+def train(
+    module: nn.Module,
+    model: nn.Module,
+    train_set: Dataset,
+    eval_set: Dataset | None,
+    config: TrainConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    save_adapter: Callable[[nn.Module, Path], None] | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `module`, the loss around the adapted `model`, by `Loop`; write everything to `config.output_dir`.
+
+    save_adapter(model, directory) writes the adapter, `lora_kernels.save_adapter` by default. `callbacks` get every
+    record of metrics.jsonl, in the main process. Raises FileExistsError where output_dir holds another run.
+    """
+    started = time.perf_counter()
+    save_adapter = save_adapter or save_to_directory
+    accelerator = accelerator or make_accelerator()
+    output_dir = Path(config.output_dir)
+    module.to(accelerator.device)
+    if config.gradient_checkpointing:
+        _enable_checkpointing(model)
+    if accelerator.is_main_process:
+        check_output_dir(config)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    board = _TensorBoard(output_dir) if config.tensorboard and accelerator.is_main_process else None
+    loop = Loop(
+        module,
+        train_set,
+        eval_set,
+        config,
+        save_adapter=lambda directory: save_adapter(model, directory),
+        accelerator=accelerator,
+        callbacks=[*callbacks, board] if board else callbacks,
+        show_progress=progress,
+    )
+    loop.restore()
+    if accelerator.is_main_process:
+        config.save_yaml(output_dir / CONFIG)
+    with backend_option(config.backend), board or nullcontext():
+        loop.run()
+    if accelerator.is_main_process:
+        plot_loss(output_dir / METRICS, output_dir / PLOT)
+        if loop.hook:
+            plot_ranks(loop.hook.ranks(), output_dir / RANKS)
+    accelerator.wait_for_everyone()
+    return TrainResult(
+        output_dir=output_dir,
+        steps=loop.state.step,
+        tokens=loop.state.tokens,
+        trainable_parameters=sum(parameter.numel() for parameter in loop.parameters.values()),
+        seconds=time.perf_counter() - started,
+        loss=loop.last_loss,
+        eval_loss=loop.last_eval_loss,
+        best_eval_loss=loop.state.best_eval_loss,
+    )
+
+
+def check_context(model: nn.Module, train_set: Dataset, config: TrainConfig) -> None:
+    """ValueError where the virtual tokens and the longest row are more than the model's context holds."""
+    virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
+    context, longest = context_length(model), int(train_set.lengths.max())
+    if virtual and context is not None and virtual + longest > context:
+        raise ValueError(
+            f"num_virtual_tokens {virtual} and the longest row of {longest} tokens exceed the model's context of "
+            f"{context}; lower max_length ({config.max_length}) or num_virtual_tokens"
+        )
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    # Not reentrant: the embeddings are frozen, and a reentrant checkpoint whose inputs need no gradient yields none.
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # transformers before 5.23
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+class _TensorBoard:
+    """A callback that repeats every number of a record to TensorBoard."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"tensorboard is set, but the package tensorboard can't be imported: {error}") from error
+        self.writer = SummaryWriter(os.fspath(directory / "tensorboard"))
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, record["step"])
+
+    def __enter__(self) -> "_TensorBoard":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.writer.close()
