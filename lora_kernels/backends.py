@@ -13,7 +13,8 @@ from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
 
-# name -> module with lora_linear_fwd, lora_linear_bwd, adamw_step and `unavailable` (None, or why it can't run here).
+# name -> module with lora_linear_fwd, lora_linear_bwd, quantize_nf4, dequantize_nf4, adamw_step, `unavailable` (None, or
+# why it can't run here) and, where lora_linear doesn't take every dtype, ACTIVATION_DTYPES.
 _MODULES = {
     "reference": "lora_kernels.reference",
     "cpu": "lora_kernels.cpu",
@@ -22,7 +23,7 @@ _MODULES = {
     "cuda-emulated": "lora_kernels.cuda_emulated",
 }
 # What `auto` tries, in this order, on each type of device.
-_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 # A plain global, not a context variable: autograd runs backward in threads of its own, which must see the same choice.
 _selected: str | None = None
@@ -84,12 +85,18 @@ def selected() -> str:
     return name
 
 
-def resolve(x: Tensor) -> ModuleType:
-    """The backend module that will run an op whose activations are ``x``."""
+def resolve(x: Tensor, activations: bool = False) -> ModuleType:
+    """The backend module that will run an op on ``x``; `activations`: that op is lora_linear."""
     name = selected()
     if name != "auto":
         return _load(name)
     if x.dtype == torch.float64:
         return _load("reference")
     candidates = [_load(candidate) for candidate in _AUTO.get(x.device.type, ("reference",))]
-    return next(module for module in candidates if module.unavailable is None)
+
+
+    def runs(module: ModuleType) -> bool:
+        takes = getattr(module, "ACTIVATION_DTYPES", None) if activations else None
+        return module.unavailable is None and (takes is None or x.dtype in takes)
+
+    return next(filter(runs, candidates))

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, AdamWGroup, dropout_scale, dropout_threshold, dynamic_code
 
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -76,7 +78,7 @@ class Kernels:
 
     def _check(self, x: Tensor, **adapters: Tensor | None) -> None:
         self._check_device("x", x)
-        if x.dtype not in (torch.bfloat16, torch.float16):
+        if x.dtype not in ACTIVATION_DTYPES:
             raise ValueError(
                 f"x is {x.dtype}: the CUDA C++ kernels take bfloat16 and float16; for float32 use the triton backend"
             )

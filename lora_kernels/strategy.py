@@ -153,7 +153,7 @@ def _candidates(x: Tensor) -> dict[str, ModuleType | SimpleNamespace]:
     from lora_kernels import cuda, triton
 
     found = {"triton": triton}
-    if cuda.unavailable is None and x.dtype in (torch.bfloat16, torch.float16):
+    if cuda.unavailable is None and x.dtype in cuda.ACTIVATION_DTYPES:
         found["cuda"] = cuda
     if vendor.unsupported(x.dtype) is None:
         found["vendor"] = vendor_backend()
@@ -166,7 +166,7 @@ def resolve(op: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: t
     variant: what of the arguments, besides the sizes and the kind of weight, changes the work. Raises ValueError for an
     unknown LORA_KERNELS_STRATEGY, RuntimeError where it says "vendor" and that can't be used here.
     """
-    backend = backends.resolve(x)
+    backend = backends.resolve(x, activations=True)
     if not _is_on_gpu(x) or backends.selected() != "auto" or backend.__name__ != "lora_kernels.triton":
         return backend
     asked = mode()

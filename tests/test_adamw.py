@@ -20,10 +20,10 @@ ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 SHAPES = [(1,), (63,), (0, 4), (), (129, 65), (2, 4096), (16, 1100), (8, 64)]
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS), "triton"])
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS), "triton", "cuda-emulated"])
 def backend(request):
     """Every backend that can run here, the cpu one with every instruction set."""
-    name, _, isa = request.param.partition("-")
+    name, _, isa = request.param.partition("-") if request.param.startswith("cpu") else (request.param, "", "")
     if (reason := backends.available()[name]) is not None:
         pytest.skip(reason)
     if isa and isa not in cpu._C.isa_supported():

@@ -337,6 +337,23 @@ def test_backend_choice(monkeypatch):
     assert set(backends.available()) == {"reference", "cpu", "triton", "cuda", "cuda-emulated"}
 
 
+@pytest.mark.parametrize("triton_works, cuda_works", [(True, True), (True, False), (False, True), (False, False)])
+def test_what_auto_takes_on_a_gpu(triton_works, cuda_works, monkeypatch):
+    """Without Triton CUDA C++ runs all that it can; its lora_linear takes no float32."""
+    from types import SimpleNamespace
+
+    from lora_kernels import cuda, triton
+
+    for module, works in ((triton, triton_works), (cuda, cuda_works)):
+        monkeypatch.setattr(module, "unavailable", None if works else "by decree")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
+        any_op = triton if triton_works else cuda if cuda_works else reference
+        assert backends.resolve(x) is any_op
+        linear = reference if any_op is cuda and dtype == torch.float32 else any_op
+        assert backends.resolve(x, activations=True) is linear
+
+
 def test_an_unusable_backend_says_why(monkeypatch):
     from lora_kernels import cpu
 

@@ -1,32 +1,14 @@
 // NF4 values from packed bytes, for one instruction set.
 #pragma once
 
+#include "../nf4_format.h"
 #include "common.h"
 #include "nf4.h"
 
 namespace lora_kernels::cpu {
 namespace {
 
-constexpr float kCode[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
-constexpr float kSmallestAbsmax = 1e-38f;
-constexpr int64_t kAbsmaxBlock = 256;
+constexpr float kCode[16] = {LK_NF4_CODE};
 constexpr int kChunk = 32;  // elements that are decoded at once, from 16 bytes
 constexpr int kChunkVecs = kChunk / kLanes;
 

@@ -1,5 +1,6 @@
 #include <type_traits>
 
+#include "../nf4_format.h"
 #include "dispatch.cuh"
 #include "nf4.h"
 #include "numeric.cuh"
@@ -10,33 +11,14 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kAbsmaxBlock = 256;
-constexpr float kSmallestAbsmax = 1e-38f;
 
-// The values of `lora_kernels.reference.NF4_CODE`. i is a constant wherever this is called.
+// i is a constant wherever this is called.
 __host__ __device__ constexpr float nf4_code(int i) {
-  constexpr float values[16] = {-1.0f,
-                                -0.6961928009986877f,
-                                -0.5250730514526367f,
-                                -0.39491748809814453f,
-                                -0.28444138169288635f,
-                                -0.18477343022823334f,
-                                -0.09105003625154495f,
-                                0.0f,
-                                0.07958029955625534f,
-                                0.16093020141124725f,
-                                0.24611230194568634f,
-                                0.33791524171829224f,
-                                0.44070982933044434f,
-                                0.5626170039176941f,
-                                0.7229568362236023f,
-                                1.0f};
+  constexpr float values[16] = {LK_NF4_CODE};
   return values[i];
 }
 
-__constant__ float kNf4Code[16] = {nf4_code(0),  nf4_code(1),  nf4_code(2),  nf4_code(3), nf4_code(4),  nf4_code(5),
-                                   nf4_code(6),  nf4_code(7),  nf4_code(8),  nf4_code(9), nf4_code(10), nf4_code(11),
-                                   nf4_code(12), nf4_code(13), nf4_code(14), nf4_code(15)};
+__constant__ float kNf4Code[16] = {LK_NF4_CODE};
 
 // code[0..15] = the values: lanes look up different ones, which constant memory would serve one after the other. The
 // caller synchronises.
