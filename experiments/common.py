@@ -26,7 +26,7 @@ from lora_kernels.train.sft import AnswerLoss, train_sft
 
 HERE = Path(__file__).parent
 EXAMPLES, RESULTS = HERE.parent / "examples", HERE / "results"
-STEPS, BATCH_SIZE, MAX_LENGTH, EVAL_STEPS = 30, 8, 128, 10
+STEPS, BATCH_SIZE, MAX_LENGTH, EVAL_STEPS = 30, 4, 128, 15
 
 
 @functools.cache

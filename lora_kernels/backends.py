@@ -13,8 +13,8 @@ from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
 
-# name -> module with lora_linear_fwd, lora_linear_bwd, quantize_nf4, dequantize_nf4, adamw_step, `unavailable` (None, or
-# why it can't run here) and, where lora_linear doesn't take every dtype, ACTIVATION_DTYPES.
+# name -> module with lora_linear_fwd, lora_linear_bwd, quantize_nf4, dequantize_nf4, adamw_step, `unavailable` (None,
+# or why it can't run here) and, where lora_linear doesn't take every dtype, ACTIVATION_DTYPES.
 _MODULES = {
     "reference": "lora_kernels.reference",
     "cpu": "lora_kernels.cpu",
@@ -93,7 +93,6 @@ def resolve(x: Tensor, activations: bool = False) -> ModuleType:
     if x.dtype == torch.float64:
         return _load("reference")
     candidates = [_load(candidate) for candidate in _AUTO.get(x.device.type, ("reference",))]
-
 
     def runs(module: ModuleType) -> bool:
         takes = getattr(module, "ACTIVATION_DTYPES", None) if activations else None

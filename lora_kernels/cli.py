@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels sft | generate | merge | doctor`.
+"""The command line: `lora-kernels sft | compare | generate | merge | doctor`.
 
 torch and transformers are imported inside the commands, so that --help is quick.
 """
@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import typing
 import warnings
@@ -19,7 +20,7 @@ import typer
 import yaml
 
 from lora_kernels.io.files import replacing
-from lora_kernels.train.config import SFTConfig, TrainConfig
+from lora_kernels.train.config import METHODS, SFTConfig, TrainConfig, read_yaml
 
 app = typer.Typer(
     name="lora-kernels",
@@ -153,8 +154,6 @@ def _settings(config_class: type[TrainConfig], config: Path | None, flags: dict[
     if config is None:
         settings = config_class.from_dict(given, source="command line")
     else:
-        if not config.is_file():
-            raise FileNotFoundError(f"--config {config}: no such file")
         settings = config_class.from_yaml(config, **given)
     _check_backend(settings.backend)
     return settings
@@ -174,6 +173,40 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
 
 def _option(kind: Any, panel: str, text: str) -> Any:
     return Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]
+
+
+@app.command()
+@_user_errors
+@_flags_of(SFTConfig)
+def compare(
+    *,
+    config: _option(
+        Path | None, "Comparison", "YAML file of sft's settings, and methods: {name: {settings of that run}}."
+    ) = None,
+    methods: _option(
+        str | None, "Comparison", "Names with commas. Default: full,lora,qlora,adalora,prefix,prompt."
+    ) = None,
+    prompts: _option(int, "Comparison", "Held-out records to answer, for the rate of exact matches.") = 64,
+    max_new_tokens: _option(int, "Comparison", "Longest answer, in tokens.") = 64,
+    **flags: Any,
+) -> None:
+    """Train several methods on the same data and steps; a table of what each costs and reaches.
+
+    All of sft's flags are shared by the runs; what one has for itself, such as its lr, is said in the file's methods.
+    Each run has a directory in --output-dir, and one that has ended is not repeated.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = {**(read_yaml(config) if config else {}), **given}
+    described = settings.pop("methods", dict.fromkeys(METHODS))
+    names = re.split(r"\s*,\s*", methods) if methods else described
+    from lora_kernels.train.compare import TABLE, markdown, plan
+    from lora_kernels.train.compare import compare as run_all
+
+    runs = plan(settings, {name: dict(described).get(name) for name in names})
+    output_dir = Path(settings.get("output_dir") or "outputs/compare")
+    rows = run_all(runs, output_dir, prompts, max_new_tokens)
+    typer.echo(markdown(rows), nl=False)
+    typer.echo(f"{TABLE}.md, .json and .png, and a directory for each run: {output_dir}")
 
 
 _Model = _option(str | None, "Model", "Base model, as for sft. Left out: the one that the adapter names.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_kernels.io.files import replacing
 
@@ -131,6 +132,33 @@ def plot_ranks(ranks: Mapping[str, int], output: str | Path, title: str = "Rank 
     mean = sum(ranks.values()) / len(ranks)
     axes.set(title=f"{title} (mean {mean:.2f})", ylabel="layer")
     figure.colorbar(image, ax=axes, label="rank")
+
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(output)
+
+
+def plot_comparison(rows: Sequence[Mapping[str, Any]], output: str | Path) -> Path:
+    """Draw the rows of `lora_kernels.train.compare.compare` as a PNG, a panel of bars for each measure; its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "held-out loss": lambda row: row["eval_loss"],
+        "exactly right, %": lambda row: 100 * row["exact_match"] / row["answered"],
+        "tokens/s": lambda row: row.get("tokens_per_second", 0),
+        "peak memory, GiB": lambda row: row.get("peak_bytes", 0) / 2**30,
+    }
+    figure = Figure(figsize=(12, 1.2 + 0.35 * len(rows)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    names = [row["name"] for row in rows]
+    for axes, (title, value) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        bars = axes.barh(names, [value(row) for row in rows], color=_BLUE)
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()
 
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png")

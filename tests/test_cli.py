@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 from lora_kernels.cli import _FIELD_HELP, app
+from lora_kernels.train.compare import plan
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.generate import generate
 
@@ -142,7 +143,7 @@ def test_generate_uses_the_template_the_adapter_was_trained_with(trained, tmp_pa
         (["sft"], "missing field 'model', 'data'"),
         (["sft", "--model", "m", "--data", "d", "--backend", "gpu"], "backend is 'gpu'; allowed: auto, reference"),
         (["sft", "--model", "m", "--data", "d", "--lr", "-1"], "lr must be > 0, got -1.0"),
-        (["sft", "--config", "absent.yaml"], "--config absent.yaml: no such file"),
+        (["sft", "--config", "absent.yaml"], "config file absent.yaml does not exist"),
         (["generate", "--model", "./absent", "--prompt", "x"], "model ./absent: no such directory"),
         (["generate", "--prompt", "x"], "give --model, --adapter, or both"),
         (["generate", "--model", "./absent"], "no prompt: give --prompt or --prompts-file"),
@@ -303,3 +304,61 @@ def test_demo_evaluation_is_held_out(demo_data):
     # Nothing in an evaluation record is new by itself: only the combination is.
     known = {field for record in train for field in record["output"].split("; ")}
     assert all(field in known for record in evaluation for field in record["output"].split("; "))
+
+
+def test_compare_measures_each_method(tiny, tmp_path):
+    """Three answers learned by heart by two methods, and not by a prompt at a rate of nothing."""
+    out = tmp_path / "compare"
+    settings = {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl"), "eval_data": str(tiny / "data.jsonl")}
+    settings |= {"output_dir": str(out), "batch_size": 12, "max_steps": 60, "dtype": "float32", "eval_steps": 30}
+    methods = {
+        "full": {"lr": 1e-2},
+        "lora, r 8": {"method": "lora", "lr": 2e-2, "r": 8},
+        "prompt": {"lr": 1e-9, "num_virtual_tokens": 3},
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump({**settings, "methods": methods}))
+    arguments = ["compare", "--config", tmp_path / "compare.yaml", "--prompts", 6, "--max-new-tokens", 8]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+
+    rows = {row.pop("name"): row for row in json.loads((out / "comparison.json").read_text())}
+    assert list(rows) == ["base model", *methods]
+    base, full, lora, prompt = rows.values()
+    assert base["trainable"] == base["exact_match"] == 0 and base["eval_loss"] > 4 and base["merges"] is None
+    parameters = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(tiny / "model").parameters())
+    assert full["trainable"] == parameters and full["trainable_percent"] == 100
+    # r (in + out) for each linear layer: q and o 64 x 64, k and v 32 x 64, gate, up and down 128 x 64.
+    assert lora["trainable"] == 2 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert prompt["trainable"] == 3 * 64 and prompt["extra_tokens"] == 3 and lora["extra_tokens"] == 0
+    for row in (full, lora):
+        assert row["eval_loss"] < 0.2 and row["exact_match"] == row["answered"] == 6
+    assert prompt["eval_loss"] > 4 and prompt["exact_match"] == 0
+    # float32 and a header; what no process with torch in it can do without
+    assert 0 <= lora["file_bytes"] - 4 * lora["trainable"] < 8192 and lora["peak_bytes"] > 5e7
+    assert [row["merges"] for row in (lora, prompt)] == [True, False]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    table = (out / "comparison.md").read_text()
+    assert table in result.output and "| lora, r 8 |" in table and "6 of 6" in table
+
+    before = (out / "comparison.json").read_bytes()
+    again = run(*arguments)
+    assert again.exit_code == 0 and (out / "comparison.json").read_bytes() == before
+    other = run(*arguments, "--seed", 1)
+    assert other.exit_code == 2 and "was made by other settings" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"lora": {"rank": 3}}, "methods: lora: unknown field 'rank'"),
+        ({"lore": None}, "methods: lore: method must be one of"),
+        ({"base model": {"method": "lora"}}, "methods: 'base model' is taken"),
+        (["lora"], "methods is"),
+    ],
+)
+def test_compare_names_a_bad_run(methods, message):
+    settings = {"model": "m", "data": "d", "eval_data": "e"}
+    with pytest.raises(ValueError, match=message):
+        plan(settings, methods)
+    with pytest.raises(ValueError, match="eval_data is missing"):
+        plan({"model": "m", "data": "d"}, {"lora": None})

@@ -201,10 +201,7 @@ class TrainConfig:
     @classmethod
     def from_yaml(cls: type[_Config], path: str | os.PathLike, **overrides: Any) -> _Config:
         """Read a YAML mapping of field names to values; `overrides` win over the file."""
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a mapping of field names to values, got {type(values).__name__}")
-        return cls.from_dict({**values, **overrides}, source=str(path))
+        return cls.from_dict({**read_yaml(path), **overrides}, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -220,6 +217,16 @@ class SFTConfig(TrainConfig):
     """Settings of `run_sft`: those of `TrainConfig`."""
 
     output_dir: str = "outputs/sft"
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError where it holds something else, FileNotFoundError where there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config file {path} does not exist")
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of field names to values, got {type(values).__name__}")
+    return values
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
