@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_kernels.lazy import exports
 
 if TYPE_CHECKING:
     from lora_kernels.backends import available, use_backend
@@ -69,14 +70,4 @@ __all__ = [
     "use_adapter",
     "use_backend",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Imported on first use, so that `lora-kernels --help` need not wait for torch.
-    if name not in _HOME:
-        raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lora_kernels.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = exports(__name__, _HOME)

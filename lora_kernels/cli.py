@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import new_directory, replacing
 from lora_kernels.train.config import METHODS, SFTConfig, TrainConfig, read_yaml
 
 app = typer.Typer(
@@ -281,7 +281,6 @@ def merge(
     double_quant: _DoubleQuant = False,
 ) -> None:
     """Fold an adapter into its base model: a plain Hugging Face directory, tokenizer included."""
-    from lora_kernels.io.models import new_directory
     from lora_kernels.methods import merge as merge_adapters
 
     with new_directory(output) as staged:

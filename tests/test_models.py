@@ -12,7 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lora_kernels.io import models
-from lora_kernels.io.models import cache_dir, convert_gguf, load_model, new_directory, resolve_dtype, smollm2_dir
+from lora_kernels.io.files import new_directory
+from lora_kernels.io.models import cache_dir, convert_gguf, load_model, resolve_dtype, smollm2_dir
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lora_kernels.io.files import new_directory
 
 if TYPE_CHECKING:
     import torch
@@ -61,33 +60,6 @@ def cache_dir() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "lora-kernels"
-
-
-@contextmanager
-def new_directory(target: str | Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `target`, renamed to `target` on success and removed on an exception.
-
-    Raises ValueError when `target` exists and is not an empty directory.
-    """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"output directory {target} exists and is not empty; choose another or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # mkdtemp gives mode 0700; a directory that mkdir makes inside it has the mode the user's umask asks for.
-    outer = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        staged = outer / target.name
-        staged.mkdir()
-        yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                # safetensors writes files that only their owner may read, whatever the umask.
-                file.chmod(staged.stat().st_mode & 0o666)
-        if target.is_dir():
-            target.rmdir()
-        os.replace(staged, target)
-    finally:
-        shutil.rmtree(outer, ignore_errors=True)
 
 
 def convert_gguf(path: str | Path, out_dir: str | Path) -> Path:

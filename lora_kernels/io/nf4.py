@@ -123,7 +123,7 @@ def save_nf4_model(
     """
     from huggingface_hub import save_torch_state_dict
 
-    from lora_kernels.io.models import new_directory
+    from lora_kernels.io.files import new_directory
     from lora_kernels.methods.lora import is_injected
 
     if is_injected(model):

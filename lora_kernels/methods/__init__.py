@@ -8,11 +8,12 @@ class comes from. A module that takes part in the steps of a training has `train
 
 from __future__ import annotations
 
-import importlib
 import sys
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from lora_kernels.lazy import exports
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,9 +101,4 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     return lora.trainable_summary(model)
 
 
-def __getattr__(name: str) -> Any:
-    # The config classes, imported on first use: their modules need torch.
-    for module, config in _CONFIGS.items():
-        if name == config:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = exports(__name__, {config: module for module, config in _CONFIGS.items()})

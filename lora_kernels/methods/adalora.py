@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.arguments import check_integer, check_number
 from lora_kernels.methods import lora
 from lora_kernels.methods.lora import ALL_LINEAR, LoRAConfig, lora_modules
 from lora_kernels.nn.lora_linear import RANK_DIMENSION, FusedLoRALinear
@@ -59,13 +60,12 @@ class AdaLoRAConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("init_r", 1), ("target_r", 1), ("tinit", 0), ("tfinal", 0), ("delta_t", 1)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         if self.target_r > self.init_r:
             raise ValueError(f"target_r is {self.target_r}; allowed: at most init_r, which is {self.init_r}")
         for name in ("beta1", "beta2"):
-            _check_number(name, getattr(self, name), 0 < getattr(self, name) < 1, "0 < beta < 1")
-        weight = self.orth_reg_weight
-        _check_number("orth_reg_weight", weight, 0 <= weight < math.inf, "a finite number >= 0")
+            check_number(name, getattr(self, name), lambda beta: 0 < beta < 1, "0 < beta < 1")
+        check_number("orth_reg_weight", self.orth_reg_weight, lambda w: 0 <= w < math.inf, "a finite number >= 0")
         if self.total_step is not None:
             check_schedule(self, self.total_step)
         checked = self.lora_config()
@@ -82,19 +82,9 @@ class AdaLoRAConfig:
         return LoRAConfig(r=self.init_r, init="both_zero", **{name: getattr(self, name) for name in names})
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; allowed: an integer >= {least}")
-
-
-def _check_number(name: str, value: Any, ok: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not ok:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-
-
 def check_schedule(config: AdaLoRAConfig, total_step: int) -> None:
     """ValueError unless there is a step between tinit and the last tfinal ones."""
-    _check_integer("total_step", total_step, 1)
+    check_integer("total_step", total_step, 1)
     if config.tinit >= total_step - config.tfinal:
         raise ValueError(
             f"tinit is {config.tinit} and tfinal {config.tfinal}, which leaves no step of the {total_step} to take "

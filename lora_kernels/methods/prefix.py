@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.arguments import check_integer
 from lora_kernels.methods.virtual_tokens import (
     VirtualTokens,
     VirtualTokensConfig,
-    check_positive,
     decoder_of,
     disabled,
     initial_ids,
@@ -52,7 +52,7 @@ class PrefixConfig(VirtualTokensConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mlp_hidden is not None:
-            check_positive("mlp_hidden", self.mlp_hidden)
+            check_integer("mlp_hidden", self.mlp_hidden, 1)
 
 
 class PrefixKeyValues(VirtualTokens):

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.arguments import check_integer
+
 # Lester et al. sample the initial tokens among their 5000 most common ones; vocabularies are sorted about that way.
 COMMON_TOKENS = 5000
 
@@ -33,18 +35,13 @@ class VirtualTokensConfig:
     INITS: ClassVar[tuple[str, ...]] = ("vocab", "text", "random")
 
     def __post_init__(self) -> None:
-        check_positive("num_virtual_tokens", self.num_virtual_tokens)
+        check_integer("num_virtual_tokens", self.num_virtual_tokens, 1)
         if self.init not in self.INITS:
             raise ValueError(f"init is {self.init!r}; allowed: {', '.join(self.INITS)}")
         if self.init == "text" and not self.init_text:
             raise ValueError('init is "text" and init_text is empty; allowed: the text to start from')
         if self.init != "text" and self.init_text is not None:
             raise ValueError(f'init_text is {self.init_text!r} and init is {self.init!r}; init_text needs init="text"')
-
-
-def check_positive(argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument} is {value!r}; allowed: an integer >= 1")
 
 
 def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:

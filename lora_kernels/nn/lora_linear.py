@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.arguments import check_integer, check_number
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.ops.lora_linear import frozen_linear, lora_linear
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
@@ -31,12 +32,9 @@ def is_linear(module: nn.Module) -> bool:
 
 def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init: str) -> None:
     """Raises ValueError naming the argument that is out of range."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r is {r!r}; allowed: an integer >= 1")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
-        raise ValueError(f"lora_alpha is {lora_alpha!r}; allowed: a finite number > 0")
-    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout is {lora_dropout!r}; allowed: 0 <= lora_dropout < 1")
+    check_integer("r", r, 1)
+    check_number("lora_alpha", lora_alpha, lambda alpha: 0 < alpha < math.inf, "a finite number > 0")
+    check_number("lora_dropout", lora_dropout, lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
     if init not in INITS:
         raise ValueError(f"init is {init!r}; allowed: {', '.join(INITS)}")
 

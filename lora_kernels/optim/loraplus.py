@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import backends
+from lora_kernels.arguments import check_number
 from lora_kernels.reference import AdamWGroup
 
 _LORA_B = ("lora_b", "lora_B")  # ours and PEFT's
@@ -18,13 +19,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _UNSUPPORTED = ("amsgrad", "maximize")
 
 
-def _check_number(name: str, value: Any, ok: Callable[[float], bool], allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not ok(value):
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-
-
 def _check_lr(name: str, value: Any) -> None:
-    _check_number(name, value, lambda v: 0 <= v < math.inf, "a finite number >= 0")
+    check_number(name, value, lambda v: 0 <= v < math.inf, "a finite number >= 0")
 
 
 def loraplus_groups(
@@ -47,7 +43,7 @@ def loraplus_groups(
     a model without trainable lora_b.
     """
     _check_lr("lr", lr)
-    _check_number("lr_ratio", lr_ratio, lambda v: 1 <= v < math.inf, "a finite number >= 1")
+    check_number("lr_ratio", lr_ratio, lambda v: 1 <= v < math.inf, "a finite number >= 1")
     if lr_embedding is not None:
         _check_lr("lr_embedding", lr_embedding)
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
@@ -121,7 +117,7 @@ class LoRAPlusAdamW(torch.optim.AdamW):
     ) -> None:
         _check_lr("lr", lr)
         if max_grad_norm is not None:
-            _check_number("max_grad_norm", max_grad_norm, lambda v: v > 0, "a number > 0, or None")
+            check_number("max_grad_norm", max_grad_norm, lambda v: v > 0, "a number > 0, or None")
         if isinstance(model_or_groups, nn.Module):
             groups = loraplus_groups(model_or_groups, lr, lr_ratio, weight_decay, lr_embedding)
         elif lr_ratio != 1:
@@ -142,7 +138,7 @@ class LoRAPlusAdamW(torch.optim.AdamW):
         for name in ("lr", "eps", "weight_decay"):
             _check_lr(name, group[name])
         for beta in group["betas"]:
-            _check_number("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
+            check_number("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
         self._refuse_options([group])
         for index, parameter in enumerate(group["params"]):
             if not parameter.is_floating_point():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_kernels.lazy import exports
 
 if TYPE_CHECKING:
     from lora_kernels.train.config import SFTConfig
@@ -30,14 +31,4 @@ __all__ = [
     "run_sft",
     "train_sft",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Imported on first use: the command line needs SFTConfig's fields for --help, but not torch.
-    if name not in _HOME:
-        raise AttributeError(f"module 'lora_kernels.train' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lora_kernels.train.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = exports(__name__, _HOME)
