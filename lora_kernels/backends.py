@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -22,8 +23,8 @@ _MODULES = {
     "cuda": "lora_kernels.cuda",
     "cuda-emulated": "lora_kernels.cuda_emulated",
 }
-# What `auto` tries, in this order, on each type of device.
-_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+# What `auto` tries before the reference, in this order, on each type of device.
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 # A plain global, not a context variable: autograd runs backward in threads of its own, which must see the same choice.
 _selected: str | None = None
@@ -34,6 +35,7 @@ def backend_names() -> tuple[str, ...]:
     return ("auto", *_MODULES)
 
 
+@cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
@@ -92,10 +94,9 @@ def resolve(x: Tensor, activations: bool = False) -> ModuleType:
         return _load(name)
     if x.dtype == torch.float64:
         return _load("reference")
-    candidates = [_load(candidate) for candidate in _AUTO.get(x.device.type, ("reference",))]
-
-    def runs(module: ModuleType) -> bool:
+    for candidate in _AUTO.get(x.device.type, ()):
+        module = _load(candidate)
         takes = getattr(module, "ACTIVATION_DTYPES", None) if activations else None
-        return module.unavailable is None and (takes is None or x.dtype in takes)
-
-    return next(filter(runs, candidates))
+        if module.unavailable is None and (takes is None or x.dtype in takes):
+            return module
+    return _load("reference")

@@ -129,6 +129,21 @@ torch.library.register_autograd("lora_kernels::lora_linear_fwd", _autograd, setu
 torch.library.register_autograd("lora_kernels::lora_linear_bwd", _double_backward, lib=_library)
 
 
+class _Eager(torch.autograd.Function):
+    """The op with the same autograd, for eager training: what torch.library generates takes as long as a small layer.
+
+    So would `setup_context`, for which torch inspects the signature of forward in each call.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = torch.ops.lora_kernels.lora_linear_fwd(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd)
+
+
 def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} has shape {list(t.shape)}; expected {list(shape)}")
@@ -231,10 +246,14 @@ def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
 
 def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng) -> Tensor:
     (*batch, K), N = x.shape, weight.shape[0]
-    tensor, nf4_parts = weight, ()
+    tensor, nf4_parts = weight, (None, None, None, 0)
     if isinstance(weight, NF4Weight):
         tensor, *nf4_parts = weight.tensors()[:-1]
-    y, _ = torch.ops.lora_kernels.lora_linear_fwd(
-        x.reshape(math.prod(batch), K), tensor, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, tensor, lora_a, lora_b, bias, lora_e)
     )
+    eager = trains and not torch.compiler.is_compiling()
+    op = _Eager.apply if eager else torch.ops.lora_kernels.lora_linear_fwd
+    rows = x.reshape(math.prod(batch), K)
+    y, _ = op(rows, tensor, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts)
     return y.reshape(*batch, N)
