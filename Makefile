@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.8.0)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto
-# What `make demo` trains with: qlora, lora, adalora, prefix, prompt or full.
+# What `make demo` trains with: qlora, lora, dora, adalora, prefix, prompt or full.
 METHOD ?= qlora
 
 VENV := .venv

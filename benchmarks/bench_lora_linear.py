@@ -11,6 +11,11 @@ adapters dlora_a and dlora_b.
   addmm   three in-place addmm around the frozen products, adapters in the dtype of x, no dropout
   peft    PEFT's LoRA layer, float32 adapters, dropout 0.1
 
+With --dora also, both without dropout, where the two compute the same (docs/kernels.md):
+
+  dora       FusedLoRALinear(use_dora=True): the norms are computed in every forward
+  peft-dora  PEFT's layer with use_dora=True
+
 `pytest benchmarks/ --benchmark-only` runs the same contenders on one small layer.
 """
 
@@ -27,11 +32,12 @@ from common import in_fresh_process, interleave, peak_memory, write_report
 from contenders import DROPOUT_P, SCALING, AddmmLoRA, peft_layer
 from torch.nn import functional as F
 
-from lora_kernels import lora_linear
+from lora_kernels import FusedLoRALinear, lora_linear
 from lora_kernels.testing import lora_inputs
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]
 CONTENDERS = ("bare", "ours", "addmm", "peft")
+DORA = ("dora", "peft-dora")
 
 
 def make_step(contender: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> Callable[[], None]:
@@ -49,7 +55,14 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dtype: torch.dtype
     elif contender == "addmm":
         forward, parameters = lambda: AddmmLoRA.apply(x, weight, *adapters), adapters
     else:
-        layer = peft_layer(weight, R)
+        if contender == "dora":
+            linear = torch.nn.Linear(K, N, bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(weight)
+            layer = FusedLoRALinear.from_linear(linear, R, SCALING * R, use_dora=True)
+        elif contender == "peft-dora":
+            layer = peft_layer(weight, R, lora_dropout=0.0, use_dora=True)
+        else:
+            layer = peft_layer(weight, R)
         forward, parameters = lambda: layer(x), [p for p in layer.parameters() if p.requires_grad]
 
     def step() -> None:
@@ -68,9 +81,10 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=[f"{N}x{K}" for N, K in SHAPES], help="out_features x in_features"
     )
+    parser.add_argument("--dora", action="store_true", help="time DoRA layers too, ours and PEFT's")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory of a step")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=CONTENDERS + DORA, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
@@ -80,18 +94,19 @@ def main() -> None:
         print(peak_memory(make_step(arguments.memory_of, arguments.M, *shapes[0], arguments.r, dtype)))
         return
 
+    contenders = CONTENDERS + DORA * arguments.dora
     results = []
-    print(f"{'out x in':>12} {'bare ms':>9} " + " ".join(f"{c:>7}" for c in CONTENDERS[1:]) + "   (ratio over bare)")
+    print(f"{'out x in':>12} {'bare ms':>9} " + " ".join(f"{c:>9}" for c in contenders[1:]) + "   (ratio over bare)")
     for N, K in shapes:
-        steps = {name: make_step(name, arguments.M, N, K, arguments.r, dtype) for name in CONTENDERS}
+        steps = {name: make_step(name, arguments.M, N, K, arguments.r, dtype) for name in contenders}
         times = interleave(steps, arguments.rounds, base="bare")
         result = {"N": N, "K": K, "contenders": times}
         line = f"{f'{N}x{K}':>12} {times['bare']['median_ms']:9.1f} "
-        line += " ".join(f"{times[c]['ratio']:7.3f}" for c in CONTENDERS[1:])
+        line += " ".join(f"{times[c]['ratio']:9.3f}" for c in contenders[1:])
         if sys.platform == "linux" and not arguments.no_memory:
             same = [f"--shapes={N}x{K}", f"-M{arguments.M}", f"-r{arguments.r}", f"--dtype={arguments.dtype}"]
             same.append(f"--threads={arguments.threads}")
-            memory = {c: float(in_fresh_process(__file__, f"--memory-of={c}", *same)) for c in CONTENDERS}
+            memory = {c: float(in_fresh_process(__file__, f"--memory-of={c}", *same)) for c in contenders}
             result["peak_mib"] = memory
             line += "   peak MiB: " + ", ".join(f"{c} {mib:.0f}" for c, mib in memory.items())
         results.append(result)
@@ -100,7 +115,7 @@ def main() -> None:
     write_report(arguments.output, results, **settings)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("contender", CONTENDERS + DORA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_lora_linear(benchmark, contender: str, dtype: torch.dtype) -> None:
     benchmark(make_step(contender, 128, 192, 192, 16, dtype))

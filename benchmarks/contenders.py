@@ -27,12 +27,12 @@ class AddmmLoRA(torch.autograd.Function):
         return dx, None, dh.T @ x, SCALING * (dy.T @ h)
 
 
-def peft_layer(weight: Tensor, R: int) -> torch.nn.Module:
-    """PEFT's layer over a frozen weight [N, K], with float32 adapters."""
+def peft_layer(weight: Tensor, R: int, **options) -> torch.nn.Module:
+    """PEFT's layer over a frozen weight [N, K], with float32 adapters; `options` of its LoraConfig."""
     N, K = weight.shape
     model = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, device="meta"))
     model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
-    return _inject(model, R)
+    return _inject(model, R, **options)
 
 
 def peft_nf4_layer(weight: Tensor, R: int) -> torch.nn.Module:
@@ -48,10 +48,11 @@ def peft_nf4_layer(weight: Tensor, R: int) -> torch.nn.Module:
     return _inject(model, R)
 
 
-def _inject(model: torch.nn.Module, R: int) -> torch.nn.Module:
+def _inject(model: torch.nn.Module, R: int, **options) -> torch.nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=R, lora_alpha=int(SCALING * R), lora_dropout=DROPOUT_P, target_modules=["0"])
+    options = {"lora_dropout": DROPOUT_P} | options
+    config = LoraConfig(r=R, lora_alpha=int(SCALING * R), target_modules=["0"], **options)
     layer = inject_adapter_in_model(config, model)[0]
     for name, parameter in layer.named_parameters():
         if "lora_" in name:

@@ -80,17 +80,29 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "lora_b_fwd",
-      [](uintptr_t base, int base_dtype, int64_t ld_base, uintptr_t bias, uintptr_t h, uintptr_t lora_b,
-         int lora_b_dtype, float scaling, uintptr_t y, int y_dtype, int64_t ld_y, int64_t M, int64_t N, int64_t R,
-         int num_threads) {
+      [](uintptr_t base, int base_dtype, int64_t ld_base, uintptr_t column_scale, uintptr_t bias, uintptr_t h,
+         uintptr_t lora_b, int lora_b_dtype, float scaling, uintptr_t y, int y_dtype, int64_t ld_y, int64_t M,
+         int64_t N, int64_t R, int num_threads) {
         launch(&Isa::lora_linear, &LoraLinearKernels::lora_b_fwd,
-               LoraBFwd{pointer(base), DType(base_dtype), ld_base, pointer<float>(bias), pointer<float>(h),
-                        pointer(lora_b), DType(lora_b_dtype), scaling, pointer(y), DType(y_dtype), ld_y, M, N, R,
-                        num_threads});
+               LoraBFwd{pointer(base), DType(base_dtype), ld_base, pointer<float>(column_scale), pointer<float>(bias),
+                        pointer<float>(h), pointer(lora_b), DType(lora_b_dtype), scaling, pointer(y), DType(y_dtype),
+                        ld_y, M, N, R, num_threads});
       },
-      py::kw_only(), py::arg("base"), py::arg("base_dtype"), py::arg("ld_base"), py::arg("bias"), py::arg("h"),
-      py::arg("lora_b"), py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("y"), py::arg("y_dtype"), py::arg("ld_y"),
-      py::arg("M"), py::arg("N"), py::arg("R"), py::arg("num_threads"));
+      py::kw_only(), py::arg("base"), py::arg("base_dtype"), py::arg("ld_base"), py::arg("column_scale"),
+      py::arg("bias"), py::arg("h"), py::arg("lora_b"), py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("y"),
+      py::arg("y_dtype"), py::arg("ld_y"), py::arg("M"), py::arg("N"), py::arg("R"), py::arg("num_threads"));
+
+  m.def(
+      "column_scale_bwd",
+      [](uintptr_t dy, int64_t ld_dy, uintptr_t y, int64_t ld_y, uintptr_t bias, uintptr_t column_scale, uintptr_t dz,
+         int dtype, uintptr_t total, int64_t M, int64_t N, int num_threads) {
+        launch(&Isa::lora_linear, &LoraLinearKernels::column_scale_bwd,
+               ColumnScaleBwd{pointer(dy), ld_dy, pointer(y), ld_y, pointer<float>(bias), pointer<float>(column_scale),
+                              pointer(dz), DType(dtype), pointer<float>(total), M, N, num_threads});
+      },
+      py::kw_only(), py::arg("dy"), py::arg("ld_dy"), py::arg("y"), py::arg("ld_y"), py::arg("bias"),
+      py::arg("column_scale"), py::arg("dz"), py::arg("dtype"), py::arg("total"), py::arg("M"), py::arg("N"),
+      py::arg("num_threads"));
 
   m.def(
       "lora_b_bwd",

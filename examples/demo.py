@@ -3,7 +3,7 @@
 Measures the held-out records before (loss, and the answers to a few) and after (loss, exact match), and leaves a PEFT
 adapter (with --method full the whole model), metrics.jsonl, loss.png and results.json in the output directory.
 
-    python examples/demo.py [--output-dir outputs/demo] [--method qlora|lora|adalora|prefix|prompt|full]
+    python examples/demo.py [--output-dir outputs/demo] [--method qlora|lora|dora|adalora|prefix|prompt|full]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 TRAIN, EVAL, TEMPLATE = HERE / "demo_train.jsonl", HERE / "demo_eval.jsonl", HERE / "demo_template.jinja"
 MAX_LENGTH, MAX_NEW_TOKENS, SHOWN = 128, 20, 8
 # So few steps take more than the defaults, which are for runs of hundreds.
-LEARNING_RATES = {"adalora": 3e-3, "lora": 1.5e-3, "prefix": 2e-2, "qlora": 1.5e-3}
+LEARNING_RATES = {"adalora": 3e-3, "dora": 1.5e-3, "lora": 1.5e-3, "prefix": 2e-2, "qlora": 1.5e-3}
 
 
 @dataclass

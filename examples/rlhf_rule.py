@@ -1,6 +1,6 @@
 """What a good reply to an order is, as a rule: the judge of the RLHF demo, and a reward function for `lora-kernels ppo`.
 
-    lora-kernels ppo ... --data examples/rlhf_prompts.jsonl --reward examples/rlhf_rule.py:score
+lora-kernels ppo ... --data examples/rlhf_prompts.jsonl --reward examples/rlhf_rule.py:score
 """
 
 LONGEST = 20  # words
@@ -19,6 +19,5 @@ def rule_score(reply: str, item: str, day: str) -> float:
 def score(prompts: list, responses: list[str], records: list[dict]) -> list[float]:
     """`rule_score` of each response; the records of the prompts say which item and day."""
     return [
-        rule_score(response, record["item"], record["day"])
-        for response, record in zip(responses, records, strict=True)
+        rule_score(response, record["item"], record["day"]) for response, record in zip(responses, records, strict=True)
     ]

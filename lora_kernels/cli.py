@@ -40,7 +40,7 @@ _FIELD_HELP = {
     "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
     "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
     "max_length": ("Model and data", "Tokens kept of each example."),
-    "method": ("Adapter", "lora, qlora (over 4-bit weights), adalora, prefix, prompt (virtual tokens), or full."),
+    "method": ("Adapter", "lora, qlora (over 4-bit weights), dora, adalora, prefix, prompt (virtual tokens), or full."),
     "double_quant": ("Adapter", "With qlora: quantise the 4-bit blocks' scales too, 4.13 instead of 4.5 bits."),
     "r": ("Adapter", "Rank of LoRA."),
     "lora_alpha": ("Adapter", "scaling = lora_alpha / r."),

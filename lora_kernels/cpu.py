@@ -37,6 +37,7 @@ from lora_kernels.reference import (
     dropout_scale,
     dropout_threshold,
     dynamic_code,
+    scale_gradient,
 )
 
 ISA_ENVIRONMENT_VARIABLE = "LORA_KERNELS_CPU_ISA"
@@ -184,16 +185,25 @@ def _few_rows(weight: Tensor | NF4, M: int, native: bool) -> bool:
     return _FEW_ROWS[native] >= M
 
 
-def _low_rank_fwd(base: Tensor, bias: Tensor | None, h: Tensor, lora_b: Tensor, scaling: float, y: Tensor) -> None:
-    """y = base + bias + scaling · h lora_bᵀ, rounded once; base may be y."""
+def _low_rank_fwd(
+    base: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    y: Tensor,
+    column_scale: Tensor | None = None,
+) -> None:
+    """y = column_scale ∘ (base + scaling · h lora_bᵀ) + bias, rounded once; base may be y."""
     (M, N), R = y.shape, h.shape[1]
-    if R == 0 and bias is None and base.data_ptr() == y.data_ptr():
+    if R == 0 and bias is None and column_scale is None and base.data_ptr() == y.data_ptr():
         return
     _launch(
         "lora_b_fwd",
         base=base,
         base_dtype=_DTYPES[base.dtype],
         ld_base=base.stride(0),
+        column_scale=column_scale,
         bias=bias,
         h=h,
         lora_b=lora_b,
@@ -218,11 +228,12 @@ def lora_linear_fwd(
     lora_e: Tensor | None,
     dropout_p: float,
     rng: Tensor | None,
+    column_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ and h = dropout(x) Aᵀ; see reference.lora_linear_fwd.
+    """y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias and h = dropout(x) Aᵀ; see reference.lora_linear_fwd.
 
-    x [M, K] and y [M, N] are float32, bfloat16 or float16; adapters float32 or the dtype of x; h [M, R] is float32.
-    Raises ValueError for other dtypes and for tensors that are not on the CPU.
+    x [M, K] and y [M, N] are float32, bfloat16 or float16; adapters float32 or the dtype of x; h [M, R] and c =
+    column_scale [N] are float32. y is rounded once (before c too, where there is one and bfloat16 is native). Raises ValueError for other dtypes and for tensors that are not on the CPU.
     """
     _check(x, lora_a, lora_b, lora_e)
     (M, K), (N, R) = x.shape, lora_b.shape
@@ -245,27 +256,55 @@ def lora_linear_fwd(
     he = h if lora_e is None else h * lora_e.float()
     native = x.dtype == torch.bfloat16 and native_bfloat16()
     y = x.new_empty(M, N)
+    bias32 = None if bias is None else bias.float()
     if native and not _few_rows(weight, M, native):
         wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
         for cols, panel in _panels(weight, x.dtype, by_columns=False, extra=scaling * lora_b.float()):
-            if bias is None:
+            if bias is None or column_scale is not None:
                 torch.mm(wide_x, panel.T, out=y[:, cols])
             else:
                 torch.addmm(bias[cols], wide_x, panel.T, out=y[:, cols])
+        if column_scale is not None:
+            _low_rank_fwd(y, bias32, h[:, :0], lora_b[:, :0], scaling, y, column_scale)
         return y, h
 
     x32 = x.float()
-    bias32 = None if bias is None else bias.float()
     if _few_rows(weight, M, native):
         base = y if y.dtype == torch.float32 else _buffer("base", torch.float32, M, N)
         _launch("few_rows_forward", weight=_weight(weight), x=x32.contiguous(), y=base, M=M)
-        _low_rank_fwd(base, bias32, he, lora_b, scaling, y)
+        _low_rank_fwd(base, bias32, he, lora_b, scaling, y, column_scale)
         return y, h
     for cols, panel in _panels(weight, torch.float32, by_columns=False):
         base = y[:, cols] if y.dtype == torch.float32 else _buffer("base", torch.float32, M, panel.shape[0])
         torch.mm(x32, panel.T, out=base)
-        _low_rank_fwd(base, None if bias32 is None else bias32[cols], he, lora_b[cols], scaling, y[:, cols])
+        bias_part, scale_part = (None if t is None else t[cols] for t in (bias32, column_scale))
+        _low_rank_fwd(base, bias_part, he, lora_b[cols], scaling, y[:, cols], scale_part)
     return y, h
+
+
+def column_scale_bwd(
+    dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """dz = dy ∘ c and dc = Σ_m dy ∘ (y - bias) / c in one pass; see reference.column_scale_bwd. dc is float32."""
+    _check(dy)
+    M, N = dy.shape
+    dz = dy.new_empty(M, N)
+    total = None if y is None else column_scale.new_empty(N)
+    _launch(
+        "column_scale_bwd",
+        dy=dy,
+        ld_dy=dy.stride(0),
+        y=y,
+        ld_y=0 if y is None else y.stride(0),
+        bias=None if bias is None else bias.float(),
+        column_scale=column_scale,
+        dz=dz,
+        dtype=_DTYPES[dy.dtype],
+        total=total,
+        M=M,
+        N=N,
+    )
+    return dz, None if total is None else scale_gradient(total, column_scale)
 
 
 def lora_linear_bwd(

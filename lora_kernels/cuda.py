@@ -108,8 +108,9 @@ class Kernels:
         """How many blocks keep the device busy."""
         return 2 * _multiprocessors(x.get_device()) if x.is_cuda else 4
 
-    def _gemm(self, x, weight, transposed, bias, u, lora_e, v, out, scale, threshold, rng) -> None:
-        """out = x weightᵀ + bias + dropout(scale (u ∘ lora_e) v); v [R, N] and a dense weight have any strides.
+    def _gemm(self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng) -> None:
+        """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
+        strides.
 
         The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
         """
@@ -128,6 +129,7 @@ class Kernels:
             weight=weight,
             stride_wn=weight.stride(0),
             stride_wk=weight.stride(1),
+            column_scale=column_scale,
             bias=bias,
             u=u,
             lora_e=lora_e,
@@ -158,17 +160,24 @@ class Kernels:
         lora_e: Tensor | None,
         dropout_p: float,
         rng: Tensor | None,
+        column_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches; three where an NF4
         weight meets more rows than it is decoded for inside the product, and is dequantised first.
 
-        Arguments are those of `lora_kernels.reference.lora_linear_fwd`. Raises ValueError for x that is not bfloat16 or
-        float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type of device, and for
+        Arguments are those of `lora_kernels.reference.lora_linear_fwd`. x in float32 is taken for R = 0 and an NF4 weight
+        only, which torch then multiplies dequantised: DoRA's norms need that. Raises ValueError for other x that is not
+        bfloat16 or float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type of device, and for
         dropout without rng; RuntimeError with CUDA's message where a launch fails.
         """
+        (M, K), (N, R) = x.shape, lora_b.shape
+        if x.dtype == torch.float32 and R == 0 and isinstance(weight, NF4) and column_scale is None:
+            self._check_device("x", x)
+            dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+            self.dequantize_nf4(weight, dense)
+            return torch.nn.functional.linear(x, dense, bias), x.new_empty(M, 0)
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
         threshold = _threshold(dropout_p, rng)
-        (M, K), (N, R) = x.shape, lora_b.shape
         h = torch.empty((M, R), dtype=torch.float32, device=x.device)
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
         if R:
@@ -195,6 +204,7 @@ class Kernels:
                 **self._nf4(weight),
                 x=x,
                 ld_x=x.stride(0),
+                column_scale=column_scale,
                 bias=bias,
                 h=h,
                 lora_b=lora_b,
@@ -208,8 +218,41 @@ class Kernels:
                 dtype=x.dtype,
             )
         else:
-            self._gemm(x, weight, False, bias, h, lora_e, lora_b.T, y, scaling, 0, None)
+            self._gemm(x, weight, False, column_scale, bias, h, lora_e, lora_b.T, y, scaling, 0, None)
         return y, h
+
+    def column_scale_bwd(
+        self, dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """dz = dy ∘ c and, with y, dc in float32: one pass, and an ordered sum of its [splits, N] parts.
+
+        Arguments are those of `lora_kernels.reference.column_scale_bwd`; errors as in `lora_linear_fwd`.
+        """
+        self._check(dy)
+        M, N = dy.shape
+        column_blocks = _ceil_div(N, self._extension.SCALE_COLUMNS)
+        row_blocks = _ceil_div(M, self._extension.SCALE_ROWS)
+        splits = min(row_blocks, max(1, self._block_target(dy) // column_blocks))
+        rows_per_split = _ceil_div(row_blocks, splits) * self._extension.SCALE_ROWS
+        dz = torch.empty((M, N), dtype=dy.dtype, device=dy.device)
+        shape = (_ceil_div(M, rows_per_split), N)
+        parts = None if y is None else torch.empty(shape, dtype=torch.float32, device=dy.device)
+        self._launch(
+            "column_scale_bwd",
+            dy,
+            dy=dy,
+            ld_dy=dy.stride(0),
+            y=y,
+            bias=bias,
+            column_scale=column_scale,
+            dz=dz,
+            dscale_parts=parts,
+            M=M,
+            N=N,
+            rows_per_split=rows_per_split,
+            dtype=dy.dtype,
+        )
+        return dz, None if parts is None else parts.sum(0)
 
     def lora_linear_bwd(
         self,
@@ -311,7 +354,7 @@ class Kernels:
                 dtype=x.dtype,
             )
         if need_dx:
-            self._gemm(dy, weight, True, None, dh, None, lora_a, dx, keep_scale, threshold, rng)
+            self._gemm(dy, weight, True, None, None, dh, None, lora_a, dx, keep_scale, threshold, rng)
         return dx, dlora_a, dlora_b, dlora_e
 
     def _nf4(self, weight: NF4) -> dict:
@@ -455,6 +498,7 @@ _kernels = Kernels("_cuda", "cuda", "it is built where nvcc is found")
 unavailable = _kernels.unavailable
 lora_linear_fwd = _kernels.lora_linear_fwd
 lora_linear_bwd = _kernels.lora_linear_bwd
+column_scale_bwd = _kernels.column_scale_bwd
 quantize_nf4 = _kernels.quantize_nf4
 dequantize_nf4 = _kernels.dequantize_nf4
 adamw_step = _kernels.adamw_step

@@ -35,6 +35,7 @@ _kernels = EmulatedKernels("_simt", "cpu", "it is part of a build in place, for 
 unavailable = _kernels.unavailable
 lora_linear_fwd = _kernels.lora_linear_fwd
 lora_linear_bwd = _kernels.lora_linear_bwd
+column_scale_bwd = _kernels.column_scale_bwd
 quantize_nf4 = _kernels.quantize_nf4
 dequantize_nf4 = _kernels.dequantize_nf4
 adamw_step = _kernels.adamw_step

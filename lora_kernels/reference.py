@@ -133,15 +133,19 @@ def lora_linear_fwd(
     lora_e: Tensor | None,
     dropout_p: float,
     rng: Tensor | None,
+    column_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ and h = dropout(x) Aᵀ.
+    """y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias and h = dropout(x) Aᵀ, with c = column_scale or 1.
 
-    x [M, K], weight [N, K] dense or NF4, lora_a [R, K], lora_b [N, R], bias [N], lora_e [R]. Accumulates in float32
-    (float64 for float64 inputs); y [M, N] is rounded once to the dtype of x, h [M, R] stays in the accumulation dtype.
+    x [M, K], weight [N, K] dense or NF4, lora_a [R, K], lora_b [N, R], bias [N], lora_e [R], column_scale [N] in the
+    accumulation dtype. Accumulates in float32 (float64 for float64 inputs); y [M, N] is rounded once to the dtype of
+    x, h [M, R] stays in the accumulation dtype.
     """
     h = dropout(_acc(x), dropout_p, rng) @ _acc(lora_a).T
     he = h if lora_e is None else h * _acc(lora_e)
     y = _acc(x) @ _dense(weight, x).T + scaling * (he @ _acc(lora_b).T)
+    if column_scale is not None:
+        y = y * column_scale
     if bias is not None:
         y = y + _acc(bias)
     return y.to(x.dtype), h
@@ -162,6 +166,7 @@ def lora_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dlora_a, dlora_b, dlora_e) of lora_linear_fwd, each None where ``needs`` says False.
 
+    dy is the gradient of what column_scale multiplies, where there is one: see column_scale_bwd.
     he = h ∘ e; dhe = scaling · dy B; dlora_b = scaling · dyᵀ he; dlora_e = Σ_m h ∘ dhe; dh = dhe ∘ e;
     dlora_a = dhᵀ dropout(x); dx = dy W + keep/(1-p) ∘ (dh A). The mask is drawn again from rng, never stored.
     """
@@ -183,6 +188,26 @@ def lora_linear_bwd(
     return dx, dlora_a, dlora_b, dlora_e
 
 
+def column_scale_bwd(
+    dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """dz = dy ∘ c and dc = Σ_m dy ∘ z for y = c ∘ z + bias, where z [M, N] was never stored: z = (y - bias) / c.
+
+    dy and y [M, N], bias [N], c = column_scale [N] in the accumulation dtype, as dc is; dz has the dtype of dy. dc is
+    None where y is. A column whose c is 0 has the gradient 0: its z can't be told from y.
+    """
+    dz = (_acc(dy) * column_scale).to(dy.dtype)
+    if y is None:
+        return dz, None
+    scaled = _acc(y) if bias is None else _acc(y) - _acc(bias)
+    return dz, scale_gradient((_acc(dy) * scaled).sum(0), column_scale)
+
+
+def scale_gradient(total: Tensor, column_scale: Tensor) -> Tensor:
+    """Σ_m dy ∘ z of total = Σ_m dy ∘ (y - bias)."""
+    return torch.where(column_scale == 0, 0.0, total / column_scale)
+
+
 def lora_linear_ref(
     x: Tensor,
     weight: Tensor,
@@ -193,19 +218,24 @@ def lora_linear_ref(
     lora_e: Tensor | None = None,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
     """The eager version that people write, for x [..., K]: differentiable by torch, rounding after every operation.
 
     The low-rank branch runs in the dtype of lora_a, as PEFT's does; the base linear in the dtype of x. Same-dtype
     eager error, which the tolerance rule needs, is the error of this function.
     """
-    y = torch.nn.functional.linear(x, weight, bias)
+    y = torch.nn.functional.linear(x, weight, None if column_scale is not None else bias)
     flat = x.reshape(-1, x.shape[-1]).to(lora_a.dtype)
     h = dropout(flat, dropout_p, rng) @ lora_a.T
     if lora_e is not None:
         h = h * lora_e
     delta = scaling * (h @ lora_b.T)
-    return (y + delta.reshape(y.shape)).to(x.dtype)
+    y = (y + delta.reshape(y.shape)).to(x.dtype)
+    if column_scale is None:
+        return y
+    y = y * column_scale.to(x.dtype)
+    return y if bias is None else y + bias
 
 
 @cache

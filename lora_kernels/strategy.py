@@ -146,7 +146,8 @@ def vendor_backend() -> SimpleNamespace:
     from lora_kernels import triton
 
     names = ("lora_linear_fwd", "lora_linear_bwd")
-    return SimpleNamespace(**{name: functools.partial(getattr(triton, name), vendor=True) for name in names})
+    functions = {name: functools.partial(getattr(triton, name), vendor=True) for name in names}
+    return SimpleNamespace(**functions, column_scale_bwd=triton.column_scale_bwd)
 
 
 def _candidates(x: Tensor) -> dict[str, ModuleType | SimpleNamespace]:

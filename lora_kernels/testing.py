@@ -35,19 +35,26 @@ def lora_inputs(
     lora_e: bool = False,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    column_scale: bool = False,
 ) -> dict[str, Tensor | None]:
-    """x, weight, lora_a, lora_b, bias and lora_e by name, of the sizes that a trained layer has, from a fixed seed."""
+    """x, weight, lora_a, lora_b, bias, lora_e and column_scale (around 1, some negative) by name, of the sizes that a
+    trained layer has, from a fixed seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float, dtype: torch.dtype) -> Tensor:
         return (torch.randn(*shape, generator=generator) * std).to(device, dtype)
 
     adapter_dtype = adapter_dtype or dtype
-    return {
+    inputs = {
         "x": normal(M, K, std=1.0, dtype=dtype),
         "weight": normal(N, K, std=K**-0.5, dtype=dtype),
         "lora_a": normal(R, K, std=K**-0.5, dtype=adapter_dtype),
         "lora_b": normal(N, R, std=R**-0.5, dtype=adapter_dtype),
         "bias": normal(N, std=1.0, dtype=dtype) if bias else None,
         "lora_e": normal(R, std=1.0, dtype=adapter_dtype) if lora_e else None,
+        "column_scale": None,
     }
+    if column_scale:
+        inputs["column_scale"] = normal(N, std=0.3, dtype=torch.promote_types(dtype, torch.float32)).exp()
+        inputs["column_scale"][3::7] *= -1
+    return inputs

@@ -7,7 +7,7 @@ already, would lose about half of a small update (docs/performance.md); here the
 - `out.addmm_(x, w)`: the library scales `out` by beta = 1 and adds it to its float32 accumulator.
 - Where the library may split the sum over K between blocks and keep the parts in 16 bits, which torch allows it by
   default, the term would be rounded away among them. There the product comes in float32 and is added in float32. So it
-  is with a bias, which `addmm_` has no room for.
+  is with a bias or a column scale, which `addmm_` has no room for.
 """
 
 from __future__ import annotations
@@ -34,14 +34,21 @@ def _product_in_float32(x: Tensor, w: Tensor) -> Tensor:
     return torch.mm(x, w, out_dtype=torch.float32) if x.is_cuda else x.float() @ w.float()
 
 
-def add_product(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
-    """out += x w + bias, summed in float32 and rounded once; out [M, N], x [M, K], w [K, N], bias [N], of one dtype."""
-    if out.dtype == torch.float32 or (bias is None and out.numel() >= UNSPLIT):
+def add_product(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, column_scale: Tensor | None = None) -> None:
+    """out = column_scale ∘ (out + x w) + bias, summed in float32 and rounded once.
+
+    out [M, N], x [M, K], w [K, N] and bias [N] are of one dtype, column_scale [N] is float32.
+    """
+    if out.dtype == torch.float32 or (bias is None and column_scale is None and out.numel() >= UNSPLIT):
         out.addmm_(x, w)
+        if column_scale is not None:
+            out *= column_scale
         if bias is not None:
             out += bias
         return
     total = _product_in_float32(x, w).add_(out)
+    if column_scale is not None:
+        total *= column_scale
     if bias is not None:
         total += bias
     out.copy_(total)

@@ -6,7 +6,7 @@ from lora_kernels import reference
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 FP32 = torch.float32
-GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
+GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e", "dcolumn_scale")
 ALL = (True, True, True, True)
 SCALING = 1.5
 # A negative seed and an offset beyond 32 bits use all the bits of the key and of the counter.
@@ -23,21 +23,26 @@ class LoraCase:
 
     backend = None
 
-    def __init__(self, M, N, K, R, dtype=FP32, adapter_dtype=None, dropout_p=0.0, bias=False, lora_e=False, needs=ALL):
-        self.inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias, lora_e)
+    def __init__(
+        self, M, N, K, R, dtype=FP32, adapter_dtype=None, dropout_p=0.0, bias=False, lora_e=False, needs=ALL,
+        column_scale=False,
+    ):  # fmt: skip
+        self.inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias, lora_e, column_scale=column_scale)
         self.dtype, self.dropout_p, self.needs = dtype, dropout_p, needs
         self.rng = RNG if dropout_p else None
         self.dy = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
 
-    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None):
-        """y, h and the gradients from a backend's two functions; `place` may move each input elsewhere."""
+    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None, scale_bwd=reference.column_scale_bwd):
+        """y, h and the gradients from a backend's functions; `place` may move each input elsewhere."""
         t = {name: None if t is None else place(name, t.to(dtype or t.dtype)) for name, t in self.inputs.items()}
         rest = (t["lora_e"], self.dropout_p, self.rng)
-        y, h = fwd(t["x"], t["weight"], t["lora_a"], t["lora_b"], SCALING, t["bias"], *rest)
-        dy = place("dy", self.dy.to(dtype or self.dtype))
+        y, h = fwd(t["x"], t["weight"], t["lora_a"], t["lora_b"], SCALING, t["bias"], *rest, t["column_scale"])
+        dz, dscale = place("dy", self.dy.to(dtype or self.dtype)), None
+        if t["column_scale"] is not None:
+            dz, dscale = scale_bwd(dz, y, t["bias"], t["column_scale"])
         h = place("h", h)
-        gradients = bwd(dy, t["x"], h, t["weight"], t["lora_a"], t["lora_b"], SCALING, *rest, self.needs)
-        return {"y": y, "h": h, **dict(zip(GRADIENTS, gradients, strict=True))}
+        gradients = bwd(dz, t["x"], h, t["weight"], t["lora_a"], t["lora_b"], SCALING, *rest, self.needs)
+        return {"y": y, "h": h, **dict(zip(GRADIENTS, (*gradients, dscale), strict=True))}
 
     def eager(self):
         # Adapters are converted to the dtype of x for the tensor cores, so the eager version has one dtype throughout.
@@ -48,7 +53,9 @@ class LoraCase:
         return {"y": y.detach(), **gradients}
 
     def check(self, place=lambda name, t: t):
-        actual = self.run(self.backend.lora_linear_fwd, self.backend.lora_linear_bwd, place)
+        functions = self.backend.lora_linear_fwd, self.backend.lora_linear_bwd
+        scale_bwd = getattr(self.backend, "column_scale_bwd", reference.column_scale_bwd)
+        actual = self.run(*functions, place, scale_bwd=scale_bwd)
         exact = self.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
         eager = self.eager()
         assert actual["h"].dtype == FP32

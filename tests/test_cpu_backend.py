@@ -35,29 +35,31 @@ def isa(request):
     cpu._C.set_isa(previous)
 
 
-def make_case(M, N, K, R, dtype, adapter_dtype, dropout_p, extras=True):
-    inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias=extras, lora_e=extras)
+def make_case(M, N, K, R, dtype, adapter_dtype, dropout_p, extras=True, column_scale=False):
+    inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias=extras, lora_e=extras, column_scale=column_scale)
     dy = torch.randn(M, N, generator=torch.Generator().manual_seed(7)).to(dtype)
     return inputs, dy, dropout_p, RNG if dropout_p else None
 
 
 def run(backend, inputs, dy, dropout_p, rng, needs=(True, True, True, True), h=None):
-    x, weight, lora_a, lora_b, bias, lora_e = inputs.values()
-    y, own_h = backend.lora_linear_fwd(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng)
+    x, weight, lora_a, lora_b, bias, lora_e, column_scale = inputs.values()
+    y, own_h = backend.lora_linear_fwd(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng, column_scale)
     h = own_h if h is None else h
+    results = {"y": y, "h": own_h}
+    if column_scale is not None:
+        dy, results["dcolumn_scale"] = backend.column_scale_bwd(dy, y, bias, column_scale)
     grads = backend.lora_linear_bwd(dy, x, h, weight, lora_a, lora_b, 0.7, lora_e, dropout_p, rng, needs)
-    return {"y": y, "h": own_h, **dict(zip(GRADIENTS, grads, strict=True))}
+    return results | dict(zip(GRADIENTS, grads, strict=True))
 
 
 def eager(inputs, dy, dropout_p, rng):
     """What torch gives for the version that people write, gradients by torch's autograd."""
     leaves = {name: None if t is None else t.clone() for name, t in inputs.items()}
-    wanted = {"dx": "x", "dlora_a": "lora_a", "dlora_b": "lora_b", "dlora_e": "lora_e"}
-    wanted = {grad: name for grad, name in wanted.items() if leaves[name] is not None}
+    wanted = {grad: grad[1:] for grad in (*GRADIENTS, "dcolumn_scale") if leaves[grad[1:]] is not None}
     for name in wanted.values():
         leaves[name].requires_grad_()
-    x, weight, lora_a, lora_b, bias, lora_e = leaves.values()
-    y = reference.lora_linear_ref(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng)
+    x, weight, lora_a, lora_b, bias, lora_e, column_scale = leaves.values()
+    y = reference.lora_linear_ref(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng, column_scale)
     grads = torch.autograd.grad(y, [leaves[name] for name in wanted.values()], dy)
     h = reference.dropout(x.detach().to(lora_a.dtype), dropout_p, rng) @ lora_a.detach().T
     return {"y": y.detach(), "h": h.float(), **dict(zip(wanted, grads, strict=True))}
@@ -74,7 +76,9 @@ def assert_case(case):
         if exact[name] is None:
             assert t is None
         else:
-            assert_close_to_reference(t, plain[name], exact[name], name)
+            # The gradient of column_scale is made of y, and so as exact as y's dtype is.
+            dtype = actual["y"].dtype if name == "dcolumn_scale" else t.dtype
+            assert_close_to_reference(t.to(dtype), plain[name].to(dtype), exact[name], name)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -87,12 +91,43 @@ def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, 
         assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype, adapter_dtype, native", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES[::2], ids=lambda s: "x".join(map(str, s)))
+def test_column_scale_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+    for few_rows in {(0, 0), (0, 1024)} if native else {(0, 0), (1024, 0)}:
+        monkeypatch.setattr(cpu, "_FEW_ROWS", few_rows)
+        for extras in (False, True):
+            assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p, extras, column_scale=True))
+
+
+def test_gradients_of_a_column_scale(isa):
+    """One of zero, one that is frozen, and several threads, whose sums are added in their order."""
+    inputs, dy, *_ = make_case(300, 129, 65, 4, BF16, FP32, 0.0, column_scale=True)
+    scale, bias, y = inputs["column_scale"], inputs["bias"], torch.randn(300, 129).to(BF16)
+    scale[2] = 0.0
+    dz, dscale = cpu.column_scale_bwd(dy, y, bias, scale)
+    assert dscale[2] == 0 and (dz[:, 2] == 0).all() and torch.isfinite(dscale).all()
+    frozen_dz, nothing = cpu.column_scale_bwd(dy, None, None, scale)
+    assert nothing is None and torch.equal(frozen_dz, dz)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        first, second = (cpu.column_scale_bwd(dy, y, bias, scale)[1] for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, dscale)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_several_blocks_of_rows_and_columns(isa, dtype, monkeypatch):
     """More rows and columns than a block, several panels of the weight either way; no bias, no lora_e."""
     monkeypatch.setattr(cpu, "_PANEL", 1 << 16)
     monkeypatch.setattr(cpu, "_BASE", 1)
     assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False))
+    assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False, column_scale=True))
 
 
 def test_strided_rows_and_transposed_weight(isa):

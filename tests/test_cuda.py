@@ -27,7 +27,8 @@ class Case(LoraCase):
         super().__init__(*sizes, dtype=dtype, **options)
 
     def results(self):
-        return self.run(cuda_emulated.lora_linear_fwd, cuda_emulated.lora_linear_bwd)
+        functions = cuda_emulated.lora_linear_fwd, cuda_emulated.lora_linear_bwd
+        return self.run(*functions, scale_bwd=cuda_emulated.column_scale_bwd)
 
 
 @pytest.mark.parametrize("rng", [(0, 0), (-1, -1), (2**63 - 1, 2**40 + 3), tuple(RNG.tolist())])
@@ -63,6 +64,10 @@ def test_mask_is_the_reference_mask_bit_for_bit(rng):
         dict(M=72, N=136, K=200, R=130, adapter_dtype=FP32, dropout_p=0.1, lora_e=True),
         dict(M=65, N=63, K=129, R=4, dtype=FP16, dropout_p=0.5, lora_e=True),
         dict(M=40, N=264, K=72, R=32, dtype=FP16, adapter_dtype=FP32, bias=True),
+        dict(M=1, N=1, K=1, R=1, column_scale=True),
+        dict(M=65, N=129, K=63, R=17, dropout_p=0.3, bias=True, column_scale=True),
+        dict(M=136, N=520, K=72, R=8, adapter_dtype=FP32, dropout_p=0.1, column_scale=True),
+        dict(M=40, N=264, K=72, R=16, dtype=FP16, adapter_dtype=FP32, bias=True, lora_e=True, column_scale=True),
     ],
     ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}-{str(c.get('dtype', BF16))[6:]}",
 )
@@ -95,14 +100,14 @@ def aligned_rows(name, t):
     "place", [strided, aligned_rows, lambda name, t: t.T.contiguous().T if name == "weight" else t]
 )
 def test_strided_inputs_and_transposed_weight(sizes, place):
-    Case(*sizes, dropout_p=0.2, bias=True).check(place)
+    Case(*sizes, dropout_p=0.2, bias=True, column_scale=True).check(place)
 
 
 @pytest.mark.parametrize("sizes", [(35, 67, 41, 5), (40, 72, 48, 16)])
 def test_guarded_buffers(sizes, monkeypatch):
     """Nothing outside the tensors is read or written, and every output element is: all of them start as NaN."""
     guarded = GuardedBuffers()
-    case = Case(*sizes, adapter_dtype=FP32, dropout_p=0.2, bias=True, lora_e=True)
+    case = Case(*sizes, adapter_dtype=FP32, dropout_p=0.2, bias=True, lora_e=True, column_scale=True)
     monkeypatch.setattr(torch, "empty", guarded)
     case.check(lambda name, t: guarded(t.shape, t.dtype).copy_(t))
     assert len(guarded.arenas) >= 18
@@ -111,7 +116,7 @@ def test_guarded_buffers(sizes, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(70, 530, 40, 5), (136, 136, 72, 40)])
 def test_the_order_of_threads_and_blocks_does_not_matter(sizes, simt):
-    case = Case(*sizes, adapter_dtype=FP32, dropout_p=0.2, bias=True, lora_e=True)
+    case = Case(*sizes, adapter_dtype=FP32, dropout_p=0.2, bias=True, lora_e=True, column_scale=True)
     first = case.check()
     for schedule in (("reversed", 0), ("shuffled", 1), ("shuffled", 2)):
         simt.set_schedule(*schedule)
@@ -121,10 +126,12 @@ def test_the_order_of_threads_and_blocks_does_not_matter(sizes, simt):
 
 def test_launches(simt):
     case = Case(9, 10, 11, 3, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
-    simt.take_traffic(record=True)
-    case.results()
-    kernels = [kernel for kernel, *_ in simt.take_traffic(record=False)]
-    assert len(kernels) == 6, kernels
+    scaled = Case(9, 10, 11, 3, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True, column_scale=True)
+    for expected, case in ((6, case), (7, scaled)):
+        simt.take_traffic(record=True)
+        case.results()
+        kernels = [kernel for kernel, *_ in simt.take_traffic(record=False)]
+        assert len(kernels) == expected, kernels
 
 
 def test_the_low_rank_term_alone():

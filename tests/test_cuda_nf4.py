@@ -74,11 +74,11 @@ class Case(LoraCase):
         self.nf4 = reference.quantize_nf4(self.inputs["weight"], block_size, double_quant)
         reference.dequantize_nf4(self.nf4, self.inputs["weight"])
 
-    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None):
+    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None, **options):
         if dtype is None:
             fwd = self._with_nf4(fwd, 1)
             bwd = self._with_nf4(bwd, 3)
-        return super().run(fwd, bwd, place, dtype)
+        return super().run(fwd, bwd, place, dtype, **options)
 
     def _with_nf4(self, function, position):
         return lambda *args: function(*args[:position], self.nf4, *args[position + 1 :])
@@ -94,6 +94,8 @@ class Case(LoraCase):
         dict(M=9, N=48, K=96, R=64, lora_e=True, block_size=128),
         dict(M=16, N=40, K=160, R=8, dtype=FP16, bias=True, block_size=32),
         dict(M=17, N=40, K=72, R=8, dropout_p=0.3, bias=True),
+        dict(M=5, N=33, K=96, R=8, bias=True, column_scale=True),
+        dict(M=17, N=40, K=72, R=8, dropout_p=0.3, bias=True, column_scale=True),
     ],
     ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}",
 )

@@ -19,7 +19,7 @@ SYNCHRONISATION = re.compile(r"\b(__syncthreads\w*|__syncwarp|cp_async_commit|cp
 def lora_linear():
     # The last one has many steps over M.
     for M, N, K, R in [(136, 200, 264, 17), (200, 136, 136, 64), (1100, 24, 40, 4)]:
-        case = LoraCase(M, N, K, R, dtype=torch.bfloat16, dropout_p=0.2, bias=True, lora_e=True)
+        case = LoraCase(M, N, K, R, dtype=torch.bfloat16, dropout_p=0.2, bias=True, lora_e=True, column_scale=True)
         case.backend = cuda_emulated
         case.check()
 

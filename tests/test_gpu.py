@@ -62,6 +62,10 @@ class OnDevice:
     def lora_linear_bwd(self, *args):
         return self._run("lora_linear_bwd", args, 3)
 
+    def column_scale_bwd(self, *args):
+        results = self.module.column_scale_bwd(*(_move(arg, self.device) for arg in args))
+        return tuple(_move(result, "cpu") for result in results)
+
 
 CASES = [
     dict(M=1, N=1, K=1, R=1),
@@ -72,6 +76,8 @@ CASES = [
     dict(M=520, N=1536, K=576, R=16, adapter_dtype=FP32, dropout_p=0.1),
     dict(M=2048, N=2048, K=512, R=16, adapter_dtype=FP32, dropout_p=0.1),
     dict(M=65, N=136, K=200, R=130, dtype=FP16, adapter_dtype=FP32, dropout_p=0.5, lora_e=True),
+    dict(M=520, N=1536, K=576, R=16, adapter_dtype=FP32, dropout_p=0.1, bias=True, column_scale=True),
+    dict(M=63, N=65, K=129, R=17, dtype=FP16, adapter_dtype=FP32, column_scale=True),
 ]
 
 
@@ -89,7 +95,7 @@ def test_dense(backend, case):
 
 @_backends("triton", "vendor")
 def test_dense_float32(backend):
-    problem = LoraCase(129, 320, 264, 16, dropout_p=0.1, bias=True)
+    problem = LoraCase(129, 320, 264, 16, dropout_p=0.1, bias=True, column_scale=True)
     problem.backend = OnDevice(backend)
     problem.check()
 
@@ -100,7 +106,7 @@ def test_dense_float32(backend):
     "case",
     [
         dict(M=1, N=576, K=576, R=16, adapter_dtype=FP32),
-        dict(M=16, N=512, K=1024, R=8, adapter_dtype=FP32, bias=True),
+        dict(M=16, N=512, K=1024, R=8, adapter_dtype=FP32, bias=True, column_scale=True),
         dict(M=65, N=63, K=129, R=17, dropout_p=0.3),
         dict(M=300, N=1024, K=576, R=64, adapter_dtype=FP32, dropout_p=0.1),
     ],

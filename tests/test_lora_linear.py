@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import backends, lora_linear, reference, use_backend
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
-NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "lora_e")
+NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "lora_e", "column_scale")
 
 
 def call(inputs, scaling=0.5, dropout_p=0.0):
@@ -27,9 +27,8 @@ def plain(inputs, scaling, mask=None):
     h = torch.nn.functional.linear(dropped, inputs["lora_a"])
     if inputs["lora_e"] is not None:
         h = h * inputs["lora_e"]
-    return torch.nn.functional.linear(x, inputs["weight"], inputs["bias"]) + scaling * torch.nn.functional.linear(
-        h, inputs["lora_b"]
-    )
+    z = torch.nn.functional.linear(x, inputs["weight"]) + scaling * torch.nn.functional.linear(h, inputs["lora_b"])
+    return (z if inputs["column_scale"] is None else z * inputs["column_scale"]) + inputs["bias"]
 
 
 def drawn_rng(seed):
@@ -38,9 +37,11 @@ def drawn_rng(seed):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("column_scale", [False, True])
 @pytest.mark.parametrize("lora_e", [False, True])
-def test_gradcheck_of_the_op_in_float64(lora_e, dropout_p):
-    inputs = with_grad(lora_inputs(5, 4, 7, 3, torch.float64, bias=True, lora_e=lora_e))
+def test_gradcheck_of_the_op_in_float64(lora_e, column_scale, dropout_p):
+    inputs = lora_inputs(5, 4, 7, 3, torch.float64, bias=True, lora_e=lora_e, column_scale=column_scale)
+    inputs = with_grad(inputs)
 
     def op(*args):
         torch.manual_seed(0)
@@ -51,7 +52,7 @@ def test_gradcheck_of_the_op_in_float64(lora_e, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradcheck_of_the_reference_in_float64(dropout_p):
-    inputs = with_grad(lora_inputs(5, 4, 7, 3, torch.float64, bias=True, lora_e=True))
+    inputs = with_grad(lora_inputs(5, 4, 7, 3, torch.float64, bias=True, lora_e=True, column_scale=True))
     rng = torch.tensor([3, 4])
 
     def ref(*args):
@@ -62,22 +63,24 @@ def test_gradcheck_of_the_reference_in_float64(dropout_p):
 
 
 def test_reference_equals_plain_torch_in_float64():
-    inputs = with_grad(lora_inputs(33, 17, 21, 5, torch.float64, bias=True, lora_e=True))
+    inputs = with_grad(lora_inputs(33, 17, 21, 5, torch.float64, bias=True, lora_e=True, column_scale=True))
     dy = torch.randn(33, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     rng = torch.tensor([11, 2**40 + 5])
     mask = reference.keep_mask(rng, 0.25, 33, 21).double() / 0.75
     expected_y = plain(inputs, 0.7, mask)
-    names = ("x", "lora_a", "lora_b", "lora_e")
+    names = ("x", "lora_a", "lora_b", "lora_e", "column_scale")
     expected = torch.autograd.grad(expected_y, [inputs[name] for name in names], dy)
 
     detached = {name: t.detach() for name, t in inputs.items()}
     args = [detached[name] for name in ("x", "weight", "lora_a", "lora_b")]
-    y, h = reference.lora_linear_fwd(*args, 0.7, detached["bias"], detached["lora_e"], 0.25, rng)
+    bias, scale = detached["bias"], detached["column_scale"]
+    y, h = reference.lora_linear_fwd(*args, 0.7, bias, detached["lora_e"], 0.25, rng, scale)
+    dz, dscale = reference.column_scale_bwd(dy, y, bias, scale)
     grads = reference.lora_linear_bwd(
-        dy, args[0], h, *args[1:], 0.7, detached["lora_e"], 0.25, rng, (True, True, True, True)
+        dz, args[0], h, *args[1:], 0.7, detached["lora_e"], 0.25, rng, (True, True, True, True)
     )
     torch.testing.assert_close(y, expected_y.detach(), rtol=1e-12, atol=1e-12)
-    for name, actual, wanted in zip(names, grads, expected, strict=True):
+    for name, actual, wanted in zip(names, (*grads, dscale), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12, msg=f"gradient of {name}")
 
 
@@ -140,15 +143,17 @@ def test_no_nan_leaks_through_a_dropped_element():
     (torch.float16, torch.float32),
 ])  # fmt: skip
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_forward_and_every_gradient_by_auto(dtype, adapter_dtype, dropout_p):
-    base = lora_inputs(65, 33, 47, 5, dtype, adapter_dtype, bias=True, lora_e=True)
+@pytest.mark.parametrize("column_scale", [False, True])
+def test_forward_and_every_gradient_by_auto(dtype, adapter_dtype, dropout_p, column_scale):
+    base = lora_inputs(65, 33, 47, 5, dtype, adapter_dtype, bias=True, lora_e=True, column_scale=column_scale)
+    names = NAMES if column_scale else NAMES[:-1]
     dy = torch.randn(65, 33, generator=torch.Generator().manual_seed(3)).to(dtype)
     rng = drawn_rng(7)
 
     def run(function, inputs):
         inputs = with_grad(inputs)
         y = function(inputs)
-        return [y.detach(), *torch.autograd.grad(y, [inputs[name] for name in NAMES], dy.to(y.dtype))]
+        return [y.detach(), *torch.autograd.grad(y, [inputs[name] for name in names], dy.to(y.dtype))]
 
     def ref(inputs):
         return reference.lora_linear_ref(**inputs, scaling=2.0, dropout_p=dropout_p, rng=rng)
@@ -157,14 +162,19 @@ def test_forward_and_every_gradient_by_auto(dtype, adapter_dtype, dropout_p):
         torch.manual_seed(7)
         return call(inputs, scaling=2.0, dropout_p=dropout_p)
 
-    exact = run(ref, {name: t.double() for name, t in base.items()})
-    for name, actual, eager, wanted in zip(("y", *NAMES), run(op, base), run(ref, base), exact, strict=True):
-        assert_close_to_reference(actual, eager, wanted, name)
+    exact = run(ref, {name: None if t is None else t.double() for name, t in base.items()})
+    for name, actual, eager, wanted in zip(("y", *names), run(op, base), run(ref, base), exact, strict=True):
+        # With a column scale, all gradients are made of dz, which is rounded to the dtype of x.
+        kind = dtype if column_scale else actual.dtype
+        assert_close_to_reference(actual.to(kind), eager.to(kind), wanted, name)
 
 
-@pytest.mark.parametrize("names", [("x",), ("lora_a",), ("lora_b",), ("lora_e",), ("x", "lora_b"), ("bias", "weight")])
+@pytest.mark.parametrize(
+    "names",
+    [("x",), ("lora_a",), ("lora_b",), ("lora_e",), ("column_scale",), ("x", "lora_b"), ("bias", "weight")],
+)
 def test_subsets_of_gradients(names):
-    base = lora_inputs(9, 6, 10, 4, bias=True, lora_e=True)
+    base = lora_inputs(9, 6, 10, 4, bias=True, lora_e=True, column_scale=True)
     every, some = with_grad(base), with_grad(base, names)
     call(every).square().sum().backward()
     call(some).square().sum().backward()
@@ -221,7 +231,7 @@ def test_non_contiguous_inputs(backend):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_draws_the_same_mask_again(use_reentrant):
-    base = lora_inputs(16, 8, 12, 4)
+    base = lora_inputs(16, 8, 12, 4, column_scale=True)
     grads = []
     for wrap in (False, True):
         inputs = with_grad(base)
@@ -232,7 +242,7 @@ def test_checkpointing_draws_the_same_mask_again(use_reentrant):
         else:
             y = call(inputs, dropout_p=0.5)
         y.square().sum().backward()
-        grads.append([inputs[name].grad for name in ("x", "lora_a", "lora_b")])
+        grads.append([inputs[name].grad for name in ("x", "lora_a", "lora_b", "column_scale")])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -245,8 +255,9 @@ def test_dropout_follows_torchs_generator():
     assert not torch.equal(first, second)
 
 
-def test_compiles_without_graph_breaks():
-    base = lora_inputs(16, 8, 12, 4, bias=True)
+@pytest.mark.parametrize("column_scale", [False, True])
+def test_compiles_without_graph_breaks(column_scale):
+    base = lora_inputs(16, 8, 12, 4, bias=True, lora_e=True, column_scale=column_scale)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for dropout_p in (0.0, 0.25):
         eager_inputs, compiled_inputs = with_grad(base), with_grad(base)
@@ -257,19 +268,23 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(actual, expected)
         expected.square().sum().backward()
         actual.square().sum().backward()
-        for name in NAMES[:5]:
+        for name in NAMES if column_scale else NAMES[:-1]:
             torch.testing.assert_close(compiled_inputs[name].grad, eager_inputs[name].grad)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_opcheck(dropout_p):
-    inputs = with_grad(lora_inputs(6, 5, 8, 3, bias=True, lora_e=True))
+    inputs = with_grad(lora_inputs(6, 5, 8, 3, bias=True, lora_e=True, column_scale=True))
     rng = torch.tensor([1, 2]) if dropout_p else None
     args = [inputs[name] for name in ("x", "weight", "lora_a", "lora_b")]
-    torch.library.opcheck(
-        torch.ops.lora_kernels.lora_linear_fwd.default,
-        (*args, 0.5, inputs["bias"], inputs["lora_e"], dropout_p, rng),
-    )
+    for scale in ((), (inputs["column_scale"],)):
+        torch.library.opcheck(
+            torch.ops.lora_kernels.lora_linear_fwd.default,
+            (*args, 0.5, inputs["bias"], inputs["lora_e"], dropout_p, rng, *scale),
+        )
+    scale_bwd = torch.ops.lora_kernels.column_scale_bwd.default
+    for y in (torch.ones(6, 5), None):
+        torch.library.opcheck(scale_bwd, (torch.ones(6, 5), y, inputs["bias"].detach(), torch.ones(5)))
     detached = [t.detach() for t in args]
     dy, h = torch.ones(6, 5), torch.ones(6, 3)
     torch.library.opcheck(
@@ -279,13 +294,13 @@ def test_opcheck(dropout_p):
 
 
 def test_autocast_runs_in_its_dtype_with_float32_adapters():
-    base = lora_inputs(16, 8, 12, 4, bias=True)
+    base = lora_inputs(16, 8, 12, 4, bias=True, column_scale=True)
     inputs = with_grad(base)
     with torch.autocast("cpu", torch.bfloat16):
         y = call(inputs)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
-    assert inputs["lora_a"].grad.dtype == torch.float32 and inputs["x"].grad.dtype == torch.float32
+    assert all(inputs[name].grad.dtype == torch.float32 for name in ("x", "lora_a", "column_scale"))
     half = {**base, **{name: base[name].bfloat16() for name in ("x", "weight", "bias")}}
     torch.testing.assert_close(y, call(half), rtol=0, atol=0)
 
@@ -308,6 +323,8 @@ def test_no_second_derivative():
     (dict(lora_b=torch.ones(5, 2).bfloat16()), TypeError, "lora_b has dtype torch.bfloat16"),
     (dict(bias=torch.ones(4)), ValueError, "bias has shape"),
     (dict(lora_e=torch.ones(3)), ValueError, "lora_e has shape"),
+    (dict(column_scale=torch.ones(8)), ValueError, r"column_scale has shape \[8\]; expected \[5\]"),
+    (dict(column_scale=torch.ones(5).half()), TypeError, "column_scale has dtype torch.float16"),
     (dict(dropout_p=1.0), ValueError, "dropout_p is 1.0"),
     (dict(dropout_p=-0.1), ValueError, "dropout_p is -0.1"),
     (dict(lora_a=torch.ones(2, 8, device="meta")), ValueError, "lora_a is on meta"),

@@ -202,8 +202,10 @@ SIZES = [
 
 
 def results(backend, parts, inputs, dy, dropout_p, needs=(True,) * 4):
-    x, _, lora_a, lora_b, bias, lora_e = inputs.values()
-    y, h = backend.lora_linear_fwd(x, parts, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, RNG)
+    x, _, lora_a, lora_b, bias, lora_e, column_scale = inputs.values()
+    y, h = backend.lora_linear_fwd(x, parts, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, RNG, column_scale)
+    if column_scale is not None:
+        dy, _ = backend.column_scale_bwd(dy, None, bias, column_scale)
     grads = backend.lora_linear_bwd(dy, x, h, parts, lora_a, lora_b, 0.7, lora_e, dropout_p, RNG, needs)
     return {"y": y, "h": h, **dict(zip(GRADIENTS, grads, strict=True))}
 
@@ -230,10 +232,10 @@ def test_lora_linear_matches_float64(backend, monkeypatch, sizes, dtype, path):
     monkeypatch.setattr(cpu, "_PANEL", 1 << 12)
     monkeypatch.setattr(cpu, "_BASE", 1)
     M, N, K, R = sizes
-    inputs = lora_inputs(M, N, K, R, dtype, FP32, bias=True, lora_e=True)
+    inputs = lora_inputs(M, N, K, R, dtype, FP32, bias=True, lora_e=True, column_scale=M % 3 == 0)
     parts = reference.quantize_nf4(inputs["weight"], 64, R % 2 == 0)
     dy = torch.randn(M, N, generator=torch.Generator().manual_seed(7)).to(dtype)
-    wide = {name: t.double() for name, t in inputs.items()}
+    wide = {name: None if t is None else t.double() for name, t in inputs.items()}
     actual = results(backend, parts, inputs, dy, 0.3)
     plain, exact = eager(parts, inputs, dy, 0.3), results(reference, parts, wide, dy.double(), 0.3)
     for name, t in actual.items():
@@ -306,7 +308,7 @@ def test_op_contract():
     inputs = lora_inputs(6, 24, 64, 3)
     tensors = [inputs[name].requires_grad_() for name in ("x", "lora_a", "lora_b")]
     packed, *scales = weight.tensors()[:-1]
-    args = (tensors[0], packed, *tensors[1:], 0.7, None, None, 0.0, None, *scales)
+    args = (tensors[0], packed, *tensors[1:], 0.7, None, None, 0.0, None, None, *scales)
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_fwd.default, args)
 
 

@@ -230,7 +230,6 @@ def edit(directory, **changes):
     "changes, match",
     [
         ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
-        ({"use_dora": True}, "use_dora is True, which is not supported yet"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"layers_to_transform": 0}, "layers_to_transform is 0"),
         ({"layers_to_transform": [1]}, "layers_to_transform"),

@@ -177,7 +177,7 @@ def test_forward_and_backward_are_measured_once_a_bucket(fake_gpu):
         step(**change)
         assert ("triton", "lora_linear_fwd") in fake_gpu.log, change
     key = next(iter(json.loads(fake_gpu.choices.path.read_text())["choices"]))
-    assert key == "lora_linear_fwd 00, NVIDIA Imaginary 1, float32/float32, dense, M<=8 N=6 K=7 R=2"
+    assert key == "lora_linear_fwd 000, NVIDIA Imaginary 1, float32/float32, dense, M<=8 N=6 K=7 R=2"
 
 
 @pytest.mark.parametrize(("value", "expected"), [("fused", "triton"), ("vendor", "vendor")])
@@ -238,6 +238,8 @@ class VendorCase(LoraCase):
         dict(M=33, N=65, K=63, R=17, dropout_p=0.3, bias=True, lora_e=True, dtype=BF16, adapter_dtype=FP32),
         dict(M=17, N=40, K=24, R=4, dropout_p=0.5, dtype=FP16),
         dict(M=33, N=65, K=63, R=8, dropout_p=0.3, bias=True),
+        dict(M=33, N=65, K=63, R=8, dropout_p=0.3, bias=True, column_scale=True),
+        dict(M=33, N=65, K=63, R=8, dtype=BF16, adapter_dtype=FP32, column_scale=True),
     ],
     ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}-{str(c.get('dtype', FP32))[6:]}",
 )

@@ -80,6 +80,10 @@ def test_mask_is_the_reference_mask_bit_for_bit(rng):
         dict(M=65, N=129, K=63, R=70, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, lora_e=True),
         dict(M=64, N=64, K=128, R=1, dtype=FP16, adapter_dtype=FP32, bias=True),
         dict(M=65, N=63, K=129, R=4, dtype=FP16, dropout_p=0.5, lora_e=True),
+        dict(M=1, N=1, K=1, R=1, dtype=BF16, column_scale=True),
+        dict(M=65, N=129, K=63, R=17, dropout_p=0.3, bias=True, column_scale=True),
+        dict(M=63, N=300, K=65, R=8, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, column_scale=True),
+        dict(M=65, N=63, K=64, R=16, dtype=FP16, adapter_dtype=FP32, bias=True, lora_e=True, column_scale=True),
     ],
     ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}-{str(c.get('dtype', FP32))[6:]}",
 )
@@ -99,19 +103,23 @@ def test_lora_e_gradient_is_none_without_lora_e():
 
 
 def test_strided_inputs_and_transposed_weight():
-    Case(33, 65, 40, 5, dtype=BF16, dropout_p=0.2, bias=True).check(strided)
+    Case(33, 65, 40, 5, dtype=BF16, dropout_p=0.2, bias=True, column_scale=True).check(strided)
 
 
-def test_guarded_buffers(monkeypatch):
+@pytest.mark.parametrize("column_scale", [False, True])
+def test_guarded_buffers(monkeypatch, column_scale):
     """Nothing outside the tensors is read or written, and every output element is: all of them start as NaN."""
     guarded = GuardedBuffers()
-    case = Case(35, 67, 41, 5, dropout_p=0.2, bias=True, lora_e=True)
+    case = Case(35, 67, 41, 5, dropout_p=0.2, bias=True, lora_e=True, column_scale=column_scale)
     exact = case.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
     monkeypatch.setattr(torch, "empty", guarded)
-    actual = case.run(lora_linear_fwd, lora_linear_bwd, lambda name, t: guarded(t.shape, t.dtype).copy_(t))
-    assert len(guarded.arenas) == 18
+    functions = (lora_linear_fwd, lora_linear_bwd, lambda name, t: guarded(t.shape, t.dtype).copy_(t))
+    actual = case.run(*functions, scale_bwd=backend.column_scale_bwd)
+    assert len(guarded.arenas) == (21 if column_scale else 18)
     guarded.check()
     for name, t in actual.items():
+        if exact[name] is None:
+            continue
         torch.testing.assert_close(t.double(), exact[name], atol=1e-4, rtol=1e-4)
 
 
@@ -140,10 +148,10 @@ def small_blocks(monkeypatch):
 
 def test_the_order_of_programs_does_not_matter(monkeypatch):
     small_blocks(monkeypatch)
-    case = Case(70, 40, 40, 33, dropout_p=0.2, lora_e=True)
+    case = Case(70, 40, 40, 33, dropout_p=0.2, lora_e=True, column_scale=True)
     first = case.check()
     monkeypatch.setattr(interpreter, "range", shuffled_range(random.Random(0)), raising=False)
-    second = case.run(lora_linear_fwd, lora_linear_bwd)
+    second = case.run(lora_linear_fwd, lora_linear_bwd, scale_bwd=backend.column_scale_bwd)
     for name, t in first.items():
         assert torch.equal(t, second[name]), f"{name} depends on the order of programs"
 
@@ -159,12 +167,19 @@ class OperatorLog(TorchDispatchMode):
 
 
 def test_launches(monkeypatch):
-    """Two forward and four backward, and no other operator that would launch one."""
+    """Two forward and four backward, and no other operator that would launch one; a column scale adds two backward."""
     launches = []
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: launches.append(self.fn.__name__))
-    case = Case(9, 10, 11, 3, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
+    functions = lora_linear_fwd, lora_linear_bwd
+    sizes, options = (9, 10, 11, 3), dict(dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
+    plain, scaled = Case(*sizes, **options), Case(*sizes, **options, column_scale=True)
     with OperatorLog() as log:
-        case.run(lora_linear_fwd, lora_linear_bwd)
+        scaled.run(*functions, scale_bwd=backend.column_scale_bwd)
+    assert len(launches) == 7 and launches.pop(2) == "_column_scale_bwd_kernel"
+    assert set(log.names) <= {"empty", "permute", "t", "sum"} and log.names.count("sum") == 1
+    launches.clear()
+    with OperatorLog() as log:
+        plain.run(*functions)
     assert launches == ["_h_kernel", "_gemm_kernel", "_dh_dlora_b_kernel", "_reduce_kernel", "_dlora_a_kernel",
                         "_gemm_kernel"]  # fmt: skip
     assert set(log.names) <= {"empty", "permute", "t"}, log.names

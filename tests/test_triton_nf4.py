@@ -110,14 +110,15 @@ class Nf4Case(Case):
         self.inputs["weight"] = torch.empty(N, K)
         reference.dequantize_nf4(self.parts, self.inputs["weight"])
 
-    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None):
+    def run(self, fwd, bwd, place=lambda name, t: t, dtype=None, **options):
         if dtype is not None:
-            return super().run(fwd, bwd, place, dtype)
+            return super().run(fwd, bwd, place, dtype, **options)
         parts = NF4(*(place("part", part) if isinstance(part, torch.Tensor) else part for part in self.parts))
         return super().run(
             lambda x, weight, *rest: fwd(x, parts, *rest),
             lambda dy, x, h, weight, *rest: bwd(dy, x, h, parts, *rest),
             place,
+            **options,
         )
 
 
@@ -126,6 +127,7 @@ class Nf4Case(Case):
     [
         dict(M=1, N=1, K=1, R=1, double_quant=True),
         dict(M=5, N=67, K=192, R=4, bias=True, lora_e=True),
+        dict(M=19, N=67, K=192, R=4, bias=True, column_scale=True, dtype=BF16, adapter_dtype=FP32),
         dict(M=65, N=70, K=96, R=3, block_size=32, double_quant=True, dropout_p=0.3, bias=True),
         dict(M=17, N=65, K=128, R=17, block_size=128, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, lora_e=True),
         dict(M=66, N=63, K=64, R=8, dtype=BF16, double_quant=True, bias=True),

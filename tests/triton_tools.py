@@ -30,8 +30,8 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
 
     def some(dtype: str, rank: int, even: bool = True, dropout: bool = True, conv1d: bool = False) -> list[dict]:
         need = {"NEED_DH": True, "NEED_DB": True, "NEED_DE": True}
-        forward = {"HAS_BIAS": True, "HAS_E": True, "HAS_DROPOUT": False}
-        backward = {"HAS_BIAS": False, "HAS_E": False, "HAS_DROPOUT": dropout}
+        forward = {"HAS_SCALE": False, "HAS_BIAS": True, "HAS_E": True, "HAS_DROPOUT": False}
+        backward = {"HAS_SCALE": False, "HAS_BIAS": False, "HAS_E": False, "HAS_DROPOUT": dropout}
         kernels = [
             ("h", "h", {"HAS_DROPOUT": dropout}),
             ("gemm", "y", forward),
@@ -50,6 +50,19 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
 
     def gemms(rows: list[dict]) -> list[dict]:
         return [row for row in rows if row["kernel"] == "gemm"]
+
+    def scaled(rows: list[dict]) -> list[dict]:
+        """Those that make y, with a column scale."""
+        return [
+            {**row, "label": f"{row['label']} scaled", "flags": {**row["flags"], "HAS_SCALE": True}}
+            for row in gemms(rows)
+            if row["low_rank"] == "y"
+        ]
+
+    def column_scale(dtype: str) -> list[dict]:
+        flags = {"HAS_BIAS": True, "NEED_DSCALE": True}
+        kernel = "column_scale_bwd"
+        return [{"kernel": kernel, "label": f"{kernel} {dtype}", "dtype": dtype, "rank": 0, "flags": flags, "depth": 0}]
 
     def adamw(param: str, grad: str, aligned: bool = True) -> list[dict]:
         notes = f"{param} {grad}" + " unaligned" * (not aligned)
@@ -80,11 +93,14 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
             for kernel in [*kernels, "dequantize"]
         ]  # fmt: skip
 
-    chosen = some("bf16", 16) + nf4("bf16") + nf4("bf16", rows=16, double=True)
+    chosen = some("bf16", 16) + scaled(some("bf16", 16)) + column_scale("bf16")
+    chosen += nf4("bf16") + nf4("bf16", rows=16, double=True)
     chosen += codec("bf16", 64, double=True) + adamw("fp32", "fp32")
     if dtypes:
         chosen += some("fp16", 16) + some("fp32", 16)
     if full:
+        chosen += scaled(some("bf16", 64, even=False, conv1d=True)) + scaled(some("fp32", 16)) + scaled(nf4("bf16"))
+        chosen += scaled(nf4("fp32", rows=16)) + column_scale("fp32") + column_scale("fp16")
         chosen += adamw("fp32", "fp32", aligned=False) + adamw("bf16", "bf16") + adamw("fp16", "fp16")
         chosen += some("bf16", 32) + some("bf16", 64) + some("fp16", 16) + some("fp32", 16) + some("fp32", 64)
         chosen += gemms(some("bf16", 16, even=False)) + gemms(some("bf16", 64, even=False, conv1d=True))
@@ -124,11 +140,15 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         constants |= dict.fromkeys(("absmax_scale_ptr", "absmax_offset_ptr"))
     if constants.get("HAS_BIAS") is False:
         constants["bias_ptr"] = constants["lora_e_ptr"] = None
+    if constants.get("HAS_SCALE") is False:
+        constants["column_scale_ptr"] = None
     if constants.get("HAS_DROPOUT") is False:
         constants["rng_ptr"] = None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
-    pointers = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "dy_ptr", "weight_ptr"), variant["dtype"])
+    pointers = dict.fromkeys(
+        ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "dy_ptr", "y_ptr", "dz_ptr", "weight_ptr"), variant["dtype"]
+    )
     pointers |= {"rng_ptr": "i64", "packed_ptr": "u8", "codes_ptr": "u8"}
     if "nf4" in variant:
         pointers["w_ptr"] = "u8"
@@ -149,7 +169,7 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
     row = _compile(chip, kernel, signature, constants, attrs, options)
     # Dequantisation's code · scale + offset must round twice.
     row["contracted"] = row["fma"] and variant["kernel"] == "dequantize"
-    return {"kernel": variant["label"], "matrix_kernel": "rank" in variant and variant["kernel"] != "reduce"} | row
+    return {"kernel": variant["label"], "matrix_kernel": "low_rank" in variant and variant["kernel"] != "reduce"} | row
 
 
 def compile_adamw(chip: int | str, variant: dict) -> dict:

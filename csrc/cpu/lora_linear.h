@@ -1,5 +1,5 @@
 // CPU kernels of the low-rank half of lora_linear. Nothing here knows Python or torch.
-//   y = x Wᵀ + bias + scaling · ((dropout(x) lora_aᵀ) ∘ lora_e) lora_bᵀ
+//   y = column_scale ∘ (x Wᵀ + scaling · ((dropout(x) lora_aᵀ) ∘ lora_e) lora_bᵀ) + bias
 // The base product is the caller's. Shapes: x [M,K], y [M,N], lora_a [R,K], lora_b [N,R], h and dh [M,R].
 // Rows of x, y, dx and dy are `ld_*` elements apart with unit column stride; everything else is contiguous.
 #pragma once
@@ -29,12 +29,13 @@ struct LoraAFwd {
   int num_threads;
 };
 
-// y = base + bias + scaling · h lora_bᵀ, rounded once. base may be y itself.
+// y = column_scale ∘ (base + scaling · h lora_bᵀ) + bias, rounded once. base may be y itself.
 struct LoraBFwd {
   const void* base;
   DType base_dtype;
   int64_t ld_base;
-  const float* bias;  // [N] or null
+  const float* column_scale;  // [N] or null
+  const float* bias;          // [N] or null
   const float* h;
   const void* lora_b;
   DType lora_b_dtype;
@@ -43,6 +44,22 @@ struct LoraBFwd {
   DType y_dtype;
   int64_t ld_y;
   int64_t M, N, R;
+  int num_threads;
+};
+
+// Of y = column_scale ∘ z + bias:  dz = dy ∘ column_scale;  total = Σ_m dy ∘ (y - bias). One pass over dy and y. dz is
+// contiguous.
+struct ColumnScaleBwd {
+  const void* dy;
+  int64_t ld_dy;
+  const void* y;  // or null, as total then is
+  int64_t ld_y;
+  const float* bias;  // [N] or null
+  const float* column_scale;
+  void* dz;
+  DType dtype;
+  float* total;  // [N]
+  int64_t M, N;
   int num_threads;
 };
 
@@ -89,6 +106,7 @@ struct LoraLinearKernels {
   bool (*lora_b_fwd)(const LoraBFwd&);
   bool (*lora_b_bwd)(const LoraBBwd&);
   bool (*lora_a_bwd)(const LoraABwd&);
+  bool (*column_scale_bwd)(const ColumnScaleBwd&);
 };
 
 }  // namespace lora_kernels::cpu

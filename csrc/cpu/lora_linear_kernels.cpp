@@ -127,10 +127,10 @@ void load_block(const T* src, int64_t ld, int64_t rows, int64_t cols, Mask mask,
   }
 }
 
-// out = base + bias + keep ∘ Σ_r h[:, r] panel[r, :] over [rows, cols], where cols start at a panel's start.
+// out = scale ∘ (base + keep ∘ Σ_r h[:, r] panel[r, :]) + bias over [rows, cols], where cols start at a panel's start.
 template <class TBase, class TOut>
 void rank_update(const float* h, int64_t R, const float* panels, int64_t rows, int64_t cols, Mask mask,
-                 const float* bias, const TBase* base, int64_t ld_base, TOut* out, int64_t ld_out) {
+                 const float* scale, const float* bias, const TBase* base, int64_t ld_base, TOut* out, int64_t ld_out) {
   for_row_tiles(rows, [&](auto tile, int64_t i) {
     constexpr int kRows = decltype(tile)::value;
     const float* panel = panels;
@@ -142,8 +142,10 @@ void rank_update(const float* h, int64_t R, const float* panels, int64_t rows, i
         for (int v = 0; v < kVecs; ++v) {
           vf value = acc[ii][v];
           if (mask.bits) value = (vf)((vu32)value & (expand_bits(mask.at(i + ii, j), v * kLanes) ^ mask.flip));
+          value += load(in + v * kLanes);
+          if (scale) value *= load(scale + j + v * kLanes);
           if (bias) value += load(bias + j + v * kLanes);
-          store(o + v * kLanes, load(in + v * kLanes) + value);
+          store(o + v * kLanes, value);
         }
       };
       if (cols - j >= kTileCols) {
@@ -227,6 +229,19 @@ struct Scratch {
   LK_INLINE uint8_t* bits(float* base) const { return (uint8_t*)(h_out(base) + h_size()); }
 };
 
+// src [N], or null, with zeros up to whole tiles.
+struct PaddedColumns {
+  Buffer buffer;
+  const float* data;
+  PaddedColumns(const float* src, int64_t N)
+      : buffer(src ? round_up(N, kTileCols) : 0), data(src ? buffer.data : nullptr) {
+    if (!data) return;
+    memcpy(buffer.data, src, N * sizeof(float));
+    memset(buffer.data + N, 0, (round_up(N, kTileCols) - N) * sizeof(float));
+  }
+  LK_INLINE const float* at(int64_t col) const { return data ? data + col : nullptr; }
+};
+
 bool lora_a_fwd(const LoraAFwd& p) {
   const int threads = product_threads(p.num_threads, p.M, p.K, p.R);
   const Panels a_shape{p.K, p.R};
@@ -266,13 +281,10 @@ bool lora_a_fwd(const LoraAFwd& p) {
 bool lora_b_fwd(const LoraBFwd& p) {
   const int threads = product_threads(p.num_threads, p.M, p.N, p.R);
   const Panels b_shape{p.R, p.N, kTileCols};
-  Buffer b_panels(b_shape.size()), bias(round_up(p.N, kTileCols));
-  if (!b_panels.data || !bias.data) return false;
+  Buffer b_panels(b_shape.size());
+  const PaddedColumns scale(p.column_scale, p.N), bias(p.bias, p.N);
+  if (!b_panels.data || !scale.buffer.data || !bias.buffer.data) return false;
   pack(p.lora_b, p.lora_b_dtype, 1, p.R, p.scaling, b_shape, b_panels.data, p.num_threads);
-  if (p.bias) {
-    memset(bias.data, 0, round_up(p.N, kTileCols) * sizeof(float));
-    memcpy(bias.data, p.bias, p.N * sizeof(float));
-  }
 
   with_base_and_out(p.base_dtype, p.y_dtype, [&](auto* from, auto* to) {
     using TBase = __typeof__(*from);
@@ -284,7 +296,7 @@ bool lora_b_fwd(const LoraBFwd& p) {
         const int64_t rows = min64(kBlockRows, share.last - row);
         for (int64_t col = 0; col < p.N; col += kBlockCols)
           rank_update(p.h + row * p.R, p.R, b_panels.data + col * p.R, rows, min64(kBlockCols, p.N - col), {},
-                      p.bias ? bias.data + col : nullptr, (const TBase*)p.base + row * p.ld_base + col, p.ld_base,
+                      scale.at(col), bias.at(col), (const TBase*)p.base + row * p.ld_base + col, p.ld_base,
                       (TOut*)p.y + row * p.ld_y + col, p.ld_y);
       }
     }
@@ -373,7 +385,7 @@ bool lora_a_bwd(const LoraABwd& p) {
           }
           if (p.dx)
             rank_update(p.dh + row * p.R, p.R, a_panels.data + col * p.R, rows, cols,
-                        {mask.at(0, col), mask.stride, p.undo_dropped ? ~0u : 0u}, nullptr,
+                        {mask.at(0, col), mask.stride, p.undo_dropped ? ~0u : 0u}, nullptr, nullptr,
                         (const TBase*)p.base + row * p.ld_base + col, p.ld_base, (T*)p.dx + row * p.ld_dx + col,
                         p.ld_dx);
         }
@@ -385,9 +397,55 @@ bool lora_a_bwd(const LoraABwd& p) {
   return true;
 }
 
+bool column_scale_bwd(const ColumnScaleBwd& p) {
+  const int threads = thread_count(p.num_threads, p.M, p.M * p.N, kMinMoves);
+  const PaddedColumns scale(p.column_scale, p.N), bias(p.bias, p.N);
+  const int64_t width = round_up(p.N, kTileCols);
+  Buffer partials(p.total ? threads * width : 0);
+  if (!scale.buffer.data || !bias.buffer.data || !partials.data) return false;
+
+  with_type(p.dtype, [&](auto* type) {
+    using T = __typeof__(*type);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int part = 0; part < threads; ++part) {
+      float* total = p.total ? partials.data + part * width : nullptr;
+      if (total) memset(total, 0, width * sizeof(float));
+      const Share share = share_of(p.M, part, threads);
+      for (int64_t row = share.first; row < share.last; ++row) {
+        const T *dy = (const T*)p.dy + row * p.ld_dy, *y = p.y ? (const T*)p.y + row * p.ld_y : nullptr;
+        T* dz = (T*)p.dz + row * p.N;
+        auto step = [&](int64_t n, const T* from, const T* result, T* to) {
+          const vf slope = load(from);
+          store(to, slope * load(scale.data + n));
+          if (!total) return;
+          vf value = load(result);
+          if (bias.data) value -= load(bias.data + n);
+          store(total + n, load(total + n) + slope * value);
+        };
+        int64_t n = 0;
+        for (; n + kLanes <= p.N; n += kLanes) step(n, dy + n, y ? y + n : nullptr, dz + n);
+        if (n < p.N) {
+          const int64_t left = (p.N - n) * sizeof(T);
+          T from[kLanes] = {}, result[kLanes] = {}, to[kLanes];
+          memcpy(from, dy + n, left);
+          if (y) memcpy(result, y + n, left);
+          step(n, from, result, to);
+          memcpy(dz + n, to, left);
+        }
+      }
+    }
+  });
+  for (int64_t n = 0; p.total && n < p.N; ++n) {
+    p.total[n] = 0;
+    for (int part = 0; part < threads; ++part) p.total[n] += partials.data[part * width + n];
+  }
+  return true;
+}
+
 }  // namespace
 
 extern const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA);
-const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA) = {lora_a_fwd, lora_b_fwd, lora_b_bwd, lora_a_bwd};
+const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA) = {lora_a_fwd, lora_b_fwd, lora_b_bwd, lora_a_bwd,
+                                                           column_scale_bwd};
 
 }  // namespace lora_kernels::cpu

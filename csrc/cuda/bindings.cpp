@@ -107,6 +107,8 @@ PYBIND11_MODULE(LK_MODULE, m) {
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
   m.attr("DH_ROWS") = kDhRows;
+  m.attr("SCALE_ROWS") = kScaleRows;
+  m.attr("SCALE_COLUMNS") = kScaleColumns;
   m.attr("ADAMW_CHUNK") = kAdamWChunk;
   m.attr("ADAMW_SCALARS") = sizeof(AdamWScalars) / sizeof(float);
   m.attr("NF4_MAX_TOKENS") = kNf4MaxTokens;
@@ -118,12 +120,27 @@ PYBIND11_MODULE(LK_MODULE, m) {
                  a.dropout(),           a.real("scale"),  a.dtype("dtype")};
   });
   bind(m, "lora_gemm", &lora_gemm, [](Arguments& a) {
-    return LoraGemm{a.pointer("x"),          a.stride("ld_x"),  a.pointer("weight"),   a.stride("stride_wn"),
-                    a.stride("stride_wk"),   a.pointer("bias"), a.pointer<float>("u"), a.pointer("lora_e"),
-                    a.dtype("lora_e_dtype"), a.pointer("v"),    a.dtype("v_dtype"),    a.stride("stride_vr"),
-                    a.stride("stride_vn"),   a.pointer("out"),  a.extent("M"),         a.extent("N"),
-                    a.extent("K"),           a.extent("R"),     a.real("scale"),       a.dropout(),
+    return LoraGemm{a.pointer("x"),          a.stride("ld_x"),      a.pointer("weight"),
+                    a.stride("stride_wn"),   a.stride("stride_wk"), a.pointer<float>("column_scale"),
+                    a.pointer("bias"),       a.pointer<float>("u"), a.pointer("lora_e"),
+                    a.dtype("lora_e_dtype"), a.pointer("v"),        a.dtype("v_dtype"),
+                    a.stride("stride_vr"),   a.stride("stride_vn"), a.pointer("out"),
+                    a.extent("M"),           a.extent("N"),         a.extent("K"),
+                    a.extent("R"),           a.real("scale"),       a.dropout(),
                     a.dtype("dtype")};
+  });
+  bind(m, "column_scale_bwd", &column_scale_bwd, [](Arguments& a) {
+    return ColumnScaleBwd{a.pointer("dy"),
+                          a.stride("ld_dy"),
+                          a.pointer("y"),
+                          a.pointer("bias"),
+                          a.pointer<float>("column_scale"),
+                          a.pointer("dz"),
+                          a.pointer<float>("dscale_parts"),
+                          a.extent("M"),
+                          a.extent("N"),
+                          a.extent("rows_per_split"),
+                          a.dtype("dtype")};
   });
   bind(m, "lora_dh_dlora_b", &lora_dh_dlora_b, [](Arguments& a) {
     return LoraDhDloraB{a.pointer("dy"),
@@ -179,10 +196,11 @@ PYBIND11_MODULE(LK_MODULE, m) {
   bind(m, "nf4_dequantize", &nf4_dequantize,
        [](Arguments& a) { return Nf4Dequantize{a.nf4_weight(), a.pointer("out"), a.dtype("dtype")}; });
   bind(m, "nf4_linear", &nf4_linear, [](Arguments& a) {
-    return Nf4Linear{a.nf4_weight(),          a.pointer("x"),      a.stride("ld_x"),        a.pointer("bias"),
-                     a.pointer<float>("h"),   a.pointer("lora_b"), a.dtype("lora_b_dtype"), a.pointer("lora_e"),
-                     a.dtype("lora_e_dtype"), a.pointer("y"),      a.extent("M"),           a.extent("R"),
-                     a.real("scaling"),       a.dtype("dtype")};
+    return Nf4Linear{
+        a.nf4_weight(),      a.pointer("x"),          a.stride("ld_x"),    a.pointer<float>("column_scale"),
+        a.pointer("bias"),   a.pointer<float>("h"),   a.pointer("lora_b"), a.dtype("lora_b_dtype"),
+        a.pointer("lora_e"), a.dtype("lora_e_dtype"), a.pointer("y"),      a.extent("M"),
+        a.extent("R"),       a.real("scaling"),       a.dtype("dtype")};
   });
   bind(m, "adamw_prepare", &adamw_prepare, [](Arguments& a) { return a.adamw(); });
   bind(m, "adamw_step", &adamw_step, [](Arguments& a) { return a.adamw(); });

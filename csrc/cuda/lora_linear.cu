@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) h_kernel(LoraH p) {
   }
 }
 
-// out = x weightᵀ + bias + dropout(scale (u ∘ lora_e) v)
+// out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias
 
 constexpr int kBlockM = 128, kBlockN = 128, kBlockK = 32, kStages = 3;
 constexpr int kWarpM = 64, kWarpN = 32, kWarpsN = kBlockN / kWarpN;
@@ -247,12 +247,14 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) gemm_kernel(LoraGe
     const int column = warp_n + 8 * j + 2 * q;
     const float bias0 = bias != nullptr && n0 + column < p.N ? to_float(bias[n0 + column]) : 0.f;
     const float bias1 = bias != nullptr && n0 + column + 1 < p.N ? to_float(bias[n0 + column + 1]) : 0.f;
+    const float scale0 = p.column_scale != nullptr && n0 + column < p.N ? p.column_scale[n0 + column] : 1.f;
+    const float scale1 = p.column_scale != nullptr && n0 + column + 1 < p.N ? p.column_scale[n0 + column + 1] : 1.f;
 #pragma unroll
     for (int i = 0; i < kWarpM / 16; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         *reinterpret_cast<uint32_t*>(smem + element_offset<kBlockN>(warp_m + 16 * i + 8 * half + g, column)) =
-            pack<T>(acc[i][j][2 * half] + bias0, acc[i][j][2 * half + 1] + bias1);
+            pack<T>(acc[i][j][2 * half] * scale0 + bias0, acc[i][j][2 * half + 1] * scale1 + bias1);
   }
   __syncthreads();
   T* out = static_cast<T*>(p.out);

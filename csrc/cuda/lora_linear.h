@@ -1,5 +1,5 @@
 // CUDA kernels of lora_linear. Nothing here knows Python or torch.
-//   y = x Wᵀ + bias + scaling · (h ∘ lora_e) lora_bᵀ,  h = dropout(x) lora_aᵀ
+//   y = column_scale ∘ (x Wᵀ + scaling · (h ∘ lora_e) lora_bᵀ) + bias,  h = dropout(x) lora_aᵀ
 //   dh = scaling · (dy lora_b) ∘ lora_e;  dlora_b = scaling · dyᵀ (h ∘ lora_e);  dlora_e = scaling · Σ_m h ∘ (dy
 //   lora_b) dlora_a = dhᵀ dropout(x);  dx = dy W + dropout'(dh lora_a)
 // Shapes: x [M,K], weight [N,K], y [M,N], lora_a [R,K], lora_b [N,R], lora_e [R], h and dh [M,R], every extent >= 1.
@@ -33,14 +33,15 @@ struct LoraH {
   DType dtype;
 };
 
-// out [M,N] = x [M,K] weightᵀ + bias + dropout(scale · (u ∘ lora_e) v), u [M,R] and v [R,N]. Forward: x, W, h and
-// lora_bᵀ. Backward: dy, Wᵀ, dh and lora_a, with N and K changing places. One stride of weight is 1.
+// out [M,N] = column_scale ∘ (x [M,K] weightᵀ + dropout(scale · (u ∘ lora_e) v)) + bias, u [M,R] and v [R,N]. Forward:
+// x, W, h and lora_bᵀ. Backward: dy, Wᵀ, dh and lora_a, with N and K changing places. One stride of weight is 1.
 struct LoraGemm {
   const void* x;
   int64_t ld_x;
   const void* weight;
   int64_t stride_wn, stride_wk;
-  const void* bias;  // [N] or null
+  const float* column_scale;  // [N] or null
+  const void* bias;           // [N] or null
   const float* u;
   const void* lora_e;  // [R] or null
   DType lora_e_dtype;
@@ -53,6 +54,22 @@ struct LoraGemm {
   Dropout dropout;
   DType dtype;
 };
+
+// Of y = column_scale ∘ z + bias: dz = dy ∘ column_scale, contiguous, and dscale_parts [splits,N] of Σ_m dy ∘ z over
+// blocks of rows_per_split rows, where z = (y - bias) / column_scale; 0 where column_scale is.
+struct ColumnScaleBwd {
+  const void* dy;
+  int64_t ld_dy;
+  const void* y;     // [M,N] contiguous, or null, as dscale_parts then is
+  const void* bias;  // [N] or null
+  const float* column_scale;
+  void* dz;
+  float* dscale_parts;
+  int M, N;
+  int rows_per_split;  // a multiple of kScaleRows
+  DType dtype;
+};
+constexpr int kScaleRows = 8, kScaleColumns = 256;
 
 // Partial sums of dy lora_b over blocks of kDhColumns(R) columns, dh_parts [column_blocks,M,R], and of dyᵀ h over
 // blocks of rows_per_split rows, db_parts [splits,N,R]; de_parts [splits,column_blocks,R]. Each is null where not
@@ -106,6 +123,7 @@ struct LoraDloraA {
 // Each queues one kernel on `stream` of the current device.
 cudaError_t lora_h(const LoraH& params, cudaStream_t stream);
 cudaError_t lora_gemm(const LoraGemm& params, cudaStream_t stream);
+cudaError_t column_scale_bwd(const ColumnScaleBwd& params, cudaStream_t stream);
 cudaError_t lora_dh_dlora_b(const LoraDhDloraB& params, cudaStream_t stream);
 cudaError_t lora_reduce(const LoraReduce& params, cudaStream_t stream);
 cudaError_t lora_dlora_a(const LoraDloraA& params, cudaStream_t stream);

@@ -11,6 +11,50 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
+static_assert(kScaleRows == kWarps && kScaleColumns == kThreads);
+
+// A warp takes every kWarps-th row, a lane 8 columns of it; the warps' sums are added in order.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads) column_scale_bwd_kernel(ColumnScaleBwd p) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n0 = blockIdx.x * kScaleColumns, n = n0 + 8 * lane;
+  const int first = blockIdx.y * p.rows_per_split, last = min(first + p.rows_per_split, p.M);
+  const T* bias = static_cast<const T*>(p.bias);
+  float scale[8], offset[8], sum[8] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    scale[i] = n + i < p.N ? p.column_scale[n + i] : 0.f;
+    offset[i] = bias != nullptr && n + i < p.N ? to_float(bias[n + i]) : 0.f;
+  }
+  for (int m = first + warp; m < last; m += kWarps) {
+    float dy[8], dz[8];
+    unpack8<T>(dy, load8<kAligned>(static_cast<const T*>(p.dy) + m * p.ld_dy, n, p.N));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) dz[i] = dy[i] * scale[i];
+    T* target = static_cast<T*>(p.dz) + int64_t(m) * p.N + n;
+    if constexpr (kAligned) {
+      if (n < p.N) *reinterpret_cast<uint4*>(target) = pack8<T>(dz);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (n + i < p.N) target[i] = from_float<T>(dz[i]);
+    }
+    if (p.y == nullptr) continue;
+    float y[8];
+    unpack8<T>(y, load8<kAligned>(static_cast<const T*>(p.y) + int64_t(m) * p.N, n, p.N));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] += dy[i] * (y[i] - offset[i]);
+  }
+  if (p.y == nullptr) return;
+  float* sums = dynamic_shared<float>();  // [kWarps, kScaleColumns]
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[warp * kScaleColumns + 8 * lane + i] = scale[i] == 0.f ? 0.f : sum[i] / scale[i];
+  __syncthreads();
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += sums[w * kScaleColumns + threadIdx.x];
+  if (n0 + int(threadIdx.x) < p.N) p.dscale_parts[int64_t(blockIdx.y) * p.N + n0 + threadIdx.x] = total;
+}
+
 constexpr int kDhStages = 3;
 
 template <int kRankFragments>
@@ -286,6 +330,16 @@ __global__ void __launch_bounds__(kThreads) dlora_a_kernel(LoraDloraA p) {
 }
 
 }  // namespace
+
+cudaError_t column_scale_bwd(const ColumnScaleBwd& p, cudaStream_t stream) {
+  const bool is_aligned = aligned(p.dy) && aligned(p.y) && aligned(p.dz) && p.ld_dy % 8 == 0 && p.N % 8 == 0;
+  return dispatch(p.dtype, is_aligned, [&](auto type, auto flag) {
+    using T = typename decltype(type)::type;
+    const dim3 grid(ceil_div(p.N, kScaleColumns), ceil_div(p.M, p.rows_per_split));
+    const size_t shared = sizeof(float) * kWarps * kScaleColumns;
+    return launch(column_scale_bwd_kernel<T, decltype(flag)::value>, grid, dim3(kThreads), shared, stream, p);
+  });
+}
 
 cudaError_t lora_dh_dlora_b(const LoraDhDloraB& p, cudaStream_t stream) {
   const bool is_aligned = aligned(p.dy) && p.ld_dy % 8 == 0 && p.N % 8 == 0;

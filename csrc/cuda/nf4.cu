@@ -247,6 +247,7 @@ __global__ void __launch_bounds__(kThreads, 3) linear_kernel(Nf4Linear p) {
     low_rank += h * load_any<T>(p.lora_b, p.lora_b_dtype, n * p.R + r);
   }
   y += p.scaling * low_rank;
+  if (p.column_scale != nullptr) y *= p.column_scale[n];
   if (p.bias != nullptr) y += to_float(static_cast<const T*>(p.bias)[n]);
   static_cast<T*>(p.y)[m * w.N + n] = from_float<T>(y);
 }

@@ -44,13 +44,15 @@ struct Nf4Dequantize {
   DType dtype;
 };
 
-// y [M,N] = x [M,K] Wᵀ + bias + scaling · (h ∘ lora_e) lora_bᵀ for M <= kNf4MaxTokens, W rounded to dtype (bfloat16 or
-// float16, that of x, bias and y) as in the dense product. h [M,R] float32, lora_b [N,R]; R may be 0.
+// y [M,N] = column_scale ∘ (x [M,K] Wᵀ + scaling · (h ∘ lora_e) lora_bᵀ) + bias for M <= kNf4MaxTokens, W rounded to
+// dtype (bfloat16 or float16, that of x, bias and y) as in the dense product. h [M,R] float32, lora_b [N,R]; R may be
+// 0.
 struct Nf4Linear {
   Nf4Weight weight;
   const void* x;
   int64_t ld_x;
-  const void* bias;  // or null
+  const float* column_scale;  // or null
+  const void* bias;           // or null
   const float* h;
   const void* lora_b;
   DType lora_b_dtype;

@@ -58,6 +58,14 @@ __device__ __forceinline__ uint4 pack8(const float (&e)[8]) {
   return make_uint4(pack<T>(e[0], e[1]), pack<T>(e[2], e[3]), pack<T>(e[4], e[5]), pack<T>(e[6], e[7]));
 }
 
+template <class T>
+__device__ __forceinline__ void unpack8(float (&e)[8], uint4 v) {
+  unpack<T>(e[0], e[1], v.x);
+  unpack<T>(e[2], e[3], v.y);
+  unpack<T>(e[4], e[5], v.z);
+  unpack<T>(e[6], e[7], v.w);
+}
+
 // Element i of a float32 tensor or one of T.
 template <class T>
 __device__ __forceinline__ float load_any(const void* data, DType dtype, int64_t i) {

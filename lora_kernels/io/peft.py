@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors.
 
-Tensors are named `base_model.model.<module path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R], modules trained in
-full by `base_model.model.<module path>.<their own key>`. What PEFT writes is read here and the other way round, with
+Tensors are named `base_model.model.<module path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R], with DoRA
+`.lora_magnitude_vector` [N], modules trained in full by `base_model.model.<module path>.<their own key>`. What PEFT writes is read here and the other way round, with
 the same logits. PEFT's spelling of names lives in this file only.
 """
 
@@ -38,6 +38,7 @@ from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 
 _READ = {
     "peft_type",
@@ -50,6 +51,7 @@ _READ = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "init_lora_weights",
     "bias",
 }
@@ -103,7 +105,7 @@ def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             raise RuntimeError("save_adapter was called inside adapters_disabled, where trained modules are set aside")
     saved = {}
     for key, tensor in tensors.items():
-        is_adapter = key.removesuffix(".weight").endswith((".lora_A", ".lora_B", ".lora_E"))
+        is_adapter = key.removesuffix(".weight").endswith((".lora_A", ".lora_B", ".lora_E", _MAGNITUDE))
         wide = tensor.float() if is_adapter and tensor.itemsize < 4 else tensor
         saved[key] = wide.detach().to("cpu", copy=True).contiguous()
     return saved
@@ -132,6 +134,8 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in lora_modules(model):
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+        if layer.lora_magnitude is not None:
+            tensors[f"{PREFIX}{name}{_MAGNITUDE}"] = layer.lora_magnitude
     return tensors | saved_module_tensors(model, model.lora_originals)
 
 
@@ -163,7 +167,7 @@ def peft_config(
         "lora_alpha": _integer_if_whole(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "bias": "none",
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
@@ -248,7 +252,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
 
 
 def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    parameters = [parameter for _, layer in lora_modules(model) for parameter in (layer.lora_a, layer.lora_b)]
+    parameters = [
+        parameter
+        for _, layer in lora_modules(model)
+        for parameter in (layer.lora_a, layer.lora_b, layer.lora_magnitude)
+        if parameter is not None
+    ]
     return parameters + [p for name in model.lora_originals for p in model.get_submodule(name).parameters()]
 
 
@@ -327,6 +336,7 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
             alpha_pattern=known_patterns(raw.get("alpha_pattern")),
             modules_to_save=saved,
             exclude_modules=known(raw.get("exclude_modules") or ()),
+            use_dora=bool(raw.get("use_dora")),
         )
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -341,6 +351,8 @@ def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Si
         N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
         shapes[f"{PREFIX}{name}.lora_A.weight"] = torch.Size((r, K))
         shapes[f"{PREFIX}{name}.lora_B.weight"] = torch.Size((N, r))
+        if config.use_dora:
+            shapes[f"{PREFIX}{name}{_MAGNITUDE}"] = torch.Size((N,))
     saved = saved_module_tensors(model, planned.modules_to_save)
     return shapes | {key: tensor.shape for key, tensor in saved.items()}
 

@@ -46,6 +46,7 @@ class LoRAConfig:
         modules_to_save: modules, named as in a list of target_modules, that are trained in full on a copy, and saved
             with the adapter. They get no adapter. A copy of a tied weight is no longer tied.
         exclude_modules: modules that get no adapter: a regular expression or a list, as in target_modules.
+        use_dora: weight-decomposed LoRA (Liu et al. 2024), see FusedLoRALinear.
 
     Raises ValueError naming the argument that is out of range.
     """
@@ -60,6 +61,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
     exclude_modules: str | Sequence[str] = ()
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         check_lora_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init)
@@ -238,9 +240,8 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None) -> nn.Mo
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (r, lora_alpha) in planned.adapters.items():
-        layer = FusedLoRALinear.from_linear(
-            model.get_submodule(name), r, lora_alpha, config.lora_dropout, config.use_rslora, config.init
-        )
+        linear, how = model.get_submodule(name), (config.lora_dropout, config.use_rslora, config.init)
+        layer = FusedLoRALinear.from_linear(linear, r, lora_alpha, *how, use_dora=config.use_dora)
         replace_module(model, name, layer)
     originals = {}
     for name in planned.modules_to_save:
@@ -284,7 +285,8 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
 class MergeCost:
     """What quantising merged weights to NF4 cost, over the layers whose adapter changes anything.
 
-    With W' = W + Δ the merged weight in float32, Q(W') its NF4 value and Δ = scaling · lora_b · lora_a:
+    With W' = W + Δ the merged weight in float32 and Q(W') its NF4 value, where Δ = scaling · lora_b · lora_a without
+    DoRA:
 
     Attributes:
         error: ‖Q(W') - W'‖ / ‖W'‖ of each layer.
@@ -311,7 +313,8 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
 
     Of several named adapters, the one in use is merged and the others are dropped.
 
-    W + scaling · lora_b · lora_a is summed in float32 and rounded once to the weight's dtype. The trained
+    W + scaling · lora_b · lora_a, with DoRA's magnitudes where there are, is made in float32 and rounded once to the
+    weight's dtype. The trained
     modules_to_save stay. What comes back is a plain model, for save_pretrained or inference; its parameters remain
     frozen (`model.requires_grad_(True)` to train them).
 
@@ -360,19 +363,17 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
 
 
 def _merge_to_nf4(layer: FusedLoRALinear) -> tuple[NF4Linear, tuple[float, float] | None]:
-    """The layer merged in NF4, and (error, survival) of MergeCost unless its update is zero."""
+    """The layer merged in NF4, and (error, survival) of MergeCost unless its update is nothing but rounding."""
     if layer.merged:
         layer.unmerge()
-    update = layer.update()
-    is_nf4 = isinstance(layer.weight, NF4Weight)
-    base = layer.weight.dequantize(update.dtype) if is_nf4 else layer.weight.to(update.dtype)
-    merged = base + update
-    how = (layer.weight.block_size, layer.weight.double_quant) if is_nf4 else ()
+    base, merged = layer.merged_float()
+    update = merged - base
+    how = (layer.weight.block_size, layer.weight.double_quant) if isinstance(layer.weight, NF4Weight) else ()
     weight = quantize_nf4(merged, *how)
     rounded = weight.dequantize()
     weight.dtype = layer.weight.dtype
     linear = NF4Linear(weight, layer.bias).train(layer.training)
-    if not update.any():
+    if update.norm() <= 1e-6 * base.norm():
         return linear, None
     error = ((rounded - merged).norm() / merged.norm()).item()
     return linear, (error, (((rounded - base) * update).sum() / update.square().sum()).item())

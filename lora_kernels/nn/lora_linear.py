@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.arguments import check_integer, check_number
+from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.ops.lora_linear import frozen_linear, lora_linear
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
@@ -71,11 +72,19 @@ class FusedLoRALinear(nn.Module):
             - "both_zero": both zero. Cannot train: each gradient has the other, zero matrix as a factor. For tests,
               and where values are loaded afterwards.
         device, dtype: of weight and bias.
+        use_dora: weight-decomposed LoRA (Liu et al. 2024, equation 5): with lora_magnitude m [N], which starts as the
+            row norms of W + scaling · lora_b · lora_a,
+
+                y = m / ‖W + scaling · lora_b · lora_a‖ ∘ (x Wᵀ + scaling · (dropout(x) · lora_aᵀ) · lora_bᵀ) + bias
+
+            The norm of each row is a constant to autograd (section 4.3). ‖W‖ is computed once: change `weight` by
+            `load_state_dict` only.
         adapter_dtype: of lora_a and lora_b; torch.float32 by default, whatever the base is, so that small updates are
             not rounded away. The dtype of the weight is the other choice. Over a float64 weight it is float64.
 
     Attributes: weight [N, K] and bias [N], frozen; lora_a [R, K] and lora_b [N, R], the only parameters that require
-    gradients; lora_e, None or the factor [R] of x · lora_aᵀ that AdaLoRA trains. `adapters_enabled = False` makes the
+    gradients; lora_e, None or the factor [R] of x · lora_aᵀ that AdaLoRA trains; lora_magnitude, None or DoRA's m [N] in
+    float32 (float64 over a float64 weight), which is trained too. `adapters_enabled = False` makes the
     layer the frozen one. A layer made from transformers' Conv1D (`fan_in_fan_out`) keeps that weight's stored shape
     [K, N]. Input x [..., K], output y [..., N].
 
@@ -95,6 +104,7 @@ class FusedLoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype = torch.float32,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
@@ -102,7 +112,8 @@ class FusedLoRALinear(nn.Module):
                 raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
         check_lora_arguments(r, lora_alpha, lora_dropout, init)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._adopt(linear.weight, linear.bias, False, r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype)
+        how = (r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype, use_dora)
+        self._adopt(linear.weight, linear.bias, False, *how)
 
     @classmethod
     def from_linear(
@@ -116,6 +127,7 @@ class FusedLoRALinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
         quantize: str | None = None,
         double_quant: bool = False,
+        use_dora: bool = False,
     ) -> FusedLoRALinear:
         """A FusedLoRALinear over the very weight and bias of `linear` (nn.Linear, NF4Linear or transformers' Conv1D).
 
@@ -138,9 +150,8 @@ class FusedLoRALinear(nn.Module):
             weight = quantize_nf4(weight.detach(), double_quant=double_quant)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(
-            weight, linear.bias, is_conv1d(linear), r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype
-        )
+        how = (r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype, use_dora)
+        layer._adopt(weight, linear.bias, is_conv1d(linear), *how)
         return layer.train(linear.training)
 
     def _adopt(
@@ -154,6 +165,7 @@ class FusedLoRALinear(nn.Module):
         use_rslora: bool,
         init: str,
         adapter_dtype: torch.dtype,
+        use_dora: bool,
     ) -> None:
         if not weight.dtype.is_floating_point:
             raise ValueError(f"linear.weight has dtype {weight.dtype}; allowed: a floating-point dtype")
@@ -176,11 +188,18 @@ class FusedLoRALinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, dtype=adapter_dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, dtype=adapter_dtype, device=weight.device))
         self.register_parameter("lora_e", None)
+        self.register_parameter("lora_magnitude", None)
+        self.register_buffer("_weight_squares", None, persistent=False)
+        if use_dora:
+            magnitude = torch.empty(self.out_features, dtype=norm_dtype(weight), device=weight.device)
+            self.lora_magnitude = nn.Parameter(magnitude)
+            self._weight_was_set()
+            self.register_load_state_dict_post_hook(FusedLoRALinear._weight_was_set)
         self.reset_lora_parameters(init)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init: str = "default") -> None:
-        """Draws lora_a and lora_b anew; `init` as described for the class."""
+        """Draws lora_a and lora_b anew, and sets lora_magnitude to the norms; `init` as described for the class."""
         if init not in INITS:
             raise ValueError(f"init is {init!r}; allowed: {', '.join(INITS)}")
         if init == "default":
@@ -193,6 +212,35 @@ class FusedLoRALinear(nn.Module):
             nn.init.normal_(self.lora_b, std=1 / math.sqrt(self.r))
         else:
             nn.init.zeros_(self.lora_b)
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(self._norms())
+
+    def _base(self) -> Tensor | NF4Weight:
+        """The frozen weight as [N, K], merged or not."""
+        weight = self._unmerged_weight if self.merged else self.weight
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _weight_was_set(self, *_: object) -> None:
+        self._weight_squares = row_squares(self._base())
+        self._eval_norms: tuple[tuple, Tensor] | None = None
+
+    def _norms(self) -> Tensor:
+        """‖W + scaling · lora_b · lora_a‖ of each row, a constant to autograd.
+
+        Kept from call to call where gradients are off, as in generation: for one token it costs as much as the layer.
+        """
+        lora_b = self.lora_b if self.lora_e is None else self.lora_b * self.lora_e
+        args = (self._base(), self._weight_squares, self.lora_a, lora_b, self.scaling)
+        if torch.compiler.is_compiling():
+            return row_norms(*args)
+        adapter = (self.lora_a, self.lora_b)
+        if torch.is_grad_enabled() or any(t.is_inference() for t in adapter):
+            self._eval_norms = None
+            return row_norms(*args)
+        state = (self.scaling, *((id(t), t.data_ptr(), t._version) for t in adapter))
+        if self._eval_norms is None or self._eval_norms[0] != state:
+            self._eval_norms = (state, row_norms(*args))
+        return self._eval_norms[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
@@ -207,6 +255,7 @@ class FusedLoRALinear(nn.Module):
                 bias=self.bias,
                 lora_e=self.lora_e,
                 dropout_p=self.lora_dropout if self.training else 0.0,
+                column_scale=None if self.lora_magnitude is None else self.lora_magnitude / self._norms(),
             )
         if self.merged and not self.adapters_enabled:
             weight = self._unmerged_weight
@@ -222,13 +271,21 @@ class FusedLoRALinear(nn.Module):
         return self._unmerged_weight is not None
 
     @torch.no_grad()
-    def update(self) -> Tensor:
-        """scaling · lora_b · diag(lora_e) · lora_a [N, K], in float32 (float64 over a float64 weight)."""
-        acc_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        lora_b = self.lora_b.to(acc_dtype)
+    def merged_float(self) -> tuple[Tensor, Tensor]:
+        """(W, W') [N, K] in float32 (float64 over a float64 weight), W' what the adapter makes of the frozen W:
+
+        W + scaling · lora_b · diag(lora_e) · lora_a, its rows scaled to the length lora_magnitude where there is one.
+        """
+        base, dtype = self._base(), norm_dtype(self.weight)
+        base = base.dequantize(dtype) if isinstance(base, NF4Weight) else base.to(dtype)
+        lora_b = self.lora_b.to(dtype)
         if self.lora_e is not None:
             lora_b = lora_b * self.lora_e
-        return self.scaling * (lora_b @ self.lora_a.to(acc_dtype))
+        merged = base + self.scaling * (lora_b @ self.lora_a.to(dtype))
+        if self.lora_magnitude is not None:
+            norms = torch.linalg.vector_norm(merged, dim=1).clamp(min=torch.finfo(dtype).tiny ** 0.5)
+            merged *= (self.lora_magnitude / norms)[:, None]
+        return base, merged
 
     @torch.no_grad()
     def keep_ranks(self, index: Tensor) -> None:
@@ -248,15 +305,14 @@ class FusedLoRALinear(nn.Module):
     def merged_weight(self) -> Tensor:
         if self.merged:
             return self.weight.detach().clone()
-        update = self.update()
-        base = self.weight.dequantize(update.dtype) if isinstance(self.weight, NF4Weight) else self.weight
-        merged = (base + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
+        _, merged = self.merged_float()
+        merged = (merged.t().contiguous() if self.fan_in_fan_out else merged).to(self.weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"the merged weight is not finite in {self.weight.dtype}")
         return merged
 
     def merge(self) -> None:
-        """Replaces `weight` by W + scaling · lora_b · lora_a, summed in float32 and rounded once to W's dtype.
+        """Replaces `weight` by W + scaling · lora_b · lora_a, or DoRA's, made in float32 and rounded once to W's dtype.
 
         An NF4 weight is dequantised for it: the merged one is dense, in the dtype that was quantised.
         The frozen W is set aside, not overwritten: `unmerge` brings back its exact bits, and modules that share it
@@ -314,6 +370,9 @@ class FusedLoRALinear(nn.Module):
                     self._unmerged_weight._apply(fn)
                 else:
                     self._unmerged_weight.data = fn(self._unmerged_weight.data)
+        if self.lora_magnitude is not None:
+            # fn may have cast the squares, or W to a dtype in which they are others.
+            self._weight_was_set()
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -341,5 +400,5 @@ class FusedLoRALinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, "
-            f"use_rslora={self.use_rslora}, merged={self.merged}"
+            f"use_rslora={self.use_rslora}, use_dora={self.lora_magnitude is not None}, merged={self.merged}"
         )

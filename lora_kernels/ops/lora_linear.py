@@ -1,7 +1,8 @@
-"""y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ, with autograd.
+"""y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias, with autograd; c is column_scale, 1 where there is none.
 
 x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], lora_e [R]; h = dropout(x) Aᵀ [M, R] in float32.
-Saved for backward: x, h and the random (seed, offset). Never the mask, never dropout(x).
+Saved for backward: x, h and the random (seed, offset), and y where column_scale [N] is trained. Never the mask, never
+dropout(x).
 The weight is dense or NF4. An op's schema knows tensors only, so NF4 comes as its parts (`weight` is then `packed`);
 block_size 0 means dense.
 """
@@ -13,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels import reference, strategy
+from lora_kernels import backends, reference, strategy
 from lora_kernels.ops.nf4 import NF4Weight
 from lora_kernels.reference import NF4
 
@@ -23,12 +24,13 @@ _NF4_PARTS = "Tensor? absmax=None, Tensor? absmax_scale=None, Tensor? absmax_off
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, "
-    f"Tensor? lora_e, float dropout_p, Tensor? rng, {_NF4_PARTS}) -> (Tensor, Tensor)"
+    f"Tensor? lora_e, float dropout_p, Tensor? rng, Tensor? column_scale=None, {_NF4_PARTS}) -> (Tensor, Tensor)"
 )
 _library.define(
     "lora_linear_bwd(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, "
     f"Tensor? lora_e, float dropout_p, Tensor? rng, bool[] needs, {_NF4_PARTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define("column_scale_bwd(Tensor dy, Tensor? y, Tensor? bias, Tensor column_scale) -> (Tensor, Tensor)")
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -58,11 +60,12 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts):
+def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None, *nf4_parts):
     frozen = _frozen(weight, (lora_b.shape[0], x.shape[1]), *nf4_parts)
     adapters = (lora_a.contiguous(), lora_b.contiguous())
-    args = (_rows(x), frozen, *adapters, scaling, _vector(bias), _vector(lora_e), dropout_p, rng)
-    variant = (bias is not None, dropout_p > 0)
+    vectors = (_vector(bias), _vector(lora_e), dropout_p, rng, _vector(column_scale))
+    args = (_rows(x), frozen, *adapters, scaling, *vectors)
+    variant = (bias is not None, dropout_p > 0, column_scale is not None)
     return _run("lora_linear_fwd", x, frozen, lora_a, variant, *args)
 
 
@@ -76,7 +79,18 @@ def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, need
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _fwd_fake(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts):
+def _column_scale_bwd(dy, y, bias, column_scale):
+    backend = reference if 0 in dy.shape else backends.resolve(dy, activations=True)
+    with torch.autocast(dy.device.type, enabled=False):
+        dz, dscale = backend.column_scale_bwd(_rows(dy), y, _vector(bias), _vector(column_scale))
+    return dz, dz.new_empty(0) if dscale is None else dscale
+
+
+def _column_scale_bwd_fake(dy, y, bias, column_scale):
+    return dy.new_empty(dy.shape), dy.new_empty(0) if y is None else torch.empty_like(column_scale)
+
+
+def _fwd_fake(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None, *nf4_parts):
     h_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(x.shape[0], lora_b.shape[0]),
@@ -92,7 +106,11 @@ def _bwd_fake(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng,
     )
 
 
-for _name, _implementation, _fake in (("lora_linear_fwd", _fwd, _fwd_fake), ("lora_linear_bwd", _bwd, _bwd_fake)):
+for _name, _implementation, _fake in (
+    ("lora_linear_fwd", _fwd, _fwd_fake),
+    ("lora_linear_bwd", _bwd, _bwd_fake),
+    ("column_scale_bwd", _column_scale_bwd, _column_scale_bwd_fake),
+):
     # CompositeExplicitAutograd: one implementation for every device; the backend is chosen when it runs, so that
     # compiled graphs obey use_backend too.
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -100,25 +118,30 @@ for _name, _implementation, _fake in (("lora_linear_fwd", _fwd, _fwd_fake), ("lo
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *scales, block_size = inputs
-    _, h = output
+    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *scales, block_size = inputs
+    y, h = output
     ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, h, weight, lora_a, lora_b, lora_e, rng, *scales)
+    # What the gradient of column_scale takes; y and bias are not kept for any other.
+    scaled = (column_scale, y, bias) if ctx.needs_input_grad[9] else (column_scale, None, None)
+    ctx.save_for_backward(x, h, weight, lora_a, lora_b, lora_e, rng, *scaled, *scales)
     ctx.scaling, ctx.dropout_p, ctx.block_size = scaling, dropout_p, block_size
 
 
 def _autograd(ctx, dy, _dh):
-    x, h, weight, lora_a, lora_b, lora_e, rng, *scales = ctx.saved_tensors
+    x, h, weight, lora_a, lora_b, lora_e, rng, column_scale, y, bias, *scales = ctx.saved_tensors
     need_x, need_weight, need_a, need_b, _, need_bias, need_e = ctx.needs_input_grad[:7]
     needs = [need_x, need_a, need_b, need_e]
+    dbias = dy.sum(0) if need_bias else None
+    dscale = None
+    if column_scale is not None:
+        dy, dscale = torch.ops.lora_kernels.column_scale_bwd(dy, y, bias, column_scale)
     grads = torch.ops.lora_kernels.lora_linear_bwd(
         dy, x, h, weight, lora_a, lora_b, ctx.scaling, lora_e, ctx.dropout_p, rng, needs, *scales, ctx.block_size
     )
     dx, da, db, de = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    # The base is frozen in LoRA; these two serve those who train it or its bias as well.
+    # The base is frozen in LoRA; this and dbias serve those who train it or its bias as well.
     dweight = dy.T @ x if need_weight else None
-    dbias = dy.sum(0) if need_bias else None
-    return dx, dweight, da, db, None, dbias, de, None, None, None, None, None, None
+    return dx, dweight, da, db, None, dbias, de, None, None, dscale if y is not None else None, None, None, None, None
 
 
 def _double_backward(ctx, *grads):
@@ -126,7 +149,8 @@ def _double_backward(ctx, *grads):
 
 
 torch.library.register_autograd("lora_kernels::lora_linear_fwd", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("lora_kernels::lora_linear_bwd", _double_backward, lib=_library)
+for _name in ("lora_linear_bwd", "column_scale_bwd"):
+    torch.library.register_autograd(f"lora_kernels::{_name}", _double_backward, lib=_library)
 
 
 class _Eager(torch.autograd.Function):
@@ -167,8 +191,9 @@ def lora_linear(
     bias: Tensor | None = None,
     lora_e: Tensor | None = None,
     dropout_p: float = 0.0,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
-    """LoRA's linear map (Hu et al. 2021, section 4.1), fused: y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ.
+    """LoRA's linear map (Hu et al. 2021, section 4.1), fused: y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64 (float64 runs on the reference backend).
@@ -181,9 +206,12 @@ def lora_linear(
         lora_e: [R], AdaLoRA's diagonal (Zhang et al. 2023), in the dtype of x or float32; None stands for ones.
         dropout_p: in [0, 1): each element of x is zeroed with this probability (rounded to a multiple of 2⁻¹⁶) in the
             low-rank branch only, and the rest scaled by its inverse keep probability. Pass 0 in evaluation.
+        column_scale: c [N], DoRA's magnitude over norm (Liu et al. 2024, equation 5), in the dtype of x or float32;
+            None stands for ones. Its gradient is taken from y, which is kept for it and must not be changed in place:
+            z = (y - bias) / c, so y's rounding is in it, and a column whose scale is 0 has the gradient 0.
 
     Returns y [..., N] in the dtype of x. Sums run in float32 and are rounded once. All of x, lora_a, lora_b, lora_e,
-    weight and bias receive gradients if they require them. Under autocast x, weight and bias are cast to its dtype.
+    column_scale, weight and bias receive gradients if they require them. Under autocast x, weight and bias are cast to its dtype.
     The dropout mask comes from torch's generator of the device of x, so seeds, activation checkpointing and CUDA
     graphs behave as with torch's own dropout.
 
@@ -199,11 +227,14 @@ def lora_linear(
     _check_tensor("lora_b", lora_b, (N, R), x, adapter_dtypes)
     if lora_e is not None:
         _check_tensor("lora_e", lora_e, (R,), x, adapter_dtypes)
+    if column_scale is not None:
+        _check_tensor("column_scale", column_scale, (N,), x, adapter_dtypes)
+        column_scale = column_scale.to(adapter_dtypes[-1])
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
 
     rng = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p > 0.0 else None
-    return _call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng)
+    return _call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, column_scale)
 
 
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -244,16 +275,16 @@ def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
         _check_tensor("bias", bias, (N,), x, (x.dtype,))
 
 
-def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng) -> Tensor:
+def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None) -> Tensor:
     (*batch, K), N = x.shape, weight.shape[0]
     tensor, nf4_parts = weight, (None, None, None, 0)
     if isinstance(weight, NF4Weight):
         tensor, *nf4_parts = weight.tensors()[:-1]
     trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, tensor, lora_a, lora_b, bias, lora_e)
+        t is not None and t.requires_grad for t in (x, tensor, lora_a, lora_b, bias, lora_e, column_scale)
     )
     eager = trains and not torch.compiler.is_compiling()
     op = _Eager.apply if eager else torch.ops.lora_kernels.lora_linear_fwd
-    rows = x.reshape(math.prod(batch), K)
-    y, _ = op(rows, tensor, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, *nf4_parts)
+    rest = (scaling, bias, lora_e, dropout_p, rng, column_scale, *nf4_parts)
+    y, _ = op(x.reshape(math.prod(batch), K), tensor, lora_a, lora_b, *rest)
     return y.reshape(*batch, N)

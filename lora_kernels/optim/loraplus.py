@@ -199,6 +199,9 @@ class LoRAPlusAdamW(torch.optim.AdamW):
             return loss
         widest = next((parameter for parameter in params if parameter.dtype == torch.float64), params[0])
         self.grad_norm = backends.resolve(widest).adamw_step(groups, self.max_grad_norm, self._cache)
+        # The kernels write behind torch's back; what was computed from the old values must be known to be old.
+        for parameter in params:
+            torch.autograd.graph.increment_version(parameter)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -15,12 +15,20 @@ from lora_kernels.io.files import replacing
 
 # Peak learning rates that work with AdamW. Schulman et al. 2025 find LoRA's best about ten times that of full
 # fine-tuning; virtual tokens need far more (Lester et al. 2021 take 0.3 with Adafactor).
-LEARNING_RATES = {"adalora": 1e-3, "full": 2e-5, "lora": 2e-4, "prefix": 5e-3, "prompt": 3e-2, "qlora": 2e-4}
+LEARNING_RATES = {
+    "adalora": 1e-3,
+    "dora": 2e-4,
+    "full": 2e-5,
+    "lora": 2e-4,
+    "prefix": 5e-3,
+    "prompt": 3e-2,
+    "qlora": 2e-4,
+}
 METHODS = tuple(LEARNING_RATES)
 # Fields that are AdaLoRAConfig's too, beside lora_alpha and lora_dropout.
 ADALORA = ("init_r", "target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
-_INITS = {"lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
-_TARGETS = {"adalora": "all-linear", "full": "all", "lora": "all-linear", "qlora": "all-linear"}
+_INITS = {"dora": "default", "lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
+_TARGETS = {"full": "all"} | dict.fromkeys(("adalora", "dora", "lora", "qlora"), "all-linear")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -43,7 +51,8 @@ class TrainConfig:
     output_dir: gets the adapter, `checkpoint-last/`, metrics.jsonl, loss.png and config.yaml; ranks.png with
         adalora.
     method: "lora"; "qlora", the same with the frozen linear layers in NF4 (Dettmers et al. 2023), where a bitsandbytes
-        NF4 checkpoint stays with any method; "adalora", low-rank updates whose ranks are distributed over the modules
+        NF4 checkpoint stays with any method; "dora", LoRA with a trained magnitude for each row of the weight (Liu et
+        al. 2024); "adalora", low-rank updates whose ranks are distributed over the modules
         while they train (Zhang et al. 2023); "prefix" or "prompt", learned virtual tokens before each sequence; "full",
         the model's own weights.
     double_quant: of qlora, quantise the 4-bit blocks' scales too; see `lora_kernels.quantize_nf4`.

@@ -117,7 +117,7 @@ def check_output_dir(config: TrainConfig) -> None:
 
 def method_config(config: TrainConfig) -> Any:
     """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
-    if config.method in ("lora", "qlora"):
+    if config.method in ("dora", "lora", "qlora"):
         return lora.LoRAConfig(
             r=config.r,
             lora_alpha=config.lora_alpha,
@@ -125,6 +125,7 @@ def method_config(config: TrainConfig) -> Any:
             target_modules=target_modules(config.target),
             use_rslora=config.use_rslora,
             init=config.init,
+            use_dora=config.method == "dora",
         )
     if config.method == "adalora":
         return adalora.AdaLoRAConfig(

@@ -16,7 +16,7 @@ except ImportError as error:
 else:
     from .adamw import adamw_step
     from .configs import unsupported_gpu
-    from .lora_linear import INTERPRETED, lora_linear_bwd, lora_linear_fwd
+    from .lora_linear import INTERPRETED, column_scale_bwd, lora_linear_bwd, lora_linear_fwd
     from .nf4 import dequantize_nf4, quantize_nf4
 
     if isinstance(triton.language.zeros, triton.runtime.JITFunction) == INTERPRETED:
@@ -28,6 +28,7 @@ else:
 
 __all__ = [
     "adamw_step",
+    "column_scale_bwd",
     "dequantize_nf4",
     "lora_linear_bwd",
     "lora_linear_fwd",

@@ -102,7 +102,8 @@ def lookup(
     family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0, rows: int = SKINNY_ROWS + 1
 ) -> dict[str, int]:
     """Blocks, num_warps and num_stages for `kernel`: "gemm" (with a dense weight), "nf4_rows" (an NF4 weight, forward),
-    "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks), "h", "dh_dlora_b", "reduce" or "dlora_a".
+    "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks), "h", "dh_dlora_b", "reduce", "dlora_a" or
+    "column_scale_bwd".
 
     `depth` is the length of a GEMM's sum; where BLOCK_K doesn't divide it, the masks need the registers of half a step.
     `rows` is the number of rows of a GEMM's result.
@@ -116,6 +117,8 @@ def lookup(
         return config
     if kernel == "reduce":
         return _config(4, 1, BLOCK_P=16, BLOCK_L=2048 if family == "interpreter" else 128)
+    if kernel == "column_scale_bwd":
+        return _config(4, 1, BLOCK_M=16, BLOCK_N=256)
     config = {**_SKINNY[kernel][step], "BLOCK_R": step}
     if is_float32:
         config["BLOCK_K" if kernel == "h" else "BLOCK_M"] //= 2

@@ -1,7 +1,7 @@
 """Fused LoRA linear in Triton: two launches forward, at most four backward, no atomics, no saved dropout mask.
 
-Forward:   h = dropout(x) lora_aᵀ;  y = x Wᵀ + bias + scaling (h ∘ lora_e) lora_bᵀ in one accumulator.
-Backward:  dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
+Forward:   h = dropout(x) lora_aᵀ;  y = c ∘ (x Wᵀ + scaling (h ∘ lora_e) lora_bᵀ) + bias in one accumulator.
+Backward:  with a column scale c, dz = dy ∘ c and the gradient of c in one pass, and dz in the place of dy after it; dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
            dx = dy W + dropout'(dh lora_a). The mask is drawn again from (seed, offset) wherever it is needed.
 Shapes and dtypes are those of `lora_kernels.reference`.
 """
@@ -22,7 +22,7 @@ from . import configs
 from .common import INTERPRETED, Launcher, cast, dot
 from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
-__all__ = ["INTERPRETED", "lora_linear_bwd", "lora_linear_fwd"]
+__all__ = ["INTERPRETED", "column_scale_bwd", "lora_linear_bwd", "lora_linear_fwd"]
 
 
 @triton.jit
@@ -125,14 +125,14 @@ def _store_tile(out_ptr, stride_om, value, m0, n0, M, N, BLOCK_M: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _gemm_kernel(
-    x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr,
-    rng_ptr, out_ptr, M, N, K, R, scale, threshold, stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
+    x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr, column_scale_ptr, bias_ptr, u_ptr,
+    lora_e_ptr, v_ptr, rng_ptr, out_ptr, M, N, K, R, scale, threshold, stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
     WEIGHT: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = x [M, K] w + bias + dropout((scale u ∘ lora_e) v), the rank term after the K loop.
+    """out [M, N] = column_scale ∘ (x [M, K] w + dropout((scale u ∘ lora_e) v)) + bias, the rank term after the K loop.
 
     Forward: x, Wᵀ, h, lora_bᵀ, without dropout. Backward: dy, W, dh, lora_a (and N, K change places).
     WEIGHT says what w is: "dense"; "nf4_rows", NF4 whose rows are the columns of out (forward); "nf4_cols", NF4 whose
@@ -179,7 +179,7 @@ def _gemm_kernel(
 
     if HAS_DROPOUT:
         # The mask costs many registers beside the accumulator, so the columns are finished slice by slice.
-        tl.static_assert(not HAS_E and not HAS_BIAS)
+        tl.static_assert(not HAS_E and not HAS_BIAS and not HAS_SCALE)
         SLICE: tl.constexpr = BLOCK_N // DROPOUT_SPLIT
         if DROPOUT_SPLIT == 1:
             slices = (acc,)
@@ -195,6 +195,8 @@ def _gemm_kernel(
     else:
         acc = _low_rank(acc, u_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, stride_vr, stride_vn,
                         HAS_E, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+        if HAS_SCALE:
+            acc *= tl.load(column_scale_ptr + n0 + cols, mask=n0 + cols < N, other=0.0)[None, :]
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n0 + cols, mask=n0 + cols < N, other=0.0).to(tl.float32)[None, :]
         _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
@@ -317,9 +319,44 @@ def _dlora_a_kernel(
     tl.store(out_ptrs, cast(acc, dlora_a_ptr.dtype.element_ty), mask=r_mask & k_mask)
 
 
+@triton.jit
+def _column_scale_bwd_kernel(
+    dy_ptr, y_ptr, bias_ptr, column_scale_ptr, dz_ptr, dscale_parts_ptr, M, N, rows_per_split, stride_dym,
+    HAS_BIAS: tl.constexpr, NEED_DSCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz = dy ∘ c and dscale_parts [splits, N] of Σ_m dy ∘ (y - bias) / c, one program for rows_per_split rows."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    n_mask = n < N
+    scale = tl.load(column_scale_ptr + n, mask=n_mask, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        bias = cast(tl.load(bias_ptr + n, mask=n_mask, other=0.0), tl.float32)
+    first_row = tl.program_id(1) * rows_per_split
+    for m0 in range(first_row, min(first_row + rows_per_split, M), BLOCK_M):
+        m = (m0 + rows).to(tl.int64)
+        mask = (m < M)[:, None] & n_mask[None, :]
+        dy = cast(tl.load(dy_ptr + m[:, None] * stride_dym + n[None, :], mask=mask, other=0.0), tl.float32)
+        at = m[:, None] * N + n[None, :]
+        tl.store(dz_ptr + at, cast(dy * scale[None, :], dz_ptr.dtype.element_ty), mask=mask)
+        if NEED_DSCALE:
+            y = cast(tl.load(y_ptr + at, mask=mask, other=0.0), tl.float32)
+            if HAS_BIAS:
+                y -= bias[None, :]
+            acc += dy * y
+    if NEED_DSCALE:
+        total = tl.where(scale == 0.0, 0.0, tl.sum(acc, 0) / tl.where(scale == 0.0, 1.0, scale))
+        tl.store(dscale_parts_ptr + tl.program_id(1).to(tl.int64) * N + n, total, mask=n_mask)
+
+
 @functools.lru_cache
 def _program_target(index: int) -> int:
     return 2 * torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _programs(t: Tensor) -> int:
+    """How many programs keep the device busy."""
+    return _program_target(t.get_device()) if t.is_cuda else 4
 
 
 class _LoraLauncher(Launcher):
@@ -335,7 +372,7 @@ class _LoraLauncher(Launcher):
         self.inv_keep = dropout_scale(dropout_p)
         self.is_float32 = x.dtype == torch.float32
         self.rank = rank
-        self.program_target = _program_target(x.get_device()) if x.is_cuda else 4
+        self.program_target = _programs(x)
         self.precision = "ieee"
         if self.is_float32 and not torch.version.hip:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -343,8 +380,9 @@ class _LoraLauncher(Launcher):
     def config(self, kernel: str, depth: int = 0, rows: int = 0) -> dict[str, int]:
         return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth, rows)
 
-    def gemm(self, x, weight, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
-        """out = x Wᵀ + bias + (scale u ∘ lora_e) v, or backward x W + dropout(scale u v); v [R, N] with any strides.
+    def gemm(self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
+        """out = column_scale ∘ (x Wᵀ + (scale u ∘ lora_e) v) + bias, or backward x W + dropout(scale u v); v [R, N] with
+        any strides.
 
         weight [N, K] is dense with any strides, or NF4.
         """
@@ -364,30 +402,31 @@ class _LoraLauncher(Launcher):
         grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
         dropout = backward and self.threshold > 0
         _gemm_kernel[grid](
-            x, *parts, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
+            x, *parts, column_scale, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
             self.threshold, x.stride(0), *strides, v.stride(0), v.stride(1), out.stride(0), **kind, ALIGNED=aligned,
-            HAS_BIAS=bias is not None, HAS_E=lora_e is not None, HAS_DROPOUT=dropout,
+            HAS_SCALE=column_scale is not None, HAS_BIAS=bias is not None, HAS_E=lora_e is not None, HAS_DROPOUT=dropout,
             PRECISION=self.precision, **config,
         )  # fmt: skip
 
-    def product(self, x, weight, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
+    def product(self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
         """`gemm`; with `vendor` that computes the low-rank term alone, from no columns of x, and the vendor's library
         adds the large product to it, an NF4 weight being dequantised first."""
         if not self.vendor:
-            self.gemm(x, weight, bias, u, lora_e, v, out, scale, backward)
+            self.gemm(x, weight, column_scale, bias, u, lora_e, v, out, scale, backward)
             return
         if isinstance(weight, NF4):
             dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
             dequantize_nf4(weight, dense)
             weight = dense
         nothing = weight[:0] if backward else weight[:, :0]
-        self.gemm(x[:, :0], nothing, None, u, lora_e, v, out, scale, backward)
-        add_product(out, x, weight if backward else weight.T, bias)
+        self.gemm(x[:, :0], nothing, None, None, u, lora_e, v, out, scale, backward)
+        add_product(out, x, weight if backward else weight.T, bias, column_scale)
 
 
 def lora_linear_fwd(
     x: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, vendor: bool = False,
+    bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None,
+    column_scale: Tensor | None = None, vendor: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
 
@@ -406,8 +445,32 @@ def lora_linear_fwd(
                 x, lora_a, h, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
                 HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
             )  # fmt: skip
-        run.product(x, weight, bias, h, lora_e, lora_b.T, y, scaling)
+        run.product(x, weight, column_scale, bias, h, lora_e, lora_b.T, y, scaling)
     return y, h
+
+
+def column_scale_bwd(
+    dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """dz = dy ∘ c and, with y, dc in float32: one pass, and an ordered sum of its [splits, N] parts.
+
+    Arguments are those of `lora_kernels.reference.column_scale_bwd`; errors as in `lora_linear_fwd`.
+    """
+    run = Launcher("dy", dy)
+    m, n = dy.shape
+    config = configs.lookup(run.family, "column_scale_bwd", 0, False)
+    column_blocks, row_blocks = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])
+    # As many programs as for the kernel that reads dy next; each of its rows costs little, so more would be no gain.
+    rows_per_split = triton.cdiv(row_blocks, max(1, _programs(dy) // column_blocks)) * config["BLOCK_M"]
+    splits = triton.cdiv(m, rows_per_split)
+    dz = torch.empty((m, n), dtype=dy.dtype, device=dy.device)
+    parts = None if y is None else torch.empty((splits, n), dtype=torch.float32, device=dy.device)
+    with run.device:
+        _column_scale_bwd_kernel[(column_blocks, splits)](
+            dy, y, bias, column_scale, dz, parts, m, n, rows_per_split, dy.stride(0),
+            HAS_BIAS=bias is not None, NEED_DSCALE=y is not None, **config,
+        )  # fmt: skip
+    return dz, None if parts is None else parts.sum(0)
 
 
 def lora_linear_bwd(
@@ -466,5 +529,5 @@ def lora_linear_bwd(
                     HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
                 )  # fmt: skip
         if need_dx:
-            run.product(dy, weight, None, dh, None, lora_a, dx, run.inv_keep, backward=True)
+            run.product(dy, weight, None, None, dh, None, lora_a, dx, run.inv_keep, backward=True)
     return dx, dlora_a, dlora_b, dlora_e
