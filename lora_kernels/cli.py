@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels sft | compare | generate | merge | doctor`.
+"""The command line: `lora-kernels sft | reward | dpo | compare | generate | merge | data | doctor`.
 
 torch and transformers are imported inside the commands, so that --help is quick.
 """
@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from lora_kernels.io.files import new_directory, replacing
-from lora_kernels.train.config import METHODS, SFTConfig, TrainConfig, read_yaml
+from lora_kernels.train.config import METHODS, DPOConfig, RewardConfig, SFTConfig, TrainConfig, read_yaml
 
 app = typer.Typer(
     name="lora-kernels",
@@ -39,7 +39,7 @@ _FIELD_HELP = {
     "eval_data": ("Model and data", "Evaluation file, same forms."),
     "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
     "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
-    "max_length": ("Model and data", "Tokens kept of each example."),
+    "max_length": ("Model and data", "Tokens kept of each example; a longer preference pair is left out."),
     "method": ("Adapter", "lora, qlora (over 4-bit weights), dora, adalora, prefix, prompt (virtual tokens), or full."),
     "double_quant": ("Adapter", "With qlora: quantise the 4-bit blocks' scales too, 4.13 instead of 4.5 bits."),
     "r": ("Adapter", "Rank of LoRA."),
@@ -59,9 +59,17 @@ _FIELD_HELP = {
     "num_virtual_tokens": ("Adapter", "Of prefix and prompt."),
     "init_text": ("Adapter", "Text that virtual tokens start as, with --init text."),
     "mlp_hidden": ("Adapter", "Width of the MLP that prefix is trained through; left out: none."),
+    "center_coef": ("Reward model", "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; try 0.01."),
+    "normalize_samples": ("Reward model", "After training, scale rewards by so many answers of the base model; 0: no."),
+    "normalize_data": ("Reward model", "File of the prompts of these answers; left out: the training data."),
+    "normalize_tokens": ("Reward model", "Longest of these answers, in tokens."),
+    "loss": ("DPO", "sigmoid or ipo."),
+    "beta": ("DPO", "How strongly the policy is held to the reference; larger is closer."),
+    "label_smoothing": ("DPO", "Share of pairs that are taken to be labelled the wrong way round (sigmoid only)."),
+    "precompute_ref": ("DPO", "Compute the reference's log-probabilities once, before the first step (the default)."),
     "epochs": ("Optimisation", "Passes over the data; may be fractional."),
     "max_steps": ("Optimisation", "Optimizer steps; decides instead of --epochs where given."),
-    "batch_size": ("Optimisation", "Sequences per micro-batch and process."),
+    "batch_size": ("Optimisation", "Sequences, or preference pairs, per micro-batch and process."),
     "gradient_accumulation_steps": ("Optimisation", "Micro-batches per optimizer step."),
     "optimizer": ("Optimisation", "adamw or loraplus, which trains lora_b with lr * lr_ratio."),
     "lr_ratio": ("Optimisation", "Learning rate of lora_b over that of the rest, for loraplus."),
@@ -168,6 +176,30 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
     from lora_kernels.train.sft import run_sft
 
     run_sft(settings)
+    typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
+
+
+@app.command()
+@_user_errors
+@_flags_of(RewardConfig)
+def reward(*, config: _ConfigFile = None, **flags: Any) -> None:
+    """Train a reward model on preference pairs: adapters and a scalar head on the last token."""
+    settings = _settings(RewardConfig, config, flags)
+    from lora_kernels.train.reward import run_reward
+
+    run_reward(settings)
+    typer.echo(f"adapter with head, metrics and plots: {settings.output_dir}")
+
+
+@app.command()
+@_user_errors
+@_flags_of(DPOConfig)
+def dpo(*, config: _ConfigFile = None, **flags: Any) -> None:
+    """Direct preference optimisation on preference pairs; the reference is the model without adapters."""
+    settings = _settings(DPOConfig, config, flags)
+    from lora_kernels.train.dpo import run_dpo
+
+    run_dpo(settings)
     typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
 
 
@@ -297,6 +329,94 @@ def merge(
     typer.echo(f"merged model: {output}")
 
 
+data = typer.Typer(name="data", help="Check training files, and label preference pairs.", no_args_is_help=True)
+app.add_typer(data)
+
+
+@data.command("check")
+@_user_errors
+def data_check(
+    *,
+    file: Annotated[Path, typer.Argument(help="Records for sft, reward or dpo, or prompts.", show_default=False)],
+    model: _option(str | None, "Model", "Count tokens and show an example with this model's tokenizer.") = None,
+    chat_template: _option(str | None, "Model", "Jinja template, or a file with one, in place of the model's.") = None,
+    max_length: _option(int | None, "Model", "Count the records that have more tokens.") = None,
+    limit: _option(int, "Output", "Problems that are shown.") = 20,
+) -> None:
+    """Show what a file holds, how long its texts are, and all that is wrong with it; exit code 2 if anything is."""
+    from rich.console import Console
+    from rich.panel import Panel
+
+    from lora_kernels.train.check import KINDS, check_file, marked
+
+    if model is None and (chat_template is not None or max_length is not None):
+        raise ValueError("--chat-template and --max-length need --model")
+    tokenizer = None
+    if model is not None:
+        from lora_kernels.io.models import load_tokenizer
+        from lora_kernels.train.data import set_chat_template
+
+        tokenizer = load_tokenizer(model)
+        set_chat_template(tokenizer, chat_template)
+    found = check_file(file, tokenizer, max_length)
+    console = Console(highlight=False)
+    good = len(next(iter(found.lengths.values()), ()))
+    console.print(f"{file}: {KINDS.get(found.kind, 'nothing')}; {found.records} records, {good} of them good")
+    if good:
+        console.print(found.table())
+    if found.too_long:
+        console.print(f"{found.too_long} records have more than {max_length} tokens")
+    for name, row in found.example.items():
+        text = marked(*row, tokenizer, colour=console.is_terminal)
+        console.print(Panel(text, title=f"first record, {name}: what is learned is marked", title_align="left"))
+    for problem in found.problems[:limit]:
+        typer.secho(problem, fg=typer.colors.RED, err=True)
+    if found.problems:
+        typer.secho(f"{len(found.problems)} problems", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2)
+
+
+@data.command("label")
+@_user_errors
+def data_label(
+    *,
+    prompts_file: _option(Path, "Data", "Text file, one prompt a line, or training data, whose answers are ignored."),
+    output: _option(Path, "Data", "Gets a {prompt, chosen, rejected} line for each decision; prompts in it are done."),
+    model: _Model = None,
+    adapter: _option(Path | None, "Model", "Adapter directory, as written by sft or PEFT.") = None,
+    max_new_tokens: _option(int, "Decoding", "Longest answer, in tokens.") = 256,
+    temperature: _option(float, "Decoding", "Of the sampling; above 0.") = 1.0,
+    top_p: _option(float, "Decoding", "Sample from the tokens that hold this much of the probability.") = 1.0,
+    seed: _option(int, "Decoding", "Of the sampling.") = 0,
+    dtype: _option(str, "Hardware", _DTYPE_HELP) = "auto",
+    quantize: _Quantize = None,
+) -> None:
+    """Make preference data: sample two answers to each prompt, and press the key of the better one.
+
+    Keys: 1, 2, s (skip), q (quit). Every decision is saved at once; run it again to go on.
+    """
+    prompts = _read_prompts([], prompts_file)
+    if temperature <= 0:
+        raise ValueError(f"--temperature must be > 0, got {temperature}")
+    import torch
+    from rich.console import Console
+
+    from lora_kernels.train.generate import generate as generate_texts
+    from lora_kernels.train.label import label, read_key
+
+    network, tokenizer = _load(model, adapter, dtype, None, quantize, False)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    number = {json.dumps(prompt): index for index, prompt in enumerate(prompts)}
+
+    def answer(prompt: Any, attempt: int) -> list[str]:
+        # By the prompt's place: what is sampled for it does not depend on where a session started.
+        torch.manual_seed(seed + number[json.dumps(prompt)] + len(prompts) * attempt)
+        return generate_texts(network, tokenizer, [prompt] * 2, max_new_tokens, 2, temperature, top_p)
+
+    made = label(prompts, answer, output, read_key, Console(highlight=False))
+    typer.echo(f"{made} decisions added to {output}")
+
+
 @app.command()
 def doctor() -> None:
     """Show which backends can run on this machine, and why the others can't."""
@@ -394,28 +514,12 @@ def _load(
 def _read_prompts(prompts: list[str], file: Path | None) -> list[Any]:
     prompts = list(prompts)
     if file is not None:
-        if not file.is_file():
-            raise FileNotFoundError(f"--prompts-file {file}: no such file")
-        from lora_kernels.train.data import SUFFIXES, load_records
+        from lora_kernels.train.generate import read_prompts
 
-        if file.name.endswith(SUFFIXES):
-            prompts += [_prompt_of(record, where) for record, where in load_records(file)]
-        else:
-            prompts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts += [prompt for prompt, _ in read_prompts(file)]
     if not prompts:
         raise ValueError("no prompt: give --prompt or --prompts-file")
     return prompts
-
-
-def _prompt_of(record: Any, where: str) -> Any:
-    """The prompt of a training record, its last answer left out; {"prompt"} alone is also taken."""
-    from lora_kernels.train.data import to_conversation
-
-    if isinstance(record, dict) and "prompt" in record:
-        record = {"completion": "", **record}
-    conversation = to_conversation(record, where)
-    messages = conversation.messages[: conversation.answers[-1]]
-    return messages[0]["content"] if len(messages) == 1 else messages
 
 
 if __name__ == "__main__":

@@ -53,7 +53,11 @@ def smooth(values: list[float], weight: float) -> list[float]:
 
 
 def plot_loss(
-    metrics: str | Path, output: str | Path, title: str = "Training loss", smoothing: float | None = None
+    metrics: str | Path,
+    output: str | Path,
+    title: str = "Training loss",
+    smoothing: float | None = None,
+    unit: str = "nats per target token",
 ) -> Path:
     """Draw `loss` (raw and smoothed) and `eval_loss` of a metrics.jsonl over `step` as a PNG; returns its path.
 
@@ -86,7 +90,7 @@ def plot_loss(
         axes.plot(steps, losses, color=_ORANGE, marker="o", markersize=5, linewidth=1, linestyle="--", label="eval")
         axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(4, 6), textcoords="offset points",
                       color=_ORANGE, fontsize=9)  # fmt: skip
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per target token)")
+    axes.set(title=title, xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.grid(color=_GREY, alpha=0.2)
@@ -159,6 +163,54 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], output: str | Path) -> Pa
         axes.margins(x=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
+
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(output)
+
+
+def plot_rewards(
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    calibration: Sequence[tuple[float, float, int]],
+    output: str | Path,
+    title: str = "Rewards",
+) -> Path:
+    """Draw histograms of the rewards of chosen and rejected answers, and how often the answer with the higher reward
+    was the chosen one over how often the model says so, as a PNG; returns its path.
+
+    calibration: (predicted probability, share that was right, pairs), as `Evaluation.calibration` in
+    `lora_kernels.train.reward` gives it. Raises ValueError for no rewards.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if len(chosen) == 0 or len(chosen) != len(rejected):
+        raise ValueError(f"chosen and rejected must be as many and at least 1, got {len(chosen)} and {len(rejected)}")
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    histogram, reliability = figure.subplots(1, 2)
+    low, high = (edge(edge(chosen), edge(rejected)) for edge in (min, max))
+    span = (low, high) if high > low else (low - 0.5, low + 0.5)
+    for values, name, color in ((chosen, "chosen", _BLUE), (rejected, "rejected", _ORANGE)):
+        histogram.hist(values, bins=30, range=span, color=color, alpha=0.5, label=name)
+        histogram.axvline(sum(values) / len(values), color=color, linestyle="--", linewidth=1)
+    wins = sum(one > other for one, other in zip(chosen, rejected, strict=True))
+    histogram.set(title=f"{title}: accuracy {wins / len(chosen):.3f} on {len(chosen)} pairs", xlabel="reward",
+                  ylabel="answers")  # fmt: skip
+    histogram.legend(frameon=False)
+
+    predicted, right, counts = (list(column) for column in zip(*calibration, strict=True))
+    reliability.plot([0.5, 1], [0.5, 1], color=_GREY, linewidth=1, linestyle=":", label="calibrated")
+    reliability.plot(predicted, right, color=_BLUE, marker="o", markersize=5, linewidth=1, label="reward model")
+    for x, y, count in zip(predicted, right, counts, strict=True):
+        reliability.annotate(str(count), (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+    reliability.set(title="Calibration (numbers: pairs)", xlabel="predicted probability of the preferred answer",
+                    ylabel="share that was chosen", xlim=(0.48, 1.02), ylim=(-0.03, 1.08))  # fmt: skip
+    reliability.legend(frameon=False, loc="lower right")
+    for axes in (histogram, reliability):
+        axes.grid(color=_GREY, alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
 
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png")

@@ -84,6 +84,22 @@ def test_sft_writes_its_run(trained, tiny):
     assert again.exit_code == 2 and "holds another run" in again.stderr
 
 
+@pytest.mark.parametrize("command", ["reward", "dpo"])
+def test_reward_and_dpo_write_their_runs(tiny, tmp_path, command):
+    pairs = [{"prompt": name, "chosen": answer, "rejected": answer[::-1]} for name, answer in ANSWERS.items()]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    arguments = ("--model", tiny / "model", "--data", tmp_path / "pairs.jsonl", "--max-steps", 2, "--r", 4)
+    own = ("--center-coef", 0.01) if command == "reward" else ("--loss", "ipo", "--no-precompute-ref")
+    result = run(command, *arguments, *own, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "out") in result.stdout
+    settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert settings["center_coef"] == 0.01 if command == "reward" else not settings["precompute_ref"]
+    assert (tmp_path / "out" / "rewards.png").is_file() == (command == "reward")
+    result = run(command, *arguments, "--method", "none", "--output-dir", tmp_path / "other")
+    assert result.exit_code == 2 and "method must be one of" in result.stderr
+
+
 def test_generate_answers_as_trained(trained, tiny):
     for question, answer in ANSWERS.items():
         result = run("generate", "--adapter", trained, "--prompt", question, "--max-new-tokens", 8)

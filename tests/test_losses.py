@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from lora_kernels.testing import assert_close_to_reference
-from lora_kernels.train.losses import chunked_cross_entropy
+from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 
 
 def full_cross_entropy(hidden, weight, labels, bias, softcap, scale):
@@ -113,3 +113,78 @@ def test_bad_arguments(change, message):
     (hidden, weight, _), labels = make_inputs(bias=False)
     with pytest.raises(ValueError, match=message):
         chunked_cross_entropy(**{"hidden": hidden, "lm_head_weight": weight, "labels": labels, **change})
+
+
+def weighted_logprobs(logprobs):
+    """A loss whose gradient differs from label to label, as a preference loss's does."""
+    weights = torch.linspace(-1, 2, logprobs.numel(), dtype=logprobs.dtype).view(logprobs.shape)
+    return (logprobs * weights).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bias", "softcap", "scale"), [(False, None, 1.0), (True, None, 1 / 0.7), (True, 3.0, 2.0)])
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_logprobs_equal_log_softmax_over_all_logits(dtype, bias, softcap, scale, chunk_size):
+    inputs, labels = make_inputs(bias)
+    inputs = tuple(None if t is None else t.to(dtype) for t in inputs)
+    picked = {}
+
+    def chunked(hidden, weight, labels, bias, softcap, scale):
+        picked["chunked"] = chunked_logprobs(hidden, weight, labels, bias, chunk_size, softcap, scale)
+        return weighted_logprobs(picked["chunked"])
+
+    def full(hidden, weight, labels, bias, softcap, scale):
+        logits = hidden @ weight.t() if bias is None else torch.addmm(bias, hidden.flatten(0, 1), weight.t())
+        logits = (logits if hidden.dtype == torch.float64 else logits.float()).view(*labels.shape, -1) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logprobs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        picked["full"] = logprobs.masked_fill(labels == -100, 0)
+        return weighted_logprobs(picked["full"])
+
+    _, grads = results(chunked, dtype, inputs, labels, softcap, scale)
+    _, eager_grads = results(full, dtype, inputs, labels, softcap, scale)
+    eager = picked["full"]
+    _, reference_grads = results(full, torch.float64, inputs, labels, softcap, scale)
+    logprobs, reference = picked["chunked"], picked["full"]
+    assert logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(logprobs == 0, labels == -100)
+    if dtype == torch.float64:
+        torch.testing.assert_close(logprobs, reference, rtol=1e-12, atol=1e-13)
+        for grad, reference_grad in zip(grads, reference_grads, strict=True):
+            torch.testing.assert_close(grad, reference_grad, rtol=1e-12, atol=1e-13)
+        return
+    assert_close_to_reference(logprobs, eager, reference, "logprobs")
+    for name, grad, eager_grad, reference_grad in zip(
+        ("hidden", "weight", "bias"), grads, eager_grads, reference_grads, strict=True
+    ):
+        if reference_grad is not None:
+            assert grad.dtype == dtype
+            assert_close_to_reference(grad, eager_grad, reference_grad, f"d{name}")
+
+
+def test_logprobs_are_the_cross_entropy_and_pass_gradcheck():
+    (hidden, weight, bias), labels = make_inputs(bias=True)
+    loss, _ = chunked_cross_entropy(hidden.double(), weight.double(), labels, bias.double())
+    logprobs = chunked_logprobs(hidden.double(), weight.double(), labels, bias.double())
+    torch.testing.assert_close(-logprobs.sum(), loss)
+
+    leaves = [t.double().requires_grad_() for t in (hidden[:, :3], weight[:9], bias[:9])]
+    labels = labels[:, :3] % 9
+    torch.autograd.gradcheck(lambda *inputs: chunked_logprobs(*inputs[:2], labels, inputs[2], 4, 2.0, 0.7), leaves)
+
+
+def test_logprobs_keep_no_logits_and_nothing_at_all_without_gradients():
+    (hidden, weight, _), labels = make_inputs(bias=False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        chunked_logprobs(hidden.requires_grad_(), weight, labels, chunk_size=4)
+        answers = int((labels != -100).sum())
+        assert max(kept) <= answers * hidden.shape[-1]
+        kept.clear()
+        with torch.no_grad():
+            logprobs = chunked_logprobs(hidden, weight, labels, chunk_size=4)
+    assert not kept
+    assert not logprobs.requires_grad
+    with pytest.raises(ValueError, match="chunk_size must be >= 1, got 0"):
+        chunked_logprobs(hidden, weight, labels, chunk_size=0)

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lora_kernels.report import plot_loss, read_metrics, smooth
+from lora_kernels.report import plot_loss, plot_rewards, read_metrics, smooth
 
 
 def write(path, records, tail=""):
@@ -66,3 +66,14 @@ def test_errors_name_file_and_line(tmp_path):
     with pytest.raises(ValueError, match="no record with a loss"):
         plot_loss(write(path, [{"step": 1, "lr": 0.1}]), tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_rewards_are_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    chosen, rejected = rng.normal(1, 1, 50), rng.normal(0, 1, 50)
+    output = plot_rewards(chosen, rejected, [(0.6, 0.5, 20), (0.9, 0.8, 30)], tmp_path / "new" / "rewards.png")
+    image = matplotlib.image.imread(output)
+    assert colours(image, (0, 114, 178)) > 100 and image.shape[1] > image.shape[0]
+    plot_rewards([1.0], [1.0], [(0.5, 0.0, 1)], output)
+    with pytest.raises(ValueError, match="chosen and rejected must be as many and at least 1, got 0 and 0"):
+        plot_rewards([], [], [], output)

@@ -308,29 +308,15 @@ def load_model(
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
     source = str(name_or_dir)
-    if source == SMOLLM2:
-        directory = smollm2_dir()
-    elif source.endswith(".gguf"):
-        file = Path(source)
-        if not file.is_file():
-            raise FileNotFoundError(f"model {source}: no such GGUF file")
-        directory = _cached_gguf(file, f"{file.stat().st_size}-{file.stat().st_mtime_ns}")
-    elif Path(source).is_dir():
-        directory = Path(source)
-        _check_directory(directory)
-    elif source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or "\\" in source:
-        raise FileNotFoundError(f"model {source}: no such directory")
-    else:
-        directory = None
-
+    directory = _local_directory(source)
     torch_dtype = resolve_dtype(dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from lora_kernels.io.nf4 import is_bitsandbytes_nf4, load_nf4_model, quantization_of
 
     where = source if directory is None else str(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = load_tokenizer(where)
         quantization = quantization_of(AutoConfig.from_pretrained(where))
         if quantize is not None or (quantization is not None and is_bitsandbytes_nf4(quantization)):
             local = _download(source) if directory is None else directory
@@ -341,15 +327,49 @@ def load_model(
                 where, dtype=torch_dtype, attn_implementation="sdpa", use_safetensors=True
             )
     except OSError as error:
-        if directory is None:
-            raise ValueError(
-                f"model {source!r} is neither a directory here, nor {SMOLLM2!r}, nor a hub id that could be loaded: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        raise ValueError(f"model directory {directory} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise _not_loaded(source, directory, error) from error
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` gives with the model, and its errors."""
+    from transformers import AutoTokenizer
+
+    source = str(name_or_dir)
+    directory = _local_directory(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source if directory is None else str(directory))
+    except OSError as error:
+        raise _not_loaded(source, directory, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def _local_directory(source: str) -> Path | None:
+    """The directory that a name means, converted from GGUF where it has to be; None for a hub id."""
+    if source == SMOLLM2:
+        return smollm2_dir()
+    if source.endswith(".gguf"):
+        file = Path(source)
+        if not file.is_file():
+            raise FileNotFoundError(f"model {source}: no such GGUF file")
+        return _cached_gguf(file, f"{file.stat().st_size}-{file.stat().st_mtime_ns}")
+    if Path(source).is_dir():
+        _check_directory(Path(source))
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or "\\" in source:
+        raise FileNotFoundError(f"model {source}: no such directory")
+    return None
+
+
+def _not_loaded(source: str, directory: Path | None, error: OSError) -> ValueError:
+    reason = str(error).splitlines()[0]
+    if directory is not None:
+        return ValueError(f"model directory {directory} could not be loaded: {reason}")
+    return ValueError(
+        f"model {source!r} is neither a directory here, nor {SMOLLM2!r}, nor a hub id that could be loaded: {reason}"
+    )
 
 
 def _download(hub_id: str) -> Path:

@@ -206,6 +206,9 @@ def _ends(name: str) -> list[str]:
 def task_type(model: nn.Module, saved: list[str]) -> str | None:
     name = type(model).__name__
     task = next((task for pattern, task in _TASK_TYPES if re.search(pattern, name)), None)
+    if task == "CAUSAL_LM" and "score" in saved:
+        # A reward model: the head that a sequence classifier has, on the decoder of a causal LM.
+        return "SEQ_CLS"
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         # For these PEFT takes the heads to be in the file, whatever modules_to_save says.
         heads = {name for name, _ in model.named_modules() if name.endswith(("score", "classifier"))}
@@ -288,6 +291,11 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
     """The LoRAConfig of a PEFT config, or ValueError for what it asks of us and we can't do."""
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {raw.get('peft_type')!r}; supported: 'LORA'")
+    if raw.get("task_type") == "SEQ_CLS" and not {"score", "classifier"} & {name for name, _ in model.named_children()}:
+        raise ValueError(
+            f"{path}: task_type is 'SEQ_CLS', a reward model or classifier, and the model has no head for it; "
+            "lora_kernels.train.load_reward_model loads a reward model"
+        )
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias is {raw['bias']!r}, which is not supported yet; supported: 'none'")
     init = raw.get("init_lora_weights", True)

@@ -1,4 +1,5 @@
-"""Fine-tuning: `run_sft(SFTConfig(...))` from files, `train_sft` for a model and data already built."""
+"""Training: `run_sft(SFTConfig(...))` from files, `train_sft` for a model and data already built; likewise
+`run_reward` and `run_dpo`."""
 
 from __future__ import annotations
 
@@ -7,28 +8,53 @@ from typing import TYPE_CHECKING
 from lora_kernels.lazy import exports
 
 if TYPE_CHECKING:
-    from lora_kernels.train.config import SFTConfig
+    from lora_kernels.train.config import DPOConfig, RewardConfig, SFTConfig
     from lora_kernels.train.data import build_dataset, load_dataset
-    from lora_kernels.train.losses import chunked_cross_entropy
+    from lora_kernels.train.dpo import run_dpo, train_dpo
+    from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
+    from lora_kernels.train.preference import build_pairs, load_pairs
+    from lora_kernels.train.reward import RewardModel, load_reward_model, run_reward, train_reward
     from lora_kernels.train.run import TrainResult
     from lora_kernels.train.sft import run_sft, train_sft
 
 _HOME = {
+    "DPOConfig": "config",
+    "RewardConfig": "config",
+    "RewardModel": "reward",
     "SFTConfig": "config",
     "TrainResult": "run",
     "build_dataset": "data",
+    "build_pairs": "preference",
     "chunked_cross_entropy": "losses",
+    "chunked_logprobs": "losses",
     "load_dataset": "data",
+    "load_pairs": "preference",
+    "load_reward_model": "reward",
+    "run_dpo": "dpo",
+    "run_reward": "reward",
     "run_sft": "sft",
+    "train_dpo": "dpo",
+    "train_reward": "reward",
     "train_sft": "sft",
 }
 __all__ = [
+    "DPOConfig",
+    "RewardConfig",
+    "RewardModel",
     "SFTConfig",
     "TrainResult",
     "build_dataset",
+    "build_pairs",
     "chunked_cross_entropy",
+    "chunked_logprobs",
     "load_dataset",
+    "load_pairs",
+    "load_reward_model",
+    "run_dpo",
+    "run_reward",
     "run_sft",
+    "train_dpo",
+    "train_reward",
     "train_sft",
 ]
 __getattr__, __dir__ = exports(__name__, _HOME)

@@ -37,7 +37,7 @@ SCHEDULERS = ("cosine", "linear", "constant")
 _NOT_IDENTITY = {
     *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
     *("backend", "chat_template", "max_length", "dtype", "epochs", "max_steps", "batch_size"),
-    "gradient_accumulation_steps",
+    *("gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
 }
 _Config = TypeVar("_Config", bound="TrainConfig")
 
@@ -85,6 +85,7 @@ class TrainConfig:
     """
 
     learning_rates: ClassVar[dict[str, float]] = LEARNING_RATES
+    loss_unit: ClassVar[str] = "nats per target token"
 
     model: str
     data: str
@@ -226,6 +227,70 @@ class SFTConfig(TrainConfig):
     """Settings of `run_sft`: those of `TrainConfig`."""
 
     output_dir: str = "outputs/sft"
+
+
+@dataclass
+class RewardConfig(TrainConfig):
+    """Settings of `run_reward`: those of `TrainConfig`, data and eval_data being preference pairs, and
+
+    center_coef: weight of (r_chosen + r_rejected)² in the loss, which keeps rewards around 0; see `reward_loss`.
+    normalize_samples: after training, so many answers of the base model give the gain and the bias with which rewards
+        have mean 0 and standard deviation 1; 0 leaves them as they are.
+    normalize_data: file of their prompts, by default the training data.
+    normalize_tokens: longest of these answers.
+    batch_size: counts pairs, so that a micro-batch has twice as many rows.
+    max_length: a pair with an answer that, with its prompt, is longer is left out.
+    method: "lora" or "qlora", whose adapters have a place for the head.
+    """
+
+    learning_rates: ClassVar[dict[str, float]] = {"lora": 1e-4, "qlora": 1e-4}
+    loss_unit: ClassVar[str] = "nats per pair"
+
+    output_dir: str = "outputs/reward"
+    center_coef: float = 0.0
+    normalize_samples: int = 0
+    normalize_data: str | None = None
+    normalize_tokens: int = 64
+
+    def _check_own(self) -> None:
+        self._check("center_coef", 0 <= self.center_coef < math.inf, "finite and >= 0")
+        self._check("normalize_samples", self.normalize_samples == 0 or self.normalize_samples >= 2, "0 or >= 2")
+        given = self.normalize_samples > 0
+        self._check("normalize_data", given or self.normalize_data is None, "left out with normalize_samples 0")
+        self._check("normalize_tokens", self.normalize_tokens >= 1, ">= 1")
+
+
+@dataclass
+class DPOConfig(TrainConfig):
+    """Settings of `run_dpo`: those of `TrainConfig`, data and eval_data being preference pairs, and
+
+    loss: "sigmoid" or "ipo", beta, label_smoothing: see `dpo_loss`.
+    precompute_ref: compute the reference model's log-probabilities of all pairs before the first step, and keep them;
+        else with each batch. The reference is the model without adapters, so method "full", which has no adapters to
+        turn off, needs it.
+    batch_size: counts pairs, so that a micro-batch has twice as many rows.
+    max_length: a pair with an answer that, with its prompt, is longer is left out.
+    """
+
+    learning_rates: ClassVar[dict[str, float]] = {method: lr / 10 for method, lr in LEARNING_RATES.items()}
+    loss_unit: ClassVar[str] = "nats per pair"
+
+    output_dir: str = "outputs/dpo"
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    precompute_ref: bool = True
+
+    def _check_own(self) -> None:
+        self._check_choice("loss", ("sigmoid", "ipo"))
+        self._check("beta", 0 < self.beta < math.inf, "finite and > 0")
+        self._check("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
+        self._check("label_smoothing", self.loss == "sigmoid" or not self.label_smoothing, "0 with loss ipo")
+        self._check(
+            "precompute_ref",
+            self.precompute_ref or self.method != "full",
+            "true with method full, which has no adapters to turn off: its own start is the reference",
+        )
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:

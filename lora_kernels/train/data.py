@@ -44,7 +44,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
-_TOKENIZE_ROWS = 512
+TOKENIZE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int) ->
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def load_records(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
+def load_records(path: str | os.PathLike, problems: list[str] | None = None) -> Iterator[tuple[Any, str]]:
     """Yield (record, place) from a .json list, a .jsonl file (either may be .gz), or a .parquet file.
 
+    problems: gets what is wrong with a text that is not JSON, in place of an exception; of lines, the rest is read.
     Raises FileNotFoundError, and ValueError with file and line for text that is not JSON.
     """
     path = Path(path)
@@ -136,18 +137,31 @@ def load_records(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
     except (OSError, EOFError) as error:
         raise ValueError(f"{path}: can't be read: {error}") from None
     # Files named .json hold one record a line often enough.
-    yield from _json_list(text, path) if text.lstrip()[:1] == "[" else _json_lines(text, path)
+    if text.lstrip()[:1] != "[":
+        yield from _json_lines(text, path, problems)
+        return
+    try:
+        yield from _json_list(text, path)
+    except ValueError as error:
+        if problems is None:
+            raise
+        problems.append(str(error))
 
 
-def _json_lines(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+def _json_lines(text: str, path: Path, problems: list[str] | None) -> Iterator[tuple[Any, str]]:
     # Not splitlines(): that also splits at U+2028 and its like, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line), f"{path}:{number}"
+            record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+            problem = f"{path}:{number}: not JSON: {error.msg} at column {error.colno}"
+            if problems is None:
+                raise ValueError(problem) from None
+            problems.append(problem)
+        else:
+            yield record, f"{path}:{number}"
 
 
 def _json_list(text: str, path: Path) -> Iterator[tuple[Any, str]]:
@@ -184,15 +198,12 @@ def to_conversation(record: Any, where: str) -> Conversation:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
     if record.get("messages") is not None:
-        messages = _messages(record["messages"], "messages", where)
+        messages = message_list(record["messages"], "messages", where)
         first = 0
     elif record.get("instruction") is not None and "output" in record:
-        content = _text(record, "instruction", where)
-        if record.get("input"):
-            content += "\n\n" + _text(record, "input", where)
-        messages = [_message("user", content), _message("assistant", _text(record, "output", where))]
+        messages = [user_turn(record, where), message("assistant", text_field(record, "output", where))]
         if record.get("system"):
-            messages.insert(0, _message("system", _text(record, "system", where)))
+            messages.insert(0, message("system", text_field(record, "system", where)))
         first = 0
     elif "prompt" in record and "completion" in record:
         messages = _turns(record, "prompt", "user", where)
@@ -201,7 +212,7 @@ def to_conversation(record: Any, where: str) -> Conversation:
     else:
         found = ", ".join(map(repr, record)) or "none"
         raise ValueError(f"{where}: expected one of {'; '.join(FORMS)}; got the fields {found}")
-    answers = tuple(i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant")
+    answers = tuple(i for i, turn in enumerate(messages) if i >= first and turn["role"] == "assistant")
     if not answers:
         raise ValueError(f"{where}: no assistant message to learn")
     if messages[0]["role"] == "assistant":
@@ -209,11 +220,19 @@ def to_conversation(record: Any, where: str) -> Conversation:
     return Conversation(messages[: answers[-1] + 1], answers, where)
 
 
-def _message(role: str, content: str) -> dict[str, str]:
+def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _text(record: dict, name: str, where: str) -> str:
+def user_turn(record: dict, where: str) -> dict[str, str]:
+    """What the user says in a record with an instruction and maybe an input."""
+    content = text_field(record, "instruction", where)
+    if record.get("input"):
+        content += "\n\n" + text_field(record, "input", where)
+    return message("user", content)
+
+
+def text_field(record: dict, name: str, where: str) -> str:
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name!r} must be a string, got {type(value).__name__}")
@@ -222,19 +241,19 @@ def _text(record: dict, name: str, where: str) -> str:
 
 def _turns(record: dict, name: str, role: str, where: str) -> list[dict[str, str]]:
     if isinstance(record[name], str):
-        return [_message(role, record[name])]
-    return _messages(record[name], name, where)
+        return [message(role, record[name])]
+    return message_list(record[name], name, where)
 
 
-def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
+def message_list(value: Any, name: str, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: {name!r} must be a non-empty list of messages, got {value!r:.80}")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f'{where}: {name}[{index}] must be {{"role", "content"}}, got {message!r:.80}')
+    for index, item in enumerate(value):
+        if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+            raise ValueError(f'{where}: {name}[{index}] must be {{"role", "content"}}, got {item!r:.80}')
         for key in ("role", "content"):
-            _text(message, key, f"{where}: {name}[{index}]")
-    return [_message(message["role"], message["content"]) for message in value]
+            text_field(item, key, f"{where}: {name}[{index}]")
+    return [message(item["role"], item["content"]) for item in value]
 
 
 def set_chat_template(tokenizer: Any, chat_template: str | None = None) -> None:
@@ -257,7 +276,7 @@ def set_chat_template(tokenizer: Any, chat_template: str | None = None) -> None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE.replace("{bos}", "{{ bos_token }}" if adds_bos else "", 1)
 
 
-class _Renderer:
+class Renderer:
     """Conversations to text with the character spans of the answers, and on to token ids with an answer mask."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -369,7 +388,7 @@ def build_dataset(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length
     Raises ValueError for a bad record, and where no row is left.
     """
     set_chat_template(tokenizer)
-    renderer = _Renderer(tokenizer)
+    renderer = Renderer(tokenizer)
     conversations, blank = [], 0
     for record, where in records:
         conversation = to_conversation(record, where)
@@ -378,8 +397,8 @@ def build_dataset(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length
         else:
             blank += 1
     input_ids, masks, truncated, unanswered = [], [], 0, 0
-    for start in range(0, len(conversations), _TOKENIZE_ROWS):
-        for ids, mask in renderer.tokenize(conversations[start : start + _TOKENIZE_ROWS]):
+    for start in range(0, len(conversations), TOKENIZE_ROWS):
+        for ids, mask in renderer.tokenize(conversations[start : start + TOKENIZE_ROWS]):
             if not mask[1:max_length].any():
                 unanswered += 1
                 continue
@@ -387,17 +406,16 @@ def build_dataset(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length
             input_ids.append(np.array(ids[:max_length], dtype=np.int32))
             masks.append(mask[:max_length])
     if unanswered:
-        _warn(
+        warn(
             f"{source}: dropped {unanswered} rows that have no answer token among their first {max_length} (max_length)"
         )
     if blank:
-        _warn(f"{source}: dropped {blank} rows whose answer is blank")
+        warn(f"{source}: dropped {blank} rows whose answer is blank")
     if not input_ids:
         raise ValueError(
             f"{source}: no row with an answer is left" if conversations or blank else f"{source}: no records"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return TokenDataset(input_ids, masks, pad or 0, truncated, unanswered + blank)
+    return TokenDataset(input_ids, masks, pad_token_of(tokenizer), truncated, unanswered + blank)
 
 
 def load_dataset(path: str | os.PathLike, tokenizer: Any, max_length: int) -> TokenDataset:
@@ -405,5 +423,10 @@ def load_dataset(path: str | os.PathLike, tokenizer: Any, max_length: int) -> To
     return build_dataset(load_records(path), tokenizer, max_length, str(path))
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=3)
+def pad_token_of(tokenizer: Any) -> int:
+    """A token for the padding, which nothing looks at."""
+    return (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id) or 0
+
+
+def warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=3)

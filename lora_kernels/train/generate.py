@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,6 +87,37 @@ def generate(
     finally:
         model.train(was_training)
     return answers
+
+
+def read_prompts(path: Path) -> list[tuple[Prompt, Any]]:
+    """(prompt, record) of a text file with a prompt a line (record None), or of a file of training records.
+
+    A record's last answer is left out, or both of a preference pair; {"prompt"} alone is also taken. Raises
+    FileNotFoundError, and ValueError that names file and line for a bad record.
+    """
+    from lora_kernels.train.data import SUFFIXES, load_records
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.name.endswith(SUFFIXES):
+        return [(prompt_of(record, where), record) for record, where in load_records(path)]
+    return [(line, None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def prompt_of(record: Any, where: str) -> Prompt:
+    """The prompt of a training record; ValueError starting with `where` for a bad record."""
+    from lora_kernels.train.data import to_conversation
+    from lora_kernels.train.preference import is_preference, to_pair
+
+    if is_preference(record):
+        messages = to_pair(record, where).prompt
+    else:
+        if isinstance(record, dict) and "prompt" in record:
+            record = {"completion": "", **record}
+        conversation = to_conversation(record, where)
+        messages = conversation.messages[: conversation.answers[-1]]
+    alone = len(messages) == 1 and messages[0]["role"] == "user"
+    return messages[0]["content"] if alone else messages
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None) -> list[int]:

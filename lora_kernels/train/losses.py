@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without the [M, V] logits."""
+"""Cross-entropy and log-probabilities over a large vocabulary without the [M, V] logits."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,54 @@ IGNORE_INDEX = -100
 _LOGITS_PER_CHUNK = 1 << 24
 
 
+def _nll(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """-log softmax(softcap(scale * (rows @ weightᵀ + bias)))[target] [m, 1] and, if needed, its gradient with respect
+    to `rows @ weightᵀ + bias` [m, V], both in float32 (float64 for float64 inputs)."""
+    logits = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
+    logits = logits.to(_accumulator(rows))
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+    slope = None
+    if logit_softcap is not None:
+        capped = logits.div_(logit_softcap).tanh_()
+        slope = 1 - capped * capped if needs_grad else None
+        logits = capped.mul_(logit_softcap)
+
+    logits.sub_(logits.amax(1, keepdim=True))
+    target_logit = logits.gather(1, target)
+    probs = logits.exp_()
+    norm = probs.sum(1, keepdim=True)
+    nll = norm.log() - target_logit
+    if not needs_grad:
+        return nll, None
+    dlogits = probs.div_(norm)
+    dlogits.scatter_add_(1, target, dlogits.new_full((), -1.0).expand_as(target))
+    if slope is not None:
+        dlogits.mul_(slope)
+    if logit_scale != 1.0:
+        dlogits.mul_(logit_scale)
+    return nll, dlogits
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(logits)[label], the gradients computed beside the loss, one chunk of rows at a time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, chunk_size, logit_scale, logit_softcap, grad_enabled):
         needs_hidden, needs_weight, needs_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        accumulate = _accumulator(hidden)
         dhidden = torch.empty_like(hidden) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         dbias = torch.zeros_like(bias, dtype=accumulate) if needs_bias else None
@@ -22,30 +63,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_size):
             rows = hidden[start : start + chunk_size]
             target = labels[start : start + chunk_size, None]
-            logits = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
-            logits = logits.to(accumulate)
-            if logit_scale != 1.0:
-                logits.mul_(logit_scale)
-            slope = None
-            if logit_softcap is not None:
-                capped = logits.div_(logit_softcap).tanh_()
-                if dhidden is not None or dweight is not None or dbias is not None:
-                    slope = 1 - capped * capped
-                logits = capped.mul_(logit_softcap)
-
-            logits.sub_(logits.amax(1, keepdim=True))
-            target_logit = logits.gather(1, target)
-            probs = logits.exp_()
-            norm = probs.sum(1, keepdim=True)
-            loss += (norm.log() - target_logit).sum()
-            if dhidden is None and dweight is None and dbias is None:
+            needs_grad = needs_hidden or needs_weight or needs_bias
+            nll, dlogits = _nll(rows, weight, bias, target, logit_scale, logit_softcap, needs_grad)
+            loss += nll.sum()
+            if not needs_grad:
                 continue
-            dlogits = probs.div_(norm)
-            dlogits.scatter_add_(1, target, dlogits.new_full((), -1.0).expand_as(target))
-            if slope is not None:
-                dlogits.mul_(slope)
-            if logit_scale != 1.0:
-                dlogits.mul_(logit_scale)
             if dbias is not None:
                 dbias += dlogits.sum(0)
             if dweight is not None:
@@ -66,6 +88,54 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # dloss carries 1 / answer tokens: in 16 bits it would be off by up to 0.4 %, the same way for every gradient.
         grads = (None if grad is None else (grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in ctx.saved_tensors)
         return (*grads, None, None, None, None, None)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(logits)[label] of each row. A row's gradient with respect to its own hidden state is kept from the
+    forward pass; that of the weight mixes rows by their dlogprobs, so backward makes the logits again for it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, chunk_size, logit_scale, logit_softcap, grad_enabled):
+        needs_hidden = grad_enabled and ctx.needs_input_grad[0]
+        needs_head = grad_enabled and any(ctx.needs_input_grad[1:3])
+        dhidden = torch.empty_like(hidden) if needs_hidden else None
+        logprobs = torch.empty(labels.shape, dtype=_accumulator(hidden), device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            target = labels[chunk, None]
+            nll, dlogits = _nll(hidden[chunk], weight, bias, target, logit_scale, logit_softcap, needs_hidden)
+            logprobs[chunk] = -nll.squeeze(1)
+            if needs_hidden:
+                torch.mm(dlogits.neg_().to(weight.dtype), weight, out=dhidden[chunk])
+        ctx.save_for_backward(dhidden, *((hidden, weight, bias, labels) if needs_head else ()))
+        ctx.settings = (chunk_size, logit_scale, logit_softcap)
+        return logprobs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogprobs):
+        dhidden, *head = ctx.saved_tensors
+        dlogprobs = dlogprobs[:, None]
+        dweight = dbias = None
+        if head:
+            hidden, weight, bias, labels = head
+            chunk_size, logit_scale, logit_softcap = ctx.settings
+            dweight = torch.zeros_like(weight, dtype=_accumulator(hidden)) if ctx.needs_input_grad[1] else None
+            dbias = torch.zeros_like(bias, dtype=_accumulator(hidden)) if ctx.needs_input_grad[2] else None
+            for start in range(0, hidden.shape[0], chunk_size):
+                chunk = slice(start, start + chunk_size)
+                target = labels[chunk, None]
+                _, dlogits = _nll(hidden[chunk], weight, bias, target, logit_scale, logit_softcap, True)
+                dlogits.mul_(-dlogprobs[chunk])
+                if dweight is not None:
+                    dweight.addmm_(dlogits.t(), hidden[chunk].to(dlogits.dtype))
+                if dbias is not None:
+                    dbias += dlogits.sum(0)
+            dweight = None if dweight is None else dweight.to(weight.dtype)
+            dbias = None if dbias is None else dbias.to(bias.dtype)
+        if dhidden is not None:
+            dhidden = (dhidden.to(dlogprobs.dtype) * dlogprobs).to(dhidden.dtype)
+        return dhidden, dweight, dbias, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -90,6 +160,36 @@ def chunked_cross_entropy(
 
     Raises ValueError where shapes, dtypes or chunk_size do not fit.
     """
+    index, *inputs = _answers(hidden, lm_head_weight, bias, labels, chunk_size)
+    loss = _ChunkedCrossEntropy.apply(*inputs, logit_scale, logit_softcap, torch.is_grad_enabled())
+    return loss, index.numel()
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """log softmax(softcap(logit_scale * (hidden @ lm_head_weightᵀ + bias)))[label] of each label, 0 where it is -100.
+
+    Arguments, limits and errors as for `chunked_cross_entropy`, whose loss is -sum of these; a sampling temperature is
+    `logit_scale` = 1 / temperature. Returns float32 (float64 for float64 inputs) shaped like labels. With gradients
+    off, only the log-probabilities are kept; else one row of hidden's size and dtype for each label as well. Where
+    `lm_head_weight` or `bias` require gradients, backward makes the logits a second time.
+    """
+    index, *inputs = _answers(hidden, lm_head_weight, bias, labels, chunk_size)
+    logprobs = _ChunkedLogprobs.apply(*inputs, logit_scale, logit_softcap, torch.is_grad_enabled())
+    return logprobs.new_zeros(labels.numel()).index_copy(0, index, logprobs).view(labels.shape)
+
+
+def _answers(
+    hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, int]:
+    """The flat index of each label to predict, then hidden, weight, bias and labels of these rows, and the chunk."""
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must be {list(hidden.shape[:-1])} like hidden without its last dim, got {list(labels.shape)}"
@@ -106,14 +206,4 @@ def chunked_cross_entropy(
     labels = labels.reshape(-1)
     index = labels.ne(IGNORE_INDEX).nonzero().squeeze(1)
     answers = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
-    loss = _ChunkedCrossEntropy.apply(
-        answers,
-        lm_head_weight,
-        bias,
-        labels.index_select(0, index),
-        chunk_size,
-        logit_scale,
-        logit_softcap,
-        torch.is_grad_enabled(),
-    )
-    return loss, index.numel()
+    return index, answers, lm_head_weight, bias, labels.index_select(0, index), chunk_size

@@ -197,7 +197,7 @@ def train(
     with backend_option(config.backend), board or nullcontext():
         loop.run()
     if accelerator.is_main_process:
-        plot_loss(output_dir / METRICS, output_dir / PLOT)
+        plot_loss(output_dir / METRICS, output_dir / PLOT, unit=config.loss_unit)
         if loop.hook:
             plot_ranks(loop.hook.ranks(), output_dir / RANKS)
     accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from lora_kernels.backends import backend_option
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset
 from lora_kernels.train.loop import Callback, make_accelerator
-from lora_kernels.train.losses import chunked_cross_entropy
+from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.train.run import TrainResult, check_context, start, train
 
 _CHECK_TOKENS = 8
@@ -48,9 +49,17 @@ class AnswerLoss(nn.Module):
         `attention_mask` is not used: with padding on the right only, causal attention never looks at a pad, and
         without a mask the attention runs its causal path, which is the fast one.
         """
+        loss, _ = self._project(chunked_cross_entropy, input_ids, labels)
+        return {"loss": loss}
+
+    def logprobs(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability of each of labels [B, T] after the tokens before it: float32 [B, T - 1], 0 where ignored."""
+        return self._project(chunked_logprobs, input_ids, labels)
+
+    def _project(self, function: Callable[..., Any], input_ids: Tensor, labels: Tensor) -> Any:
         decoder, head = self._parts
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-        loss, _ = chunked_cross_entropy(
+        return function(
             hidden.to(head.weight.dtype),
             head.weight,
             labels[:, 1:],
@@ -58,7 +67,6 @@ class AnswerLoss(nn.Module):
             logit_softcap=self.logit_softcap,
             logit_scale=self.logit_scale,
         )
-        return {"loss": loss}
 
     @torch.no_grad()
     def check(self, input_ids: Tensor) -> None:
@@ -68,7 +76,7 @@ class AnswerLoss(nn.Module):
         row = input_ids.reshape(1, -1)[:, :_CHECK_TOKENS].to(next(self.model.parameters()).device)
         logits = self.model(input_ids=row, use_cache=False).logits[0, :-1].float()
         expected = F.cross_entropy(logits, row[0, 1:], reduction="sum")
-        found = self(row, row)["loss"]
+        found = -self.logprobs(row, row).sum()
         self.train(training)
         # Logits of 16 bits are rounded at other places on the two ways.
         tolerance = 1e-3 if self._parts[1].weight.dtype in (torch.float32, torch.float64) else 3e-2

@@ -1,0 +1,129 @@
+"""What a data file holds and what is wrong with it: `lora-kernels data check`."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from lora_kernels.train.data import Conversation, Renderer, load_records, set_chat_template, to_conversation
+from lora_kernels.train.preference import is_preference, to_pair
+
+KINDS = {
+    "preference": "preference pairs (reward, dpo)",
+    "sft": "conversations with answers (sft)",
+    "prompts": "prompts without answers (generate, data label)",
+}
+_PROMPT, _LEARNED = "dim", "bold green"
+
+
+@dataclass
+class Check:
+    """What was found in a file.
+
+    kind: a key of `KINDS`, that of the first record, or "" in a file without one. lengths: of each good record's
+    "prompt" and "answer", or "chosen" and "rejected", in `unit`. problems: one line each, with file and line.
+    example: {name: (input_ids, answer_mask)} of the first good record, with a tokenizer only. too_long: good records
+    with more than max_length tokens.
+    """
+
+    kind: str = ""
+    records: int = 0
+    unit: str = "characters"
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    example: dict[str, tuple[Sequence[int], np.ndarray]] = field(default_factory=dict)
+    too_long: int = 0
+
+    def table(self) -> Table:
+        """Shortest, median, mean, 95th percentile and longest of each part of the records."""
+        table = Table(self.unit, "shortest", "median", "mean", "95 %", "longest", title_justify="left")
+        for name, lengths in self.lengths.items():
+            values = (min(lengths), np.median(lengths), np.mean(lengths), np.percentile(lengths, 95), max(lengths))
+            table.add_row(name, *(f"{value:.0f}" for value in values))
+        return table
+
+
+def check_file(path: str | os.PathLike, tokenizer: Any = None, max_length: int | None = None) -> Check:
+    """Read every record of a file as training would, without stopping at a bad one.
+
+    With a tokenizer, records are rendered and tokenised too. Raises FileNotFoundError and ValueError for a file that
+    can't be read at all.
+    """
+    check = Check(unit="characters" if tokenizer is None else "tokens")
+    renderer = None
+    if tokenizer is not None:
+        set_chat_template(tokenizer)
+        renderer = Renderer(tokenizer)
+    for record, where in load_records(path, check.problems):
+        check.records += 1
+        kind = _kind(record)
+        check.kind = check.kind or kind
+        try:
+            if kind != check.kind:
+                raise ValueError(f"{where}: expected {KINDS[check.kind]} as before, got {KINDS[kind]}")
+            _read(check, record, where, renderer, max_length)
+        except ValueError as error:
+            check.problems.append(str(error))
+    if not check.records and not check.problems:
+        check.problems.append(f"{path}: no records")
+    return check
+
+
+def _kind(record: Any) -> str:
+    if is_preference(record):
+        return "preference"
+    return "prompts" if isinstance(record, dict) and set(record) & {"prompt", "completion"} == {"prompt"} else "sft"
+
+
+def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_length: int | None) -> None:
+    """Add a record to what was found; ValueError for a bad one."""
+    if check.kind == "preference":
+        pair = to_pair(record, where)
+        if pair.blank():
+            raise ValueError(f"{where}: the {pair.blank()} answer is blank; training leaves the pair out")
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+    else:
+        if check.kind == "prompts":
+            record = {**record, "completion": ""}
+        conversation = to_conversation(record, where)
+        said = [conversation.messages[i]["content"] for i in conversation.answers]
+        if check.kind == "sft" and not any(text.strip() for text in said):
+            raise ValueError(f"{where}: the answer is blank; training leaves the record out")
+        sides = {"answer": conversation}
+    if renderer is None:
+        lengths = _characters(sides)
+    else:
+        rows = dict(zip(sides, renderer.tokenize(list(sides.values())), strict=True))
+        if check.kind == "preference" and rows["chosen"][0] == rows["rejected"][0]:
+            raise ValueError(f"{where}: the chat template makes chosen and rejected the same")
+        first = next(iter(rows.values()))[1]
+        lengths = {"prompt": int(first.argmax()), **{name: int(mask.sum()) for name, (_, mask) in rows.items()}}
+        check.too_long += max_length is not None and max(len(ids) for ids, _ in rows.values()) > max_length
+        check.example = check.example or rows
+    if check.kind == "prompts":
+        del lengths["answer"]
+    for name, length in lengths.items():
+        check.lengths.setdefault(name, []).append(length)
+
+
+def _characters(sides: dict[str, Conversation]) -> dict[str, int]:
+    first = next(iter(sides.values()))
+    lengths = {"prompt": sum(len(item["content"]) for item in first.messages[: first.answers[0]])}
+    for name, conversation in sides.items():
+        lengths[name] = sum(len(conversation.messages[i]["content"]) for i in conversation.answers)
+    return lengths
+
+
+def marked(input_ids: Sequence[int], answer_mask: np.ndarray, tokenizer: Any, colour: bool = True) -> Text:
+    """The row as text, special tokens included: learned tokens bold green, or without colour in ⟦ ⟧, others dim."""
+    text = Text()
+    borders = [0, *(np.flatnonzero(np.diff(answer_mask.astype(np.int8))) + 1), len(input_ids)]
+    for start, end in zip(borders, borders[1:], strict=False):
+        learned = bool(answer_mask[start])
+        piece = tokenizer.decode(list(input_ids[start:end]), clean_up_tokenization_spaces=False)
+        text.append(f"⟦{piece}⟧" if learned and not colour else piece, style=_LEARNED if learned else _PROMPT)
+    return text

@@ -1,0 +1,143 @@
+"""Direct preference optimisation: learning from pairs without a reward model (Rafailov et al. 2023)."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_kernels.backends import backend_option
+from lora_kernels.methods import adapters_disabled
+from lora_kernels.train.config import DPOConfig
+from lora_kernels.train.loop import Callback, make_accelerator, to_device
+from lora_kernels.train.losses import IGNORE_INDEX
+from lora_kernels.train.preference import PairDataset, load_pairs
+from lora_kernels.train.rl import dpo_loss
+from lora_kernels.train.run import TrainResult, check_context, start, train
+from lora_kernels.train.sft import AnswerLoss
+
+
+class DPOLoss(AnswerLoss):
+    """A causal LM whose forward is the summed `dpo_loss` of the pairs of a batch, in one forward; the reference, where
+    its log-probabilities do not come with the batch, is the same model with its adapters off."""
+
+    def __init__(
+        self, model: nn.Module, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__(model)
+        self.beta, self.loss_type, self.label_smoothing = beta, loss_type, label_smoothing
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        lengths: Tensor,
+        margin: Tensor,
+        ref_logprobs: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Sums over the pairs of a `PairDataset` batch, chosen rows first; lengths and margins are not used."""
+        if ref_logprobs is None:
+            ref_logprobs = self.reference(input_ids, labels)
+        logprobs = self.logprobs(input_ids, labels).sum(1)
+        tokens = labels[:, 1:].ne(IGNORE_INDEX).sum(1)
+        settings = (self.beta, self.loss_type, self.label_smoothing)
+        loss, chosen, rejected = dpo_loss(*logprobs.chunk(2), *ref_logprobs.chunk(2), *settings, *tokens.chunk(2))
+        return {
+            "loss": loss.sum(),
+            "accuracy": (chosen > rejected).sum(),
+            "margin": (chosen - rejected).sum(),
+            "reward_chosen": chosen.sum(),
+            "reward_rejected": rejected.sum(),
+        }
+
+    @torch.no_grad()
+    def reference(self, input_ids: Tensor, labels: Tensor, adapters_on: bool = False) -> Tensor:
+        """Summed log-probabilities [B] of the labels, adapters and dropout off (`adapters_on`: dropout only)."""
+        training = self.training
+        self.eval()
+        try:
+            with nullcontext() if adapters_on else adapters_disabled(self.model):
+                return self.logprobs(input_ids, labels).sum(1)
+        finally:
+            self.train(training)
+
+
+def reference_logprobs(
+    module: DPOLoss, pairs: PairDataset, batch_size: int, accelerator: Accelerator, adapters_on: bool = False
+) -> np.ndarray:
+    """float32 [n, 2]: `module.reference` of the two answers of each pair, on all processes."""
+    order = np.argsort(-pairs.lengths, kind="stable")
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    found = torch.zeros(len(pairs), 2, device=accelerator.device)
+    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+        batch = to_device(pairs.batch(rows), accelerator)
+        logprobs = module.reference(batch["input_ids"], batch["labels"], adapters_on)
+        found[torch.from_numpy(rows).to(found.device)] = logprobs.view(2, -1).t()
+    return accelerator.reduce(found, "sum").cpu().numpy()
+
+
+def run_dpo(config: DPOConfig, callbacks: Sequence[Callback] = (), progress: bool = True) -> TrainResult:
+    """Train a policy on the pairs of `config.data`, and write everything to `config.output_dir`.
+
+    Files, processes, callbacks and errors as for `run_sft`. The rewards in metrics.jsonl are those of `dpo_loss`.
+    """
+    run = start(config, progress)
+    train_set = load_pairs(config.data, run.tokenizer, config.max_length)
+    eval_set = load_pairs(config.eval_data, run.tokenizer, config.max_length) if config.eval_data else None
+    run.adapt()
+    run.say(f"data: {train_set.describe()}")
+    if eval_set is not None:
+        run.say(f"eval data: {eval_set.describe()}")
+    if config.precompute_ref:
+        run.say("computing the reference model's log-probabilities of all pairs")
+    return train_dpo(
+        run.model,
+        train_set,
+        eval_set,
+        config,
+        callbacks=callbacks,
+        save_adapter=run.save_adapter,
+        accelerator=run.accelerator,
+        progress=progress,
+    )
+
+
+def train_dpo(
+    model: nn.Module,
+    train_set: PairDataset,
+    eval_set: PairDataset | None,
+    config: DPOConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    save_adapter: Callable[[nn.Module, Path], None] | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train what requires gradients in `model`, which `inject` prepared, on pairs; see `train_sft`.
+
+    With `config.precompute_ref`, the datasets without `ref_logprobs` get them: from the model without adapters, with
+    method "full" from the model as it is.
+    """
+    check_context(model, train_set, config)
+    accelerator = accelerator or make_accelerator()
+    module = DPOLoss(model, config.beta, config.loss, config.label_smoothing)
+    with backend_option(config.backend):
+        module.to(accelerator.device).check(torch.from_numpy(train_set.chosen[0][0]).long())
+        for pairs in (train_set, eval_set) if config.precompute_ref else ():
+            if pairs is not None and pairs.ref_logprobs is None:
+                full = config.method == "full"
+                pairs.ref_logprobs = reference_logprobs(module, pairs, config.batch_size, accelerator, full)
+    return train(
+        module,
+        model,
+        train_set,
+        eval_set,
+        config,
+        callbacks=callbacks,
+        save_adapter=save_adapter,
+        accelerator=accelerator,
+        progress=progress,
+    )

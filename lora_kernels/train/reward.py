@@ -1,0 +1,316 @@
+"""Reward models: a causal LM's decoder with LoRA adapters and a scalar head, trained on preference pairs."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from lora_kernels.backends import backend_option
+from lora_kernels.io.adapters import load_adapter
+from lora_kernels.io.files import replacing
+from lora_kernels.io.models import load_model
+from lora_kernels.io.peft import CONFIG_NAME, read_config
+from lora_kernels.methods import adapters_disabled
+from lora_kernels.report import plot_rewards
+from lora_kernels.train.config import RewardConfig
+from lora_kernels.train.data import Conversation, Renderer, collate, message, pad_token_of, set_chat_template
+from lora_kernels.train.generate import Prompt, generate, read_prompts
+from lora_kernels.train.loop import Callback
+from lora_kernels.train.preference import PairDataset, load_pairs
+from lora_kernels.train.rl import reward_loss
+from lora_kernels.train.run import TEMPLATE, Run, TrainResult, start, train
+
+HEAD = "score"
+NORMALIZATION, EVALUATION, REWARDS = "reward_normalization.json", "reward_eval.json", "rewards.png"
+_TEMPERATURE = 0.7
+
+
+def attach_head(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives a causal LM `model.score`, nn.Linear(d, 1) without bias, float32, where transformers' sequence classifiers
+    have theirs, so that adapters and head go by the same paths there.
+
+    Values are N(0, 1/√(d + 1)) (Stiennon et al. 2020), a function of the seed alone. Returns the model.
+    Raises ValueError if it has such a module already.
+    """
+    if hasattr(model, HEAD):
+        raise ValueError(f"model is a {type(model).__name__}, which has a module {HEAD!r}; allowed: a causal LM")
+    d = model.config.get_text_config().hidden_size
+    head = skip_init(nn.Linear, d, 1, bias=False, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.normal_(std=1 / math.sqrt(d + 1), generator=torch.Generator().manual_seed(seed))
+    model.add_module(HEAD, head.to(model.get_input_embeddings().weight.device))
+    return model
+
+
+def rewards(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """What the head of `model` says of the last token of each row: float32 [B], not normalised.
+
+    input_ids [B, T], padded on the right; lengths [B]. The last token is told by the length, so a pad token that is
+    also the end token does no harm, and padding is never looked at.
+    """
+    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+    head = model.get_submodule(HEAD)
+    return head(last.to(head.weight.dtype)).squeeze(-1).float()
+
+
+class RewardModel(nn.Module):
+    """A causal LM with adapters and a head, as a function from token ids to a reward, gain * rewards(...) + bias."""
+
+    def __init__(self, model: nn.Module, gain: float = 1.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.gain, self.bias = model, gain, bias
+
+    def score(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """float32 [B] of input_ids [B, T], padded on the right, and lengths [B]; see `rewards`."""
+        return self.gain * rewards(self.model, input_ids, lengths) + self.bias
+
+    @torch.no_grad()
+    def score_conversations(
+        self, tokenizer: Any, conversations: Sequence[list[dict[str, str]]], batch_size: int = 8
+    ) -> Tensor:
+        """float32 [n] of chats that end with the answer to judge, rendered as in training."""
+        told = [
+            Conversation(list(messages), (len(messages) - 1,), f"conversation {index}")
+            for index, messages in enumerate(conversations)
+        ]
+        rows = [(np.array(ids, dtype=np.int32), mask) for ids, mask in Renderer(tokenizer).tokenize(told)]
+        scores = torch.empty(len(rows))
+        device = self.model.get_input_embeddings().weight.device
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
+        for start_at in range(0, len(order), batch_size):
+            some = order[start_at : start_at + batch_size]
+            batch = collate([rows[index] for index in some], pad_token_of(tokenizer))
+            lengths = batch["attention_mask"].sum(1).to(device)
+            scores[some] = self.score(batch["input_ids"].to(device), lengths).cpu()
+        return scores
+
+
+class RewardLoss(nn.Module):
+    """A causal LM with a head, whose forward is the summed `reward_loss` of the pairs of a batch, in one forward."""
+
+    def __init__(self, model: nn.Module, center_coef: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.center_coef = model, center_coef
+
+    def forward(self, input_ids: Tensor, lengths: Tensor, margin: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Sums over the pairs of a `PairDataset` batch, chosen rows first; the labels are not used."""
+        chosen, rejected = rewards(self.model, input_ids, lengths).chunk(2)
+        loss = reward_loss(chosen, rejected, margin, self.center_coef)
+        return {
+            "loss": loss.sum(),
+            "accuracy": (chosen > rejected).sum(),
+            "margin": (chosen - rejected).sum(),
+            "reward_chosen": chosen.sum(),
+            "reward_rejected": rejected.sum(),
+        }
+
+
+def run_reward(config: RewardConfig, callbacks: Sequence[Callback] = (), progress: bool = True) -> TrainResult:
+    """Train a reward model on the pairs of `config.data`, and write everything to `config.output_dir`.
+
+    Beside what every run writes, reward_eval.json and rewards.png tell how the adapter that was saved judges the
+    evaluation pairs (without eval_data: the training pairs), and reward_normalization.json holds gain and bias where
+    `normalize_samples` asks for them. Processes, callbacks and errors as for `run_sft`.
+    """
+    run = start(config, progress)
+    prompts = []
+    if config.normalize_samples:
+        prompts = [prompt for prompt, _ in read_prompts(Path(config.normalize_data or config.data))]
+    train_set = load_pairs(config.data, run.tokenizer, config.max_length)
+    eval_set = load_pairs(config.eval_data, run.tokenizer, config.max_length) if config.eval_data else None
+    attach_head(run.model, config.seed)
+    run.method = dataclasses.replace(run.method, modules_to_save=(HEAD,))
+    run.adapt()
+    run.say(f"data: {train_set.describe()}")
+    if eval_set is not None:
+        run.say(f"eval data: {eval_set.describe()}")
+    result = train_reward(
+        run.model,
+        train_set,
+        eval_set,
+        config,
+        callbacks=callbacks,
+        save_adapter=run.save_adapter,
+        accelerator=run.accelerator,
+        progress=progress,
+    )
+    if run.accelerator.is_main_process:
+        with backend_option(config.backend):
+            _finish(run, eval_set or train_set, prompts)
+    run.accelerator.wait_for_everyone()
+    return result
+
+
+def train_reward(
+    model: nn.Module,
+    train_set: PairDataset,
+    eval_set: PairDataset | None,
+    config: RewardConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    save_adapter: Callable[[nn.Module, Path], None] | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train adapters and head of `model`, after `attach_head` and `inject`, on pairs; see `train_sft`."""
+    return train(
+        RewardLoss(model, config.center_coef),
+        model,
+        train_set,
+        eval_set,
+        config,
+        callbacks=callbacks,
+        save_adapter=save_adapter,
+        accelerator=accelerator,
+        progress=progress,
+    )
+
+
+def _finish(run: Run, pairs: PairDataset, prompts: list[Prompt]) -> None:
+    """Judge pairs with the adapter in output_dir, which the last step need not have been, and normalise its rewards."""
+    config, directory = run.config, Path(run.config.output_dir)
+    model = load_adapter(run.model, directory).eval()
+    evaluation = evaluate_pairs(RewardModel(model), pairs, config.batch_size)
+    name = config.eval_data or f"{config.data} (training data)"
+    _write_json(directory / EVALUATION, {"data": name, **evaluation.summary()})
+    plot_rewards(evaluation.chosen, evaluation.rejected, evaluation.calibration(), directory / REWARDS, Path(name).name)
+    run.say(f"{name}: {evaluation.describe()}")
+    if config.normalize_samples:
+        gain, bias = _normalization(run, prompts)
+        run.say(f"rewards are normalised as {gain:.4g} * reward + {bias:.4g}")
+
+
+def _normalization(run: Run, prompts: list[Prompt]) -> tuple[float, float]:
+    """Gain and bias that give the rewards of the base model's answers mean 0 and standard deviation 1; saves them."""
+    config = run.config
+    order = np.random.default_rng([config.seed, 1]).permutation(len(prompts))
+    chosen = [prompts[i] for i in np.resize(order, config.normalize_samples)]
+    torch.manual_seed(config.seed)
+    with adapters_disabled(run.model):
+        answers = generate(
+            run.model, run.tokenizer, chosen, config.normalize_tokens, config.batch_size, temperature=_TEMPERATURE
+        )
+    chats = [
+        [*([message("user", prompt)] if isinstance(prompt, str) else prompt), message("assistant", answer)]
+        for prompt, answer in zip(chosen, answers, strict=True)
+    ]
+    scores = RewardModel(run.model).score_conversations(run.tokenizer, chats, config.batch_size).double()
+    mean, std = scores.mean().item(), scores.std().item()
+    if not (math.isfinite(mean) and std > 0):
+        raise ValueError(f"can't normalise: the rewards of {len(chats)} samples have mean {mean} and deviation {std}")
+    gain, bias = 1 / std, -mean / std
+    values = {"gain": gain, "bias": bias, "samples": len(chats), "mean": mean, "std": std}
+    _write_json(Path(config.output_dir) / NORMALIZATION, values)
+    return gain, bias
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rewards [n] of the two answers of each pair."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    def calibration(self, bins: int = 10) -> list[tuple[float, float, int]]:
+        """(mean predicted probability, share that was right, pairs) for each of `bins` equal parts of [0.5, 1].
+
+        The prediction is that the answer with the higher reward was chosen, with probability σ(|r_c - r_r|). Parts
+        without a pair are left out.
+        """
+        difference = self.chosen.astype(np.float64) - self.rejected
+        predicted = 1 / (1 + np.exp(-np.abs(difference)))
+        right = difference > 0
+        part = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
+        return [
+            (float(predicted[part == i].mean()), float(right[part == i].mean()), int((part == i).sum()))
+            for i in range(bins)
+            if (part == i).any()
+        ]
+
+    def summary(self) -> dict[str, float]:
+        """accuracy (a tie is wrong), mean margin, loss (without margin and centring) and expected calibration error
+        (Guo et al. 2017), and the means of the rewards."""
+        difference = self.chosen.astype(np.float64) - self.rejected
+        error = sum(count * abs(right - predicted) for predicted, right, count in self.calibration())
+        return {
+            "pairs": len(difference),
+            "accuracy": float((difference > 0).mean()),
+            "margin": float(difference.mean()),
+            "loss": float(np.logaddexp(0, -difference).mean()),
+            "calibration_error": error / len(difference),
+            "reward_chosen": float(self.chosen.mean()),
+            "reward_rejected": float(self.rejected.mean()),
+        }
+
+    def describe(self) -> str:
+        values = self.summary()
+        return (
+            f"accuracy {values['accuracy']:.3f} on {values['pairs']} pairs, mean margin {values['margin']:.3f}, "
+            f"loss {values['loss']:.4f}, calibration error {values['calibration_error']:.3f}"
+        )
+
+
+@torch.no_grad()
+def evaluate_pairs(reward_model: RewardModel, pairs: PairDataset, batch_size: int = 8) -> Evaluation:
+    """Rewards of all pairs."""
+    scores = np.empty((2, len(pairs)), dtype=np.float32)
+    device = reward_model.model.get_input_embeddings().weight.device
+    order = np.argsort(-pairs.lengths, kind="stable")
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        batch = pairs.batch(rows)
+        found = reward_model.score(batch["input_ids"].to(device), batch["lengths"].to(device))
+        scores[:, rows] = found.view(2, -1).cpu().numpy()
+    return Evaluation(*scores)
+
+
+def load_reward_model(
+    directory: str | os.PathLike,
+    model: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    double_quant: bool = False,
+) -> tuple[RewardModel, Any]:
+    """The reward model that `run_reward` or PEFT (task_type SEQ_CLS, one label) saved in `directory`, frozen and in
+    eval mode, and its tokenizer, with the chat template that it was trained with.
+
+    model: its base model, by default the one that the adapter names; dtype, quantize, double_quant: see `load_model`.
+    Rewards are normalised as reward_normalization.json beside the adapter says, if it is there.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG_NAME
+    base = model or read_config(path).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path} names no base model; pass model")
+    network, tokenizer = load_model(base, dtype, quantize, double_quant)
+    load_adapter(attach_head(network), directory, trainable=False)
+    set_chat_template(tokenizer, str(directory / TEMPLATE) if (directory / TEMPLATE).is_file() else None)
+    return RewardModel(network.eval(), *read_normalization(directory)).requires_grad_(False), tokenizer
+
+
+def read_normalization(directory: str | os.PathLike) -> tuple[float, float]:
+    """Gain and bias of the rewards of the adapter in `directory`: (1, 0) without a reward_normalization.json."""
+    path = Path(directory) / NORMALIZATION
+    if not path.is_file():
+        return 1.0, 0.0
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return float(values["gain"]), float(values["bias"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} must hold numbers gain and bias: {error!r}") from None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
