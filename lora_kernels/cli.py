@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels sft | reward | dpo | compare | generate | merge | data | doctor`.
+"""The command line: `lora-kernels sft | reward | ppo | dpo | compare | generate | merge | data | doctor`.
 
 torch and transformers are imported inside the commands, so that --help is quick.
 """
@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from lora_kernels.io.files import new_directory, replacing
-from lora_kernels.train.config import METHODS, DPOConfig, RewardConfig, SFTConfig, TrainConfig, read_yaml
+from lora_kernels.train.config import METHODS, DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, read_yaml
 
 app = typer.Typer(
     name="lora-kernels",
@@ -78,6 +78,36 @@ _FIELD_HELP = {
     "warmup_ratio": ("Optimisation", "Share of the steps over which the learning rate rises."),
     "weight_decay": ("Optimisation", "AdamW weight decay."),
     "max_grad_norm": ("Optimisation", "Clip the gradient to this norm; 0 turns it off."),
+    "rollout_size": ("Rollout", "Answers sampled each step."),
+    "rollout_batch_size": ("Rollout", "Answers sampled at a time."),
+    "max_new_tokens": ("Rollout", "Longest answer, in tokens."),
+    "temperature": ("Rollout", "Of the sampling, and of all log-probabilities."),
+    "top_k": ("Rollout", "Sample from this many tokens; 0: all. Others than 0 are not what is learned."),
+    "top_p": ("Rollout", "Sample from the tokens with this much of the probability; likewise."),
+    "stop": ("Rollout", "A further token that ends an answer."),
+    "eval_prompts": ("Rollout", "Prompts of --eval-data, or --data, that are answered at each evaluation."),
+    "adapter": ("Reward and reference", "LoRA adapter to start from; its frozen copy is the reference."),
+    "reward_adapter": ("Reward and reference", "Adapter of a reward model; the value model starts from it."),
+    "reward": ("Reward and reference", "module:function or file.py:function of (prompts, responses[, records])."),
+    "bad_rewards": ("Reward and reference", "error, or skip and count, where a reward is NaN or raises."),
+    "missing_eos_penalty": ("Reward and reference", "Taken off the score of an answer that no stop token ended."),
+    "kl_coef": ("Reward and reference", "Penalty on the KL divergence from the reference, token by token."),
+    "kl_estimator": ("Reward and reference", "k1, k2 or k3."),
+    "kl_target": ("Reward and reference", "Adapt --kl-coef towards this KL of an answer."),
+    "kl_horizon": ("Reward and reference", "Answers over which it adapts."),
+    "score_position": ("Reward and reference", "after the last token (as TRL), or last, at that token."),
+    "whiten_rewards": ("Reward and reference", "Scale rewards to a standard deviation of 1."),
+    "whiten_advantages": ("PPO", "Shift and scale advantages to mean 0, standard deviation 1."),
+    "gamma": ("PPO", "Discount."),
+    "lam": ("PPO", "Of generalised advantage estimation."),
+    "ppo_epochs": ("PPO", "Passes over each rollout."),
+    "minibatches": ("PPO", "Optimizer steps in each pass."),
+    "cliprange": ("PPO", "Of the policy's ratio."),
+    "cliprange_value": ("PPO", "Of the values."),
+    "dual_clip": ("PPO", "Bound of the loss where the advantage is negative; left out: none."),
+    "vf_coef": ("PPO", "Weight of the value loss."),
+    "target_kl": ("PPO", "Leave a rollout when the policy has moved this far from the one that sampled."),
+    "value_lr": ("PPO", "Learning rate of the value model. Default: that of the policy."),
     "seed": ("Optimisation", "Of the initial values, the order of the data, and dropout."),
     "eval_steps": ("Run", "Steps between evaluations; left out: once an epoch."),
     "save_steps": ("Run", "Steps between checkpoints; left out: once an epoch."),
@@ -109,17 +139,23 @@ def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _flags_of(config_class: type[TrainConfig]) -> Callable[..., Any]:
-    """Give a function that takes **flags one option for each field of a dataclass; None means not given."""
+def _flags_of(config_class: type[TrainConfig], **texts: str) -> Callable[..., Any]:
+    """Give a function that takes **flags one option for each field of a dataclass; None means not given.
+
+    texts: {field: what it means to this trainer}, in place of the common help.
+    """
     hints = typing.get_type_hints(config_class)
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command, eval_str=True)
         parameters = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
         for field in dataclasses.fields(config_class):
+            if field.name in config_class.unused:
+                continue
             kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
             kind = next((kind for kind in kinds if kind in (bool, int, float)), str)
             panel, text = _FIELD_HELP.get(field.name, ("Other", ""))
+            text = texts.get(field.name, text)
             if field.default is dataclasses.MISSING:
                 text += " Required, here or in --config."
             elif field.name == "lr":
@@ -177,6 +213,30 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
 
     run_sft(settings)
     typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
+
+
+@app.command()
+@_user_errors
+@_flags_of(
+    PPOConfig,
+    data="Prompts: a text file, one a line, or training records, whose answers are ignored.",
+    eval_data="Prompts to answer at each evaluation, same forms.",
+    output_dir="Gets the adapter, checkpoint-last/, metrics.jsonl, samples.jsonl, ppo.png and config.yaml.",
+    max_length="Longest prompt and its answer, in tokens; longer prompts are left out.",
+    method="lora, or qlora (over 4-bit weights).",
+    epochs="Passes over the prompts; may be fractional.",
+    max_steps="Rollouts; decides instead of --epochs where given.",
+    batch_size="Answers in a micro-batch.",
+    eval_steps="Rollouts between evaluations; left out: once an epoch.",
+    save_steps="Rollouts between checkpoints; left out: once an epoch.",
+)
+def ppo(*, config: _ConfigFile = None, **flags: Any) -> None:
+    """Reinforcement learning from a reward model or any Python function, by PPO; --data are prompts."""
+    settings = _settings(PPOConfig, config, flags)
+    from lora_kernels.train.ppo import run_ppo
+
+    run_ppo(settings)
+    typer.echo(f"adapter, metrics, samples and plots: {settings.output_dir}")
 
 
 @app.command()

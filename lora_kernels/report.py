@@ -11,7 +11,7 @@ from typing import Any
 from lora_kernels.io.files import replacing
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -164,6 +164,61 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], output: str | Path) -> Pa
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
 
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(output)
+
+
+_PPO_PANELS = (
+    ("score", ("objective/scores", "objective/rlhf_reward", "eval_score")),
+    ("KL to the reference, per answer", ("objective/kl",)),
+    ("KL coefficient", ("objective/kl_coef",)),
+    ("entropy (nats per token)", ("objective/entropy",)),
+    ("tokens per answer", ("val/response_length", "eval_response_length")),
+    ("answers that ended", ("val/num_eos_tokens",)),
+    ("policy loss", ("loss/policy",)),
+    ("value loss", ("loss/value",)),
+    ("explained variance", ("val/explained_variance",)),
+    ("KL to the policy that sampled", ("policy/approxkl",)),
+    ("clipped share", ("policy/clipfrac", "val/clipfrac")),
+    ("seconds", ("seconds/rollout", "seconds/score", "seconds/update")),
+)
+
+
+def plot_ppo(metrics: str | Path, output: str | Path) -> Path:
+    """Draw the metrics of a PPO run over its steps, a panel for each kind, as a PNG; returns its path.
+
+    A band around the score is one standard deviation over the answers of a rollout. Raises FileNotFoundError for a
+    missing file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    records = read_metrics(metrics)
+    figure = Figure(figsize=(14, 12), dpi=100)
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(4, 3).flat, _PPO_PANELS, strict=True):
+        for name, color in zip(names, (_BLUE, _ORANGE, _GREEN), strict=False):
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            marker = "o" if name.startswith("eval") or len(steps) == 1 else ""
+            axes.plot(steps, values, color=color, marker=marker, markersize=4, label=name)
+            if name == "objective/scores":
+                spread = [record["objective/scores_std"] for record in records if name in record]
+                bounds = ([value + sign * std for value, std in zip(values, spread, strict=True)] for sign in (-1, 1))
+                axes.fill_between(steps, *bounds, color=color, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=_GREY, alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize=7)
+    figure.supxlabel("step (one rollout)", y=0.02)
+    # Not a constrained layout, which draws everything twice.
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.96, bottom=0.06, hspace=0.3, wspace=0.2)
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png")
     return Path(output)

@@ -33,6 +33,7 @@ from lora_kernels.methods.lora import (
     pattern_matches,
     plan,
 )
+from lora_kernels.methods.named import add_adapter, use_adapter
 from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
@@ -251,6 +252,25 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
             target.copy_(tensors[key])
     for parameter in _adapter_parameters(model):
         parameter.requires_grad_(trainable)
+    return model
+
+
+def add_saved_adapter(model: nn.Module, name: str, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
+    """`add_adapter` with the config and the values of the LoRA adapter in `directory`, which is not in use yet.
+
+    Returns the model. Raises what add_adapter and load_adapter raise, with the model unchanged.
+    """
+    directory = Path(directory)
+    raw, tensors = read_config(directory / CONFIG_NAME), read_tensors(directory / WEIGHTS_NAME)
+    config = lora_config(model, raw, tensors, directory / CONFIG_NAME)
+    add_adapter(model, name, dataclasses.replace(config, init="both_zero"))
+    try:
+        with use_adapter(model, name):
+            load_adapter(model, directory, trainable)
+            model.adapter_config = config
+    except Exception:
+        del model.parked_adapters[name]
+        raise
     return model
 
 

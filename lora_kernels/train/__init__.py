@@ -1,5 +1,5 @@
 """Training: `run_sft(SFTConfig(...))` from files, `train_sft` for a model and data already built; likewise
-`run_reward` and `run_dpo`."""
+`run_reward`, `run_dpo` and `run_ppo`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from lora_kernels.lazy import exports
 
 if TYPE_CHECKING:
-    from lora_kernels.train.config import DPOConfig, RewardConfig, SFTConfig
+    from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
     from lora_kernels.train.data import build_dataset, load_dataset
     from lora_kernels.train.dpo import run_dpo, train_dpo
     from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
+    from lora_kernels.train.ppo import PPOResult, run_ppo
     from lora_kernels.train.preference import build_pairs, load_pairs
     from lora_kernels.train.reward import RewardModel, load_reward_model, run_reward, train_reward
     from lora_kernels.train.run import TrainResult
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DPOConfig": "config",
+    "PPOConfig": "config",
+    "PPOResult": "ppo",
     "RewardConfig": "config",
     "RewardModel": "reward",
     "SFTConfig": "config",
@@ -31,6 +34,7 @@ _HOME = {
     "load_pairs": "preference",
     "load_reward_model": "reward",
     "run_dpo": "dpo",
+    "run_ppo": "ppo",
     "run_reward": "reward",
     "run_sft": "sft",
     "train_dpo": "dpo",
@@ -39,6 +43,8 @@ _HOME = {
 }
 __all__ = [
     "DPOConfig",
+    "PPOConfig",
+    "PPOResult",
     "RewardConfig",
     "RewardModel",
     "SFTConfig",
@@ -51,6 +57,7 @@ __all__ = [
     "load_pairs",
     "load_reward_model",
     "run_dpo",
+    "run_ppo",
     "run_reward",
     "run_sft",
     "train_dpo",

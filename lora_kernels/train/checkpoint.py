@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ LAST = "checkpoint-last"
 _WRITING, _REPLACED = ".checkpoint-last.tmp", ".checkpoint-last.old"
 _TENSORS, _STATE = "training_state.safetensors", "training_state.json"
 _METHOD = "method_state.safetensors"
+_State = TypeVar("_State")
 
 
 @dataclass
@@ -43,7 +44,7 @@ def save_checkpoint(
     output_dir: Path,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    state: LoopState,
+    state: Any,
     run: dict[str, Any],
     accelerator: Accelerator,
     save_adapter: Callable[[Path], None],
@@ -52,8 +53,8 @@ def save_checkpoint(
     """Write `checkpoint-last/` beside the old one and swap them; every process must call this.
 
     Holds the adapter as `save_adapter` writes it, the trainable parameters and optimizer state by name, the random
-    state of each process, `state`, `run` (what a resumed run must have in common with this one), and `method_state`, if
-    the method has any.
+    state of each process, `state` (a dataclass), `run` (what a resumed run must have in common with this one), and
+    `method_state`, if the method has any.
     """
     writing, last, replaced = (output_dir / name for name in (_WRITING, LAST, _REPLACED))
     if accelerator.is_main_process:
@@ -83,7 +84,9 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_state(directory: Path, run: dict[str, Any]) -> tuple[LoopState, dict[str, torch.Tensor]]:
+def load_state(
+    directory: Path, run: dict[str, Any], state_class: type[_State] = LoopState
+) -> tuple[_State, dict[str, torch.Tensor]]:
     """What the loop had done, and the method's state; ValueError where the run is another one."""
     values = json.loads((directory / _STATE).read_text())
     saved = values.pop("run")
@@ -93,7 +96,7 @@ def load_state(directory: Path, run: dict[str, Any]) -> tuple[LoopState, dict[st
                 f"can't resume {directory}: it was made with {key} = {saved.get(key)}, this run has {value}"
             )
     method_state = load_file(directory / _METHOD) if (directory / _METHOD).exists() else {}
-    return LoopState(**values), method_state
+    return state_class(**values), method_state
 
 
 def load_checkpoint(

@@ -38,6 +38,7 @@ _NOT_IDENTITY = {
     *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
     *("backend", "chat_template", "max_length", "dtype", "epochs", "max_steps", "batch_size"),
     *("gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
+    *("bad_rewards", "eval_prompts"),
 }
 _Config = TypeVar("_Config", bound="TrainConfig")
 
@@ -85,6 +86,7 @@ class TrainConfig:
     """
 
     learning_rates: ClassVar[dict[str, float]] = LEARNING_RATES
+    unused: ClassVar[tuple[str, ...]] = ()  # fields above that a trainer has no use for, and no flag
     loss_unit: ClassVar[str] = "nats per target token"
 
     model: str
@@ -156,6 +158,9 @@ class TrainConfig:
         self._check("weight_decay", self.weight_decay >= 0, ">= 0")
         self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 turns clipping off)")
         self._check("seed", self.seed >= 0, ">= 0")
+        for field in dataclasses.fields(self):
+            given = field.name in self.unused and getattr(self, field.name) != field.default
+            self._check(field.name, not given, f"left out, since {type(self).__name__} has no use for it")
         self._check_own()
 
     def _check_own(self) -> None:
@@ -291,6 +296,99 @@ class DPOConfig(TrainConfig):
             self.precompute_ref or self.method != "full",
             "true with method full, which has no adapters to turn off: its own start is the reference",
         )
+
+
+@dataclass
+class PPOConfig(TrainConfig):
+    """Settings of `run_ppo`: those of `TrainConfig`, where a step is one rollout and what is learned from it.
+
+    data: prompts: a text file, one a line, or training records, whose answers are ignored. eval_data: prompts to show
+        and score before, during and after training; by default the first eval_prompts of data.
+    adapter: directory of the LoRA adapter that the policy starts from, and whose frozen copy is the reference; r,
+        lora_alpha, target and the like are then the adapter's. Without one the reference is the base model.
+    reward_adapter: directory of a reward model's adapter; the value model starts from it, too. Or
+    reward: "module:function" or "file.py:function", called with a list of prompts, one of responses (texts) and, if it
+        takes a third argument, one of the prompts' records; returns a number for each. Exactly one of the two.
+    bad_rewards: of a reward that is not finite, or a function that raises: "error", or "skip" to leave that answer out
+        and count it.
+    rollout_size: answers sampled each step. rollout_batch_size: how many at a time.
+    max_new_tokens, temperature, top_k, top_p: of the sampling. Log-probabilities are those of the whole vocabulary at
+        that temperature, so that top_k and top_p other than 0 and 1 sample something else than what is learned.
+    stop: further token that ends an answer, as text. missing_eos_penalty: taken off the score of an answer that none
+        ended.
+    kl_coef, kl_estimator: of the penalty on each token, see `rl.kl_estimate`. kl_target: adapt kl_coef so that the KL
+        of an answer nears it over kl_horizon episodes.
+    gamma, lam: of the advantage estimation. score_position: see `rl.token_rewards`. whiten_rewards, whiten_advantages.
+    ppo_epochs, minibatches: passes over a rollout, and optimizer steps in each. batch_size: answers in a micro-batch.
+    cliprange, cliprange_value, dual_clip, vf_coef: of the losses, see `rl.policy_loss` and `rl.value_loss`.
+    target_kl: leave a rollout, before the optimizer step, when the mean (log ratio)²/2 of a minibatch exceeds this.
+    value_lr: of the value model, by default lr.
+    max_length: the longest prompt and its answer, in tokens; longer prompts are left out and counted.
+    """
+
+    learning_rates: ClassVar[dict[str, float]] = {"lora": 5e-5, "qlora": 5e-5}
+    # Dropout would have the policy that learns be another one than the one that sampled; batch_size, minibatches and
+    # rollout_size say how gradients accumulate; and each step is logged.
+    unused: ClassVar[tuple[str, ...]] = (
+        *("lora_dropout", "gradient_accumulation_steps", "logging_steps", *ADALORA),
+        *("num_virtual_tokens", "init_text", "mlp_hidden"),
+    )
+
+    output_dir: str = "outputs/ppo"
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "linear"
+    adapter: str | None = None
+    reward_adapter: str | None = None
+    reward: str | None = None
+    bad_rewards: Literal["error", "skip"] = "error"
+    rollout_size: int = 64
+    rollout_batch_size: int = 32
+    max_new_tokens: int = 64
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: str | None = None
+    missing_eos_penalty: float = 0.0
+    kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: float | None = None
+    kl_horizon: float = 10000.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    score_position: Literal["after", "last"] = "after"
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    ppo_epochs: int = 4
+    minibatches: int = 1
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    dual_clip: float | None = None
+    vf_coef: float = 0.1
+    target_kl: float | None = None
+    value_lr: float | None = None
+    eval_prompts: int = 16
+
+    def _check_own(self) -> None:
+        for name in ("bad_rewards", "kl_estimator", "score_position"):
+            self._check_choice(name, typing.get_args(typing.get_type_hints(type(self))[name]))
+        for name in ("rollout_size", "rollout_batch_size", "max_new_tokens", "ppo_epochs", "minibatches"):
+            self._check(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("top_k", "missing_eos_penalty", "kl_coef", "vf_coef", "eval_prompts"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
+        for name in ("temperature", "kl_horizon", "cliprange_value"):
+            self._check(name, 0 < getattr(self, name) < math.inf, "finite and > 0")
+        for name in ("kl_target", "target_kl", "value_lr"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "> 0 or left out")
+        self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._check("cliprange", 0 < self.cliprange < 1, "in (0, 1)")
+        self._check("dual_clip", self.dual_clip is None or self.dual_clip > 1, "> 1 or left out")
+        for name in ("gamma", "lam"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("max_length", self.max_length > self.max_new_tokens, f"> max_new_tokens ({self.max_new_tokens})")
+        if (self.reward is None) == (self.reward_adapter is None):
+            raise ValueError(
+                f"give one of reward and reward_adapter, got reward {self.reward!r}, reward_adapter "
+                f"{self.reward_adapter!r}"
+            )
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:

@@ -53,10 +53,7 @@ def generate(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
-    # Chat models end a turn with a token of their own, which their generation config names.
-    own = model.generation_config.eos_token_id
-    stop_tokens = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
-    stop_tokens = sorted(stop_tokens - {None})
+    stops = sorted(stop_tokens(model, tokenizer))
     answers = [""] * len(rows)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
@@ -77,7 +74,7 @@ def generate(
                     attention_mask=attention_mask.to(device),
                     max_new_tokens=max_new_tokens,
                     pad_token_id=pad_token_id,
-                    eos_token_id=stop_tokens or None,
+                    eos_token_id=stops or None,
                     use_cache=True,
                     **sampling,
                 )
@@ -118,6 +115,12 @@ def prompt_of(record: Any, where: str) -> Prompt:
         messages = conversation.messages[: conversation.answers[-1]]
     alone = len(messages) == 1 and messages[0]["role"] == "user"
     return messages[0]["content"] if alone else messages
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that end an answer. Chat models end a turn with a token of their own, which their generation config names."""
+    own = model.generation_config.eos_token_id
+    return (set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}) - {None}
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None) -> list[int]:

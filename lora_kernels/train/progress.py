@@ -14,7 +14,7 @@ class Progress:
         self.total_steps, self.enabled = total_steps, enabled
         self.console = Console(stderr=True)
         self.started, self.first_step = time.perf_counter(), None
-        self.fields = {"loss": "-", "eval_loss": "-", "speed": "-", "rank": ""}
+        self.fields = {"loss": "-", "eval_loss": "-", "speed": "-", "extra": ""}
         self.bar = None
         if enabled and self.console.is_terminal:
             self.bar = progress.Progress(
@@ -22,7 +22,7 @@ class Progress:
                 progress.MofNCompleteColumn(),
                 progress.BarColumn(),
                 progress.TextColumn(
-                    "loss {task.fields[loss]} | eval {task.fields[eval_loss]}{task.fields[rank]} | "
+                    "loss {task.fields[loss]} | eval {task.fields[eval_loss]}{task.fields[extra]} | "
                     "{task.fields[speed]} tok/s"
                 ),
                 progress.TextColumn("left"),
@@ -54,7 +54,9 @@ class Progress:
         if "loss" in record:
             self.fields |= {"loss": f"{record['loss']:.4f}", "speed": f"{record['tokens_per_second']:.0f}"}
         if "average_rank" in record:
-            self.fields["rank"] = f" | rank {record['average_rank']:.2f}"
+            self.fields["extra"] = f" | rank {record['average_rank']:.2f}"
+        if "objective/scores" in record:
+            self.fields["extra"] = f" | score {record['objective/scores']:.3f} | KL {record['objective/kl']:.3f}"
         if "eval_loss" in record:
             self.fields["eval_loss"] = f"{record['eval_loss']:.4f}"
         if self.bar:
@@ -62,11 +64,13 @@ class Progress:
             return
         if "eval_loss" in record:
             text = f"eval loss {record['eval_loss']:.4f}"
+        elif "eval_score" in record:
+            text = f"eval score {record['eval_score']:.4f}"
         else:
             done = record["step"] - (self.first_step or 0)
             left = (time.perf_counter() - self.started) / max(1, done) * (self.total_steps - record["step"])
             text = (
-                f"loss {self.fields['loss']}{self.fields['rank']} | lr {record['lr']:.2e} | "
+                f"loss {self.fields['loss']}{self.fields['extra']} | lr {record['lr']:.2e} | "
                 f"{self.fields['speed']} tok/s | {left:.0f} s left"
             )
         self.console.print(f"step {record['step']}/{self.total_steps} | {text}", highlight=False, soft_wrap=True)

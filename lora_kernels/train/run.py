@@ -180,7 +180,7 @@ def train(
     if accelerator.is_main_process:
         check_output_dir(config)
         output_dir.mkdir(parents=True, exist_ok=True)
-    board = _TensorBoard(output_dir) if config.tensorboard and accelerator.is_main_process else None
+    board = TensorBoard(output_dir) if config.tensorboard and accelerator.is_main_process else None
     loop = Loop(
         module,
         train_set,
@@ -233,7 +233,7 @@ def _enable_checkpointing(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-class _TensorBoard:
+class TensorBoard:
     """A callback that repeats every number of a record to TensorBoard."""
 
     def __init__(self, directory: Path) -> None:
@@ -248,7 +248,7 @@ class _TensorBoard:
             if name != "step":
                 self.writer.add_scalar(name, value, record["step"])
 
-    def __enter__(self) -> "_TensorBoard":
+    def __enter__(self) -> "TensorBoard":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -30,8 +30,8 @@ class AnswerLoss(nn.Module):
         self.model = model
         # A PEFT model's wrapper has other ideas of what its base model is; the adapters live inside.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._parts = (inner.get_decoder(), inner.get_output_embeddings())
-        head = self._parts[1]
+        self.parts = (inner.get_decoder(), inner.get_output_embeddings())
+        head = self.parts[1]
         if type(head) is not nn.Linear:
             found = "nothing" if head is None else type(head).__name__
             raise ValueError(
@@ -57,7 +57,7 @@ class AnswerLoss(nn.Module):
         return self._project(chunked_logprobs, input_ids, labels)
 
     def _project(self, function: Callable[..., Any], input_ids: Tensor, labels: Tensor) -> Any:
-        decoder, head = self._parts
+        decoder, head = self.parts
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
         return function(
             hidden.to(head.weight.dtype),
@@ -79,7 +79,7 @@ class AnswerLoss(nn.Module):
         found = -self.logprobs(row, row).sum()
         self.train(training)
         # Logits of 16 bits are rounded at other places on the two ways.
-        tolerance = 1e-3 if self._parts[1].weight.dtype in (torch.float32, torch.float64) else 3e-2
+        tolerance = 1e-3 if self.parts[1].weight.dtype in (torch.float32, torch.float64) else 3e-2
         if not torch.allclose(found.float(), expected, rtol=tolerance, atol=tolerance * row.numel()):
             raise ValueError(
                 f"{type(self.model).__name__} computes its logits in a way that is not supported: the loss from its "

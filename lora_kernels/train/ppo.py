@@ -1,0 +1,386 @@
+"""PPO (Schulman et al. 2017) on a causal LM with LoRA: policy, reference, value and reward model over one base."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_kernels.backends import backend_option
+from lora_kernels.io.adapters import load_adapter
+from lora_kernels.methods import inject, trainable_summary
+from lora_kernels.methods.lora import LoRAConfig
+from lora_kernels.methods.virtual_tokens import context_length
+from lora_kernels.report import plot_ppo
+from lora_kernels.train import rl
+from lora_kernels.train.checkpoint import find_checkpoint, load_checkpoint, load_state, save_checkpoint
+from lora_kernels.train.config import PPOConfig
+from lora_kernels.train.data import set_chat_template
+from lora_kernels.train.generate import Prompt, encode_prompt, read_prompts, stop_tokens
+from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, truncate_metrics
+from lora_kernels.train.ppo_learner import Learner
+from lora_kernels.train.progress import Progress
+from lora_kernels.train.reward import HEAD, attach_head
+from lora_kernels.train.rewards import FunctionReward, RewardError, RewardFunction, load_function
+from lora_kernels.train.roles import Roles
+from lora_kernels.train.rollout import Episode, sample
+from lora_kernels.train.run import CONFIG, TEMPLATE, Run, TensorBoard, start
+
+SAMPLES, PLOT = "samples.jsonl", "ppo.png"
+_EVALUATION = 1 << 31  # a step that none is, for the random numbers of evaluations
+
+
+@dataclass
+class PPOState:
+    """What the run has done so far. episodes: answers learned from; skipped: those left out for a bad reward."""
+
+    step: int = 0
+    episodes: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    kl_coef: float = 0.0
+
+
+@dataclass
+class PPOResult:
+    """What a run did. score and kl are those of the last rollout, the eval_scores the means on the evaluation prompts
+    before and after; None where a resumed run had nothing left to do."""
+
+    output_dir: Path
+    steps: int
+    episodes: int
+    tokens: int
+    trainable_parameters: int
+    seconds: float
+    score: float | None = None
+    kl: float | None = None
+    first_eval_score: float | None = None
+    eval_score: float | None = None
+
+
+@dataclass
+class PromptRow:
+    """A prompt as the user gave it, the record that it came from (None for a line of text), and its token ids."""
+
+    prompt: Prompt
+    record: Any
+    ids: list[int]
+
+
+def run_ppo(
+    config: PPOConfig,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    reward: RewardFunction | None = None,
+) -> PPOResult:
+    """Train the policy that `config` describes on its prompts, and write everything to `config.output_dir`.
+
+    reward: a function in place of the one that `config.reward`, then only recorded, names. `callbacks` get every record
+    of metrics.jsonl. What is written: the policy's adapter as plain LoRA, checkpoint-last/, metrics.jsonl,
+    samples.jsonl, ppo.png and config.yaml.
+
+    Raises ValueError for bad settings, data or rewards (`RewardError`) and for more than one process, FileExistsError
+    where output_dir holds another run, FloatingPointError where the loss is no longer finite. After any of them
+    checkpoint-last/ can be resumed.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(f"WORLD_SIZE is {processes}: ppo runs in one process; start it without a launcher")
+    if config.reward is not None:
+        reward = FunctionReward(reward or load_function(config.reward), skip=config.bad_rewards == "skip")
+    run = start(config, progress)
+    if config.adapter and not config.chat_template and (Path(config.adapter) / TEMPLATE).is_file():
+        set_chat_template(run.tokenizer, str(Path(config.adapter) / TEMPLATE))
+    prompts = load_prompts(config.data, run, "data")
+    shown = load_prompts(config.eval_data, run, "eval data") if config.eval_data else prompts
+    with backend_option(config.backend):
+        roles = _roles(run)
+        roles.lm.check(torch.tensor(prompts[0].ids))
+        return PPOTrainer(run, roles, prompts, shown[: config.eval_prompts], reward, callbacks).run()
+
+
+def load_prompts(path: str, run: Run, name: str) -> list[PromptRow]:
+    """The prompts of a file that leave room for an answer; says how many do not, ValueError if none does."""
+    config = run.config
+    context = context_length(run.model)
+    limit = min(config.max_length, context or config.max_length) - config.max_new_tokens
+    rows = [
+        PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt)) for prompt, record in read_prompts(Path(path))
+    ]
+    kept = [row for row in rows if len(row.ids) <= limit]
+    text = f"{name}: {len(kept)} prompts"
+    if len(kept) < len(rows):
+        text += (
+            f"; {len(rows) - len(kept)} left out, longer than {limit} tokens (max_length {config.max_length}, context "
+            f"{context}, less max_new_tokens {config.max_new_tokens})"
+        )
+    if not kept:
+        raise ValueError(f"{path}: no prompt to learn from: {text}")
+    run.say(text)
+    return kept
+
+
+def _roles(run: Run) -> Roles:
+    """Put the adapters of all roles into the run's model, their initial values a function of the seed alone."""
+    config = run.config
+    attach_head(run.model)
+    torch.manual_seed(config.seed)
+    if config.adapter:
+        load_adapter(run.model, config.adapter)
+        if not isinstance(run.model.adapter_config, LoRAConfig):
+            raise ValueError(f"adapter {config.adapter} is a {type(run.model.adapter_config).__name__}; allowed: LoRA")
+    else:
+        inject(run.model, run.method)
+    value_config = dataclasses.replace(run.method, modules_to_save=[HEAD])
+    roles = Roles(run.model, value_config, config.temperature, config.adapter, config.reward_adapter)
+    run.model.to(run.accelerator.device)
+    return roles
+
+
+class PPOTrainer:
+    """The loop of PPO. A step samples, scores, and learns from rollout_size answers.
+
+    What is drawn in a step, sampling and the order of learning, depends on the seed and the step alone, so a resumed
+    run continues exactly, and one that failed in a reward can be saved as it was before that step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        roles: Roles,
+        prompts: list[PromptRow],
+        shown: list[PromptRow],
+        reward: FunctionReward | None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.setup, self.roles, self.reward, self.config = run, roles, reward, run.config
+        self.prompts, self.shown, self.callbacks = prompts, shown, list(callbacks)
+        self.model, self.device = run.model, run.accelerator.device
+        config = run.config
+        self.output_dir = Path(config.output_dir)
+        self.plan = StepPlan(len(prompts), config.rollout_size, 1, 1, config.epochs, config.max_steps, config.seed)
+        self.warmup_steps = math.ceil(config.warmup_ratio * self.plan.total_steps)
+        self.stops = stop_tokens(run.model, run.tokenizer) | _stop_token(run.tokenizer, config.stop)
+        if not self.stops:
+            raise ValueError("the tokenizer has no end token; give one with stop")
+        self.parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        self.learner = Learner(roles, config)
+        self.state = PPOState(kl_coef=config.kl_coef)
+        self.progress = Progress(self.plan.total_steps, enabled=run.progress)
+        self.saved_step = -1
+        self.last: dict[str, float] = {}
+        self.eval_scores: list[float] = []
+
+    @property
+    def run_identity(self) -> dict[str, Any]:
+        """What must agree for a resumed run to continue the same computation."""
+        return {
+            **self.config.identity,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "total_steps": self.plan.total_steps,
+            "batch_size": self.config.batch_size,
+            "prompts": len(self.prompts),
+            "prompt tokens": sum(len(row.ids) for row in self.prompts),
+        }
+
+    def run(self) -> PPOResult:
+        """Train from the last checkpoint, if the configuration says to resume and there is one, to the end."""
+        started = time.perf_counter()
+        config = self.config
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint = find_checkpoint(self.output_dir) if config.resume else None
+        if checkpoint:
+            self.state, _ = load_state(checkpoint, self.run_identity, PPOState)
+            load_checkpoint(checkpoint, self.parameters, self.learner.optimizer, self.setup.accelerator)
+            self.saved_step = self.state.step
+        for name in (METRICS, SAMPLES):
+            truncate_metrics(self.output_dir / name, self.state.step if checkpoint else -1)
+        config.save_yaml(self.output_dir / CONFIG)
+        self.setup.say(str(trainable_summary(self.model)))
+        board = TensorBoard(self.output_dir) if config.tensorboard else None
+        self.callbacks += [board] if board else []
+        with board or nullcontext(), self.progress:
+            self.progress.update(self.state.step)
+            try:
+                if not checkpoint:
+                    self._evaluate()
+                while self.state.step < self.plan.total_steps:
+                    self._step()
+            except RewardError:
+                # Nothing has been learned in this step yet.
+                self._checkpoint()
+                raise
+        plot_ppo(self.output_dir / METRICS, self.output_dir / PLOT)
+        return PPOResult(
+            output_dir=self.output_dir,
+            steps=self.state.step,
+            episodes=self.state.episodes,
+            tokens=self.state.tokens,
+            trainable_parameters=sum(parameter.numel() for parameter in self.parameters.values()),
+            seconds=time.perf_counter() - started,
+            score=self.last.get("objective/scores"),
+            kl=self.last.get("objective/kl"),
+            first_eval_score=self.eval_scores[0] if self.eval_scores else None,
+            eval_score=self.eval_scores[-1] if self.eval_scores else None,
+        )
+
+    def _step(self) -> None:
+        config, state = self.config, self.state
+        clock = [time.perf_counter()]
+        rows = [self.prompts[index] for index in self.plan.step_rows(state.step)]
+        episodes = self._sample(rows, state.step)
+        clock.append(time.perf_counter())
+        scores = self._scores(rows, episodes, state.step + 1)
+        kept = [index for index, score in enumerate(scores) if math.isfinite(score)]
+        if not kept:
+            raise RewardError(f"step {state.step + 1}: none of the {len(rows)} answers has a finite reward")
+        sampled_tokens = sum(len(row.ids) + len(episode.response) for row, episode in zip(rows, episodes, strict=True))
+        rollout = self.learner.rollout(
+            [episodes[index] for index in kept], [scores[index] for index in kept], state.kl_coef
+        )
+        clock.append(time.perf_counter())
+        factor = lr_factor(state.step, self.plan.total_steps, self.warmup_steps, config.lr_scheduler)
+        for group in self.learner.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        learned = self.learner.learn(rollout, state.step + 1)
+        clock.append(time.perf_counter())
+
+        state.step += 1
+        state.episodes += len(kept)
+        state.skipped += len(rows) - len(kept)
+        state.tokens += sampled_tokens
+        seconds = dict(zip(("rollout", "score", "update"), np.diff(clock).tolist(), strict=True))
+        self._log(
+            {
+                "step": state.step,
+                "episode": state.episodes,
+                **rollout.metrics,
+                "objective/kl_coef": state.kl_coef,
+                **learned,
+                "val/empty_responses": sum(not text.strip() for text in self._texts(episodes)),
+                "skipped": state.skipped,
+                "lr": config.lr * factor,
+                "tokens": state.tokens,
+                "tokens_per_second": round(sampled_tokens / sum(seconds.values()), 1),
+                **{f"seconds/{name}": round(value, 3) for name, value in seconds.items()},
+            }
+        )
+        self.last = rollout.metrics
+        if config.kl_target is not None:
+            kl = rollout.metrics["objective/kl"]
+            state.kl_coef = rl.adaptive_kl_coef(state.kl_coef, kl, config.kl_target, len(kept), config.kl_horizon)
+        self.progress.update(state.step)
+        end = state.step == self.plan.total_steps
+        per_epoch = max(1, round(len(self.prompts) / config.rollout_size))
+        if end or state.step % (config.eval_steps or per_epoch) == 0:
+            self._evaluate()
+        if end or state.step % (config.save_steps or per_epoch) == 0:
+            self._checkpoint()
+
+    def _sample(self, rows: Sequence[PromptRow], step: int) -> list[Episode]:
+        """An answer to each prompt; those of like length are sampled together."""
+        config = self.config
+        generator = torch.Generator(self.device).manual_seed(_seed(config.seed, step))
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+        episodes: dict[int, Episode] = {}
+        for at in range(0, len(order), config.rollout_batch_size):
+            indices = order[at : at + config.rollout_batch_size]
+            drawn = sample(
+                self.roles.lm,
+                [rows[index].ids for index in indices],
+                self.stops,
+                config.max_new_tokens,
+                config.temperature,
+                config.top_k,
+                config.top_p,
+                generator,
+            )
+            episodes |= zip(indices, drawn, strict=True)
+        return [episodes[index] for index in range(len(rows))]
+
+    @torch.no_grad()
+    def _scores(self, rows: Sequence[PromptRow], episodes: Sequence[Episode], step: int) -> list[float]:
+        """The reward of each answer, NaN for those to leave out."""
+        texts = self._texts(episodes)
+        if self.reward is not None:
+            return self.reward([row.prompt for row in rows], texts, [row.record for row in rows], step)
+        with self.roles.reward():
+            scores = [
+                score for _, batch in self.learner.batches(episodes) for score in self.roles.rewards(batch).tolist()
+            ]
+        for row, text, score in zip(rows, texts, scores, strict=True):
+            if not math.isfinite(score) and self.config.bad_rewards == "error":
+                raise RewardError(
+                    f"step {step}: the reward model gave {score} for the prompt {row.prompt!r:.200} and the answer "
+                    f"{text!r:.200}"
+                )
+        return scores
+
+    def _texts(self, episodes: Sequence[Episode]) -> list[str]:
+        """The answers without what ended them."""
+        ids = [episode.response[: -1 if episode.ended else None] for episode in episodes]
+        return self.setup.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _evaluate(self) -> None:
+        """Samples answers to the evaluation prompts, the same random numbers each time; scores and shows them."""
+        if not self.shown:
+            return
+        started = time.perf_counter()
+        step = self.state.step
+        episodes = self._sample(self.shown, _EVALUATION)
+        scores = self._scores(self.shown, episodes, step)
+        finite = [score for score in scores if math.isfinite(score)]
+        with (self.output_dir / SAMPLES).open("a", encoding="utf-8") as file:
+            for row, text, episode, score in zip(self.shown, self._texts(episodes), episodes, scores, strict=True):
+                shown = {"step": step, "prompt": row.prompt, "response": text, "ended": episode.ended,
+                         "score": score if math.isfinite(score) else None}  # fmt: skip
+                file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+        if finite:
+            self.eval_scores.append(float(np.mean(finite)))
+            record = {
+                "step": step,
+                "eval_score": self.eval_scores[-1],
+                "eval_score_std": float(np.std(finite)),
+                "eval_response_length": float(np.mean([len(episode.response) for episode in episodes])),
+                "eval_ended": float(np.mean([episode.ended for episode in episodes])),
+                "eval_seconds": round(time.perf_counter() - started, 3),
+            }
+            self._log(record)
+
+    def _checkpoint(self) -> None:
+        if self.saved_step == self.state.step:
+            return
+        self.setup.save_adapter(self.model, self.output_dir)
+        save_adapter = functools.partial(self.setup.save_adapter, self.model)
+        arguments = (self.state, self.run_identity, self.setup.accelerator, save_adapter)
+        save_checkpoint(self.output_dir, self.parameters, self.learner.optimizer, *arguments)
+        self.saved_step = self.state.step
+
+    def _log(self, record: dict[str, Any]) -> None:
+        with (self.output_dir / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.progress.log(record)
+        for callback in self.callbacks:
+            callback(record)
+
+
+def _seed(*keys: int) -> int:
+    return int(np.random.SeedSequence(keys).generate_state(1)[0])
+
+
+def _stop_token(tokenizer: Any, text: str | None) -> set[int]:
+    if text is None:
+        return set()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(f"stop {text!r} is {len(ids)} tokens; allowed: one")
+    return set(ids)
