@@ -233,7 +233,8 @@ def lora_linear_fwd(
     """y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias and h = dropout(x) Aᵀ; see reference.lora_linear_fwd.
 
     x [M, K] and y [M, N] are float32, bfloat16 or float16; adapters float32 or the dtype of x; h [M, R] and c =
-    column_scale [N] are float32. y is rounded once (before c too, where there is one and bfloat16 is native). Raises ValueError for other dtypes and for tensors that are not on the CPU.
+    column_scale [N] are float32. y is rounded once (before c too, where there is one and bfloat16 is native). Raises
+    ValueError for other dtypes and for tensors that are not on the CPU.
     """
     _check(x, lora_a, lora_b, lora_e)
     (M, K), (N, R) = x.shape, lora_b.shape

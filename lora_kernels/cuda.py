@@ -165,10 +165,10 @@ class Kernels:
         """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches; three where an NF4
         weight meets more rows than it is decoded for inside the product, and is dequantised first.
 
-        Arguments are those of `lora_kernels.reference.lora_linear_fwd`. x in float32 is taken for R = 0 and an NF4 weight
-        only, which torch then multiplies dequantised: DoRA's norms need that. Raises ValueError for other x that is not
-        bfloat16 or float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type of device, and for
-        dropout without rng; RuntimeError with CUDA's message where a launch fails.
+        Arguments are those of `lora_kernels.reference.lora_linear_fwd`. x in float32 is taken for R = 0 and an NF4
+        weight only, which torch then multiplies dequantised: DoRA's norms need that. Raises ValueError for other x that
+        is not bfloat16 or float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type
+        of device, and for dropout without rng; RuntimeError with CUDA's message where a launch fails.
         """
         (M, K), (N, R) = x.shape, lora_b.shape
         if x.dtype == torch.float32 and R == 0 and isinstance(weight, NF4) and column_scale is None:

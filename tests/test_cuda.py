@@ -125,9 +125,9 @@ def test_the_order_of_threads_and_blocks_does_not_matter(sizes, simt):
 
 
 def test_launches(simt):
-    case = Case(9, 10, 11, 3, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
-    scaled = Case(9, 10, 11, 3, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True, column_scale=True)
-    for expected, case in ((6, case), (7, scaled)):
+    options = dict(adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
+    for expected, column_scale in ((6, False), (7, True)):
+        case = Case(9, 10, 11, 3, **options, column_scale=column_scale)
         simt.take_traffic(record=True)
         case.results()
         kernels = [kernel for kernel, *_ in simt.take_traffic(record=False)]

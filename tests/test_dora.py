@@ -1,4 +1,4 @@
-"""DoRA: the norms against float64, the layer and its gradients against the eager formula, everything else against PEFT."""
+"""DoRA: the norms against float64, the layer and its gradients against the formula, everything else against PEFT."""
 
 import copy
 import json
@@ -149,9 +149,8 @@ def test_forward_and_gradients_are_the_formulas(kind, dtype):
     actual = run(lambda x, *_: layer(x), inputs)
     plain = run(lambda *args: eager(layer, *args), inputs)
     exact = run(lambda *args: formula(layer, *args), [t.double() for t in inputs])
-    for name, got, rounded, want in zip(
-        ("y", "dx", "dlora_a", "dlora_b", "dmagnitude"), actual, plain, exact, strict=True
-    ):
+    names = ("y", "dx", "dlora_a", "dlora_b", "dmagnitude")
+    for name, got, rounded, want in zip(names, actual, plain, exact, strict=True):
         assert_close_to_reference(got.to(dtype), rounded.to(dtype), want, name)
 
 

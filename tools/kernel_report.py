@@ -56,16 +56,16 @@ That is 3 MN of traffic more, 4 MK + 6 MN in all, which the tests count.
   copy to shared memory and the tensor cores in every step of its loop, and scaling W would copy the weight (and could
   not be done to 4 bits). In 16 bits dz is rounded once more, as autograd's own is.
 - z is not stored. y is: most layers' y is kept by the operation after it anyway, in which case this takes no memory.
-  In 16 bits y is rounded, so dc carries the error ε · |y / c|. Without a bias that is the rounding of z itself. Beside a
-  bias far larger than z it is larger in proportion; PEFT, which subtracts the bias from a rounded y, has the same. Where
-  c is 0 nothing of z is left in y, and dc is 0; a DoRA layer starts with c = 1.
+  In 16 bits y is rounded, so dc carries the error ε · |y / c|. Without a bias that is the rounding of z itself. Beside
+  a bias far larger than z it is larger in proportion; PEFT, which subtracts the bias from a rounded y, has the same.
+  Where c is 0 nothing of z is left in y, and dc is 0; a DoRA layer starts with c = 1.
 - c = magnitude / ‖W + scaling · B A‖ by rows, and the norm is a constant to autograd (the paper's section 4.3):
   ‖W + sBA‖² = ‖W‖² + 2s · rowsum((W Aᵀ) ∘ B) + s² · rowsum((B (A Aᵀ)) ∘ B), with ‖W‖² computed once. A forward reads W
   once more, for W Aᵀ; B A [N, K] is never made. In float32 the three terms cancel where the update all but removes a
   row of W: the norm is exact to about 1e-7 · (‖W‖² + ‖sBA‖²) / norm², and never taken for less than that error.
-- Dropout falls on the low-rank input only, as in LoRA. PEFT computes c ∘ W x + (c ∘ sBA) x as W x + (c - 1) ∘ W x̃ + (c ∘
-  sBA) x̃ with the dropped x̃ in both of the later terms where dropout is on, so with lora_dropout > 0 its base product is
-  noisy too. Without dropout, and in evaluation, the two are the same function.
+- Dropout falls on the low-rank input only, as in LoRA. PEFT adds (c - 1) ∘ W x̃ + c ∘ sBA x̃ to W x, with the dropped x̃
+  in both terms, so that with lora_dropout > 0 a part of its base product is dropped too. Without dropout, and in
+  evaluation, the two are the same function.
 """
 # Registers above which fewer than two blocks of 256 threads fit on a multiprocessor of 64K registers.
 TWO_BLOCKS = 128

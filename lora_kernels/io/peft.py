@@ -1,8 +1,8 @@
 """LoRA adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors.
 
 Tensors are named `base_model.model.<module path>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R], with DoRA
-`.lora_magnitude_vector` [N], modules trained in full by `base_model.model.<module path>.<their own key>`. What PEFT writes is read here and the other way round, with
-the same logits. PEFT's spelling of names lives in this file only.
+`.lora_magnitude_vector` [N], modules trained in full by `base_model.model.<module path>.<their own key>`. What PEFT
+writes is read here and the other way round, with the same logits. PEFT's spelling of names lives in this file only.
 """
 
 from __future__ import annotations

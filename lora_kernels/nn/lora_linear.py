@@ -78,15 +78,16 @@ class FusedLoRALinear(nn.Module):
                 y = m / ‖W + scaling · lora_b · lora_a‖ ∘ (x Wᵀ + scaling · (dropout(x) · lora_aᵀ) · lora_bᵀ) + bias
 
             The norm of each row is a constant to autograd (section 4.3). ‖W‖ is computed once: change `weight` by
-            `load_state_dict` only.
+            `load_state_dict` only. Without gradients the norms are kept from call to call, until lora_a or lora_b
+            changes in a way that torch counts (`.data` is none).
         adapter_dtype: of lora_a and lora_b; torch.float32 by default, whatever the base is, so that small updates are
             not rounded away. The dtype of the weight is the other choice. Over a float64 weight it is float64.
 
     Attributes: weight [N, K] and bias [N], frozen; lora_a [R, K] and lora_b [N, R], the only parameters that require
-    gradients; lora_e, None or the factor [R] of x · lora_aᵀ that AdaLoRA trains; lora_magnitude, None or DoRA's m [N] in
-    float32 (float64 over a float64 weight), which is trained too. `adapters_enabled = False` makes the
-    layer the frozen one. A layer made from transformers' Conv1D (`fan_in_fan_out`) keeps that weight's stored shape
-    [K, N]. Input x [..., K], output y [..., N].
+    gradients; lora_e, None or the factor [R] of x · lora_aᵀ that AdaLoRA trains; lora_magnitude, None or DoRA's m [N],
+    trained too, float32 (float64 over a float64 weight). `adapters_enabled = False` makes the layer the frozen one. A
+    layer made from transformers' Conv1D (`fan_in_fan_out`) keeps that weight's stored shape [K, N]. Input x [..., K],
+    output y [..., N].
 
     Raises ValueError naming the argument that is out of range.
     """

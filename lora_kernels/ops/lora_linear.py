@@ -193,7 +193,9 @@ def lora_linear(
     dropout_p: float = 0.0,
     column_scale: Tensor | None = None,
 ) -> Tensor:
-    """LoRA's linear map (Hu et al. 2021, section 4.1), fused: y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias.
+    """LoRA's linear map (Hu et al. 2021, section 4.1), fused:
+
+        y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64 (float64 runs on the reference backend).
@@ -211,9 +213,9 @@ def lora_linear(
             z = (y - bias) / c, so y's rounding is in it, and a column whose scale is 0 has the gradient 0.
 
     Returns y [..., N] in the dtype of x. Sums run in float32 and are rounded once. All of x, lora_a, lora_b, lora_e,
-    column_scale, weight and bias receive gradients if they require them. Under autocast x, weight and bias are cast to its dtype.
-    The dropout mask comes from torch's generator of the device of x, so seeds, activation checkpointing and CUDA
-    graphs behave as with torch's own dropout.
+    column_scale, weight and bias receive gradients if they require them. Under autocast x, weight and bias are cast to
+    its dtype. The dropout mask comes from torch's generator of the device of x, so seeds, activation checkpointing and
+    CUDA graphs behave as with torch's own dropout.
 
     Raises ValueError for a wrong shape, device, or dropout_p; TypeError for a wrong dtype.
     """

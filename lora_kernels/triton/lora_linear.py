@@ -1,8 +1,9 @@
 """Fused LoRA linear in Triton: two launches forward, at most four backward, no atomics, no saved dropout mask.
 
 Forward:   h = dropout(x) lora_aᵀ;  y = c ∘ (x Wᵀ + scaling (h ∘ lora_e) lora_bᵀ) + bias in one accumulator.
-Backward:  with a column scale c, dz = dy ∘ c and the gradient of c in one pass, and dz in the place of dy after it; dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
+Backward:  dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
            dx = dy W + dropout'(dh lora_a). The mask is drawn again from (seed, offset) wherever it is needed.
+           With a column scale c, a pass before it makes dc, and dz = c ∘ dy, which takes the place of dy.
 Shapes and dtypes are those of `lora_kernels.reference`.
 """
 
@@ -126,7 +127,8 @@ def _store_tile(out_ptr, stride_om, value, m0, n0, M, N, BLOCK_M: tl.constexpr, 
 @triton.jit(do_not_specialize=["threshold"])
 def _gemm_kernel(
     x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr, column_scale_ptr, bias_ptr, u_ptr,
-    lora_e_ptr, v_ptr, rng_ptr, out_ptr, M, N, K, R, scale, threshold, stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
+    lora_e_ptr, v_ptr, rng_ptr, out_ptr, M, N, K, R, scale, threshold,
+    stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
     WEIGHT: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGNED: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -381,8 +383,9 @@ class _LoraLauncher(Launcher):
         return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth, rows)
 
     def gemm(self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
-        """out = column_scale ∘ (x Wᵀ + (scale u ∘ lora_e) v) + bias, or backward x W + dropout(scale u v); v [R, N] with
-        any strides.
+        """out = column_scale ∘ (x Wᵀ + (scale u ∘ lora_e) v) + bias, or backward x W + dropout(scale u v).
+
+        v [R, N] has any strides.
 
         weight [N, K] is dense with any strides, or NF4.
         """
@@ -404,8 +407,8 @@ class _LoraLauncher(Launcher):
         _gemm_kernel[grid](
             x, *parts, column_scale, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
             self.threshold, x.stride(0), *strides, v.stride(0), v.stride(1), out.stride(0), **kind, ALIGNED=aligned,
-            HAS_SCALE=column_scale is not None, HAS_BIAS=bias is not None, HAS_E=lora_e is not None, HAS_DROPOUT=dropout,
-            PRECISION=self.precision, **config,
+            HAS_SCALE=column_scale is not None, HAS_BIAS=bias is not None, HAS_E=lora_e is not None,
+            HAS_DROPOUT=dropout, PRECISION=self.precision, **config,
         )  # fmt: skip
 
     def product(self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
