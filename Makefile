@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | wheel. Everything goes into .venv; nothing outside this directory but the model cache is written.
+# make demo | demo-rlhf | test | lint | bench | wheel. Everything goes into .venv; nothing outside this directory but the model cache is written.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Triton has no build for macOS.
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: venv demo test test-all test-sanitizers lint bench wheel clean
+.PHONY: venv demo demo-rlhf test test-all test-sanitizers lint bench wheel clean
 
 venv: $(VENV)/.dev $(VENV)/.test-extension
 
@@ -44,6 +44,11 @@ $(VENV)/.test-extension: $(VENV)/.packages $(SOURCES)
 demo: $(VENV)/.extension
 	rm -rf outputs/demo
 	$(BIN)/python examples/demo.py --method $(METHOD) --output-dir outputs/demo
+
+# SFT, a reward model, PPO.
+demo-rlhf: $(VENV)/.extension
+	rm -rf outputs/demo_rlhf
+	$(BIN)/python examples/demo_rlhf.py --output-dir outputs/demo_rlhf
 
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"

@@ -1,4 +1,4 @@
-"""What a good reply to an order is, as a rule: the judge of the RLHF demo, and a reward function for `lora-kernels ppo`.
+"""What a good reply to an order is, as a rule: the judge of the RLHF demo, and a reward function for PPO.
 
 lora-kernels ppo ... --data examples/rlhf_prompts.jsonl --reward examples/rlhf_rule.py:score
 """
