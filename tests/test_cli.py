@@ -15,7 +15,8 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lora_kernels.cli import _FIELD_HELP, app
+from lora_kernels.cli import app
+from lora_kernels.cli_flags import FIELD_HELP
 from lora_kernels.train.compare import plan
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.generate import generate
@@ -209,7 +210,7 @@ def test_unknown_yaml_name(tmp_path):
 
 def test_every_field_has_a_flag_and_a_help_text():
     names = [field.name for field in dataclasses.fields(SFTConfig)]
-    assert set(names) <= set(_FIELD_HELP)
+    assert set(names) <= set(FIELD_HELP)
     output = run("sft", "--help").output
     for name in names:
         assert f"--{name.replace('_', '-')} " in output, name
