@@ -284,11 +284,11 @@ def data_check(
     found = check_file(file, tokenizer, max_length)
     console = Console(highlight=False)
     good = len(next(iter(found.lengths.values()), ()))
-    console.print(f"{file}: {KINDS.get(found.kind, 'nothing')}; {found.records} records, {good} of them good")
+    typer.echo(f"{file}: {KINDS.get(found.kind, 'nothing')}; {found.records} records, {good} of them good")
     if good:
         console.print(found.table())
     if found.too_long:
-        console.print(f"{found.too_long} records have more than {max_length} tokens")
+        typer.echo(f"{found.too_long} records have more than {max_length} tokens")
     for name, row in found.example.items():
         text = marked(*row, tokenizer, colour=console.is_terminal)
         console.print(Panel(text, title=f"first record, {name}: what is learned is marked", title_align="left"))
