@@ -370,7 +370,8 @@ def test_summary_counts_4_bit_elements(model_dir):
     assert trainable_summary(quantised) == trainable_summary(dense)
 
 
-def test_losses_are_those_of_peft_on_bitsandbytes(tmp_path, model_dir):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_losses_are_those_of_peft_on_bitsandbytes(tmp_path, model_dir, use_dora):
     import peft
 
     settings = SFTConfig(
@@ -380,7 +381,7 @@ def test_losses_are_those_of_peft_on_bitsandbytes(tmp_path, model_dir):
     records = [(record, f"data:{i}") for i, record in enumerate(tiny_records(40))]
     dataset = build_dataset(records, tiny_tokenizer(), 128, "data")
     model, tokenizer = load_model(model_dir, "float32", quantize="nf4")
-    inject(model, LoRAConfig(r=4, lora_alpha=8))
+    inject(model, LoRAConfig(r=4, lora_alpha=8, use_dora=use_dora))
     save_adapter(model, tmp_path / "start")
     train_sft(model, dataset, None, settings, progress=False)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -455,6 +456,29 @@ def test_run_and_resume(tmp_path, model_dir):
     dense = load_adapter(load_model(model_dir, "float32")[0], tmp_path / "whole")
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "whole").eval()
     torch.testing.assert_close(logits(dense), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_dora_on_a_four_bit_checkpoint(tmp_path, model_dir):
+    """--method dora keeps the checkpoint's NF4 weights; the trained adapter loads and merges."""
+    model, tokenizer = load_model(model_dir, "float32", quantize="nf4")
+    save_nf4_model(model, tmp_path / "nf4")
+    tokenizer.save_pretrained(tmp_path / "nf4")
+    data, run, merged = write_data(tmp_path / "data.json"), tmp_path / "run", tmp_path / "merged"
+    result = command(
+        "sft", "--model", tmp_path / "nf4", "--data", data, "--method", "dora", "--lr", 0.02, "--batch-size", 8,
+        "--dtype", "float32", "--lora-dropout", 0.1, "--max-steps", 4, "--output-dir", run,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    tensors = load_file(run / "adapter_model.safetensors")
+    assert sum(key.endswith("lora_magnitude_vector") for key in tensors) == 14
+    trained = load_adapter(load_model(tmp_path / "nf4", "float32")[0], run)
+    layers = dict(lora_modules(trained))
+    assert all(isinstance(layer.weight, NF4Weight) for layer in layers.values())
+    assert any(not torch.allclose(layer.lora_magnitude, layer._weight_squares.sqrt()) for layer in layers.values())
+    result = command("merge", "--adapter", run, "--output", merged)
+    assert result.exit_code == 0, result.output
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(logits(plain), logits(trained.eval()), rtol=1e-3, atol=1e-3)
 
 
 def test_double_quant_needs_qlora():
