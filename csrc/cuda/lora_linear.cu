@@ -185,7 +185,8 @@ __device__ __forceinline__ void add_low_rank(float (&acc)[kWarpM / 16][kWarpN / 
   }
 }
 
-template <class T, bool kWeightKMajor, bool kAligned>
+// kScaled: there is a column_scale. An instance of its own, since the registers of the others are all taken.
+template <class T, bool kWeightKMajor, bool kScaled, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) gemm_kernel(LoraGemm p) {
   T* smem = dynamic_shared<T>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -238,6 +239,17 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) gemm_kernel(LoraGe
     }
   }
   add_low_rank<T>(acc, p, smem, m0, n0, warp_m, warp_n, lane);
+  if constexpr (kScaled) {
+#pragma unroll
+    for (int j = 0; j < kWarpN / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int n = n0 + warp_n + 8 * j + 2 * q + e;
+        const float scale = n < p.N ? p.column_scale[n] : 0.f;
+#pragma unroll
+        for (int i = 0; i < kWarpM / 16; ++i) acc[i][j][e] *= scale, acc[i][j][2 + e] *= scale;
+      }
+  }
 
   // Rounded once, into shared memory, so that whole rows of the tile are written to the output.
   __syncthreads();
@@ -247,14 +259,12 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) gemm_kernel(LoraGe
     const int column = warp_n + 8 * j + 2 * q;
     const float bias0 = bias != nullptr && n0 + column < p.N ? to_float(bias[n0 + column]) : 0.f;
     const float bias1 = bias != nullptr && n0 + column + 1 < p.N ? to_float(bias[n0 + column + 1]) : 0.f;
-    const float scale0 = p.column_scale != nullptr && n0 + column < p.N ? p.column_scale[n0 + column] : 1.f;
-    const float scale1 = p.column_scale != nullptr && n0 + column + 1 < p.N ? p.column_scale[n0 + column + 1] : 1.f;
 #pragma unroll
     for (int i = 0; i < kWarpM / 16; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         *reinterpret_cast<uint32_t*>(smem + element_offset<kBlockN>(warp_m + 16 * i + 8 * half + g, column)) =
-            pack<T>(acc[i][j][2 * half] * scale0 + bias0, acc[i][j][2 * half + 1] * scale1 + bias1);
+            pack<T>(acc[i][j][2 * half] + bias0, acc[i][j][2 * half + 1] + bias1);
   }
   __syncthreads();
   T* out = static_cast<T*>(p.out);
@@ -295,9 +305,10 @@ cudaError_t lora_gemm(const LoraGemm& p, cudaStream_t stream) {
   return dispatch(p.dtype, is_aligned, [&](auto type, auto flag) {
     using T = typename decltype(type)::type;
     constexpr bool kAligned = decltype(flag)::value;
-    const auto kernel = k_major ? gemm_kernel<T, true, kAligned> : gemm_kernel<T, false, kAligned>;
+    const auto plain = k_major ? gemm_kernel<T, true, false, kAligned> : gemm_kernel<T, false, false, kAligned>;
+    const auto scaled = k_major ? gemm_kernel<T, true, true, kAligned> : gemm_kernel<T, false, true, kAligned>;
     const dim3 grid(int64_t(ceil_div(p.M, kBlockM)) * ceil_div(p.N, kBlockN));
-    return launch(kernel, grid, dim3(kThreads), kGemmSharedBytes, stream, p);
+    return launch(p.column_scale == nullptr ? plain : scaled, grid, dim3(kThreads), kGemmSharedBytes, stream, p);
   });
 }
 

@@ -117,6 +117,19 @@ def _finish_dropped(
 
 
 @triton.jit
+def _finish_scaled(
+    acc, out_ptr, stride_om, column_scale_ptr, bias_ptr, m0, n0, M, N,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store column_scale ∘ acc + bias for a slice of columns."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    acc *= tl.load(column_scale_ptr + n, mask=n < N, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def _store_tile(out_ptr, stride_om, value, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     rows = tl.arange(0, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -180,8 +193,12 @@ def _gemm_kernel(
         acc = dot(x, w, acc, PRECISION)
 
     if HAS_DROPOUT:
-        # The mask costs many registers beside the accumulator, so the columns are finished slice by slice.
         tl.static_assert(not HAS_E and not HAS_BIAS and not HAS_SCALE)
+    else:
+        acc = _low_rank(acc, u_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, stride_vr, stride_vn,
+                        HAS_E, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+    if HAS_DROPOUT or HAS_SCALE:
+        # Either costs many registers beside the accumulator, so the columns are finished slice by slice.
         SLICE: tl.constexpr = BLOCK_N // DROPOUT_SPLIT
         if DROPOUT_SPLIT == 1:
             slices = (acc,)
@@ -191,14 +208,14 @@ def _gemm_kernel(
             left, right = _split_columns(acc, BLOCK_M, BLOCK_N)
             slices = _split_columns(left, BLOCK_M, BLOCK_N // 2) + _split_columns(right, BLOCK_M, BLOCK_N // 2)
         for i in tl.static_range(DROPOUT_SPLIT):
-            _finish_dropped(slices[i], out_ptr, stride_om, u_ptr, lora_e_ptr, v_ptr, rng_ptr, scale, threshold,
-                            m0, n0 + i * SLICE, M, N, R, stride_vr, stride_vn,
-                            PRECISION, DTYPE, BLOCK_M, SLICE, BLOCK_R)  # fmt: skip
+            if HAS_DROPOUT:
+                _finish_dropped(slices[i], out_ptr, stride_om, u_ptr, lora_e_ptr, v_ptr, rng_ptr, scale, threshold,
+                                m0, n0 + i * SLICE, M, N, R, stride_vr, stride_vn,
+                                PRECISION, DTYPE, BLOCK_M, SLICE, BLOCK_R)  # fmt: skip
+            else:
+                _finish_scaled(slices[i], out_ptr, stride_om, column_scale_ptr, bias_ptr, m0, n0 + i * SLICE, M, N,
+                               HAS_BIAS, BLOCK_M, SLICE)  # fmt: skip
     else:
-        acc = _low_rank(acc, u_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, stride_vr, stride_vn,
-                        HAS_E, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
-        if HAS_SCALE:
-            acc *= tl.load(column_scale_ptr + n0 + cols, mask=n0 + cols < N, other=0.0)[None, :]
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n0 + cols, mask=n0 + cols < N, other=0.0).to(tl.float32)[None, :]
         _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
