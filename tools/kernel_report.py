@@ -89,7 +89,8 @@ def cuda_problems(rows: list[dict]) -> list[str]:
             problems.append(f"{name}: {row['static_shared']} bytes of static shared memory")
         if row["kernel"] not in NO_MATRIX and not row["matrix"]:
             problems.append(f"{name}: no matrix instruction in a loop")
-        # gemm_kernel<T, kWeightKMajor, kScaled, kAligned>: without cp.async a thread holds a whole stage, and one block must do.
+        # gemm_kernel<T, kWeightKMajor, kScaled, kAligned>: without cp.async a thread holds a whole stage, and one block
+        # must do.
         if row["kernel"] == "gemm_kernel" and "Lb1EEEv" in row["mangled"] and row["registers"] > TWO_BLOCKS:
             problems.append(f"{name}: {row['registers']} registers, so that two blocks don't fit on a multiprocessor")
     return problems
