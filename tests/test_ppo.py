@@ -295,7 +295,7 @@ def test_a_run_writes_every_metric_its_samples_and_an_adapter_for_generate(tmp_p
     with pytest.raises(FileExistsError, match="holds another run"):
         run_ppo(config, progress=False)
     finished = run_ppo(dataclasses.replace(config, resume=True), progress=False)
-    assert (finished.steps, finished.score) == (3, None)
+    assert (finished.steps, finished.score, finished.eval_score) == (3, None, result.eval_score)
     assert read_lines(out / "metrics.jsonl") == seen
 
 
@@ -462,6 +462,18 @@ def test_a_bad_reward_names_prompt_and_step_and_the_run_goes_on_from_there(tmp_p
     run_ppo(settings(tmp_path / "good", model_dir, data), progress=False, reward=vowels)
     bad, good = ([drop_timings(record) for record in steps_of(tmp_path / name)] for name in ("bad", "good"))
     assert bad == good
+
+
+def test_a_bad_reward_in_an_evaluation_is_evaluated_again(tmp_path, model_dir, data):
+    # Call 4 of 6 is the evaluation after step 2.
+    config = settings(tmp_path / "bad", model_dir, data, eval_steps=2)
+    with pytest.raises(RewardError, match="step 2: "):
+        run_ppo(config, progress=False, reward=Faulty(3, "nan"))
+    run_ppo(dataclasses.replace(config, resume=True), progress=False, reward=vowels)
+    run_ppo(dataclasses.replace(config, output_dir=str(tmp_path / "good")), progress=False, reward=vowels)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        bad, good = ([drop_timings(line) for line in read_lines(tmp_path / run / name)] for run in ("bad", "good"))
+        assert bad == good
 
 
 @pytest.mark.parametrize("how", ["raises", "nan"])

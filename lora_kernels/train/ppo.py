@@ -20,7 +20,7 @@ from lora_kernels.io.adapters import load_adapter
 from lora_kernels.methods import inject, trainable_summary
 from lora_kernels.methods.lora import LoRAConfig
 from lora_kernels.methods.virtual_tokens import context_length
-from lora_kernels.report import plot_ppo
+from lora_kernels.report import plot_ppo, read_metrics
 from lora_kernels.train import rl
 from lora_kernels.train.checkpoint import find_checkpoint, load_checkpoint, load_state, save_checkpoint
 from lora_kernels.train.config import PPOConfig
@@ -41,9 +41,11 @@ _EVALUATION = 1 << 31  # a step that none is, for the random numbers of evaluati
 
 @dataclass
 class PPOState:
-    """What the run has done so far. episodes: answers learned from; skipped: those left out for a bad reward."""
+    """What the run has done so far. episodes: answers learned from; skipped: those left out for a bad reward;
+    evaluated: the last step that was evaluated."""
 
     step: int = 0
+    evaluated: int = -1
     episodes: int = 0
     tokens: int = 0
     skipped: int = 0
@@ -52,8 +54,8 @@ class PPOState:
 
 @dataclass
 class PPOResult:
-    """What a run did. score and kl are those of the last rollout, the eval_scores the means on the evaluation prompts
-    before and after; None where a resumed run had nothing left to do."""
+    """What a run did. score and kl are those of the last rollout, None where a resumed run had nothing left to do; the
+    eval_scores are the means on the evaluation prompts before and after, None without any."""
 
     output_dir: Path
     steps: int
@@ -178,7 +180,8 @@ class PPOTrainer:
         self.progress = Progress(self.plan.total_steps, enabled=run.progress)
         self.saved_step = -1
         self.last: dict[str, float] = {}
-        self.eval_scores: list[float] = []
+        per_epoch = max(1, round(len(prompts) / config.rollout_size))
+        self.eval_steps, self.save_steps = config.eval_steps or per_epoch, config.save_steps or per_epoch
 
     @property
     def run_identity(self) -> dict[str, Any]:
@@ -211,15 +214,16 @@ class PPOTrainer:
         with board or nullcontext(), self.progress:
             self.progress.update(self.state.step)
             try:
-                if not checkpoint:
-                    self._evaluate()
+                self._evaluate_and_save()
                 while self.state.step < self.plan.total_steps:
                     self._step()
+                    self._evaluate_and_save()
             except RewardError:
-                # Nothing has been learned in this step yet.
+                # Nothing has been learned since the last step.
                 self._checkpoint()
                 raise
         plot_ppo(self.output_dir / METRICS, self.output_dir / PLOT)
+        evaluations = [r["eval_score"] for r in read_metrics(self.output_dir / METRICS) if "eval_score" in r] or [None]
         return PPOResult(
             output_dir=self.output_dir,
             steps=self.state.step,
@@ -229,8 +233,8 @@ class PPOTrainer:
             seconds=time.perf_counter() - started,
             score=self.last.get("objective/scores"),
             kl=self.last.get("objective/kl"),
-            first_eval_score=self.eval_scores[0] if self.eval_scores else None,
-            eval_score=self.eval_scores[-1] if self.eval_scores else None,
+            first_eval_score=evaluations[0],
+            eval_score=evaluations[-1],
         )
 
     def _step(self) -> None:
@@ -279,11 +283,14 @@ class PPOTrainer:
             kl = rollout.metrics["objective/kl"]
             state.kl_coef = rl.adaptive_kl_coef(state.kl_coef, kl, config.kl_target, len(kept), config.kl_horizon)
         self.progress.update(state.step)
-        end = state.step == self.plan.total_steps
-        per_epoch = max(1, round(len(self.prompts) / config.rollout_size))
-        if end or state.step % (config.eval_steps or per_epoch) == 0:
+
+    def _evaluate_and_save(self) -> None:
+        """What is due after the state's step, or before the first."""
+        state, end = self.state, self.state.step == self.plan.total_steps
+        if state.evaluated < state.step and (end or state.step % self.eval_steps == 0):
             self._evaluate()
-        if end or state.step % (config.save_steps or per_epoch) == 0:
+            state.evaluated = state.step
+        if state.step and (end or state.step % self.save_steps == 0):
             self._checkpoint()
 
     def _sample(self, rows: Sequence[PromptRow], step: int) -> list[Episode]:
@@ -345,10 +352,9 @@ class PPOTrainer:
                          "score": score if math.isfinite(score) else None}  # fmt: skip
                 file.write(json.dumps(shown, ensure_ascii=False) + "\n")
         if finite:
-            self.eval_scores.append(float(np.mean(finite)))
             record = {
                 "step": step,
-                "eval_score": self.eval_scores[-1],
+                "eval_score": float(np.mean(finite)),
                 "eval_score_std": float(np.std(finite)),
                 "eval_response_length": float(np.mean([len(episode.response) for episode in episodes])),
                 "eval_ended": float(np.mean([episode.ended for episode in episodes])),
