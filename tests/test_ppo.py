@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from tiny_pairs import tiny_pairs
+from typer.testing import CliRunner
 
+from lora_kernels.cli import app
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
 from lora_kernels.methods.named import adapter_names, use_adapter
@@ -375,6 +377,30 @@ def test_value_lr_is_the_value_models(tmp_path, model_dir, data):
             lr = 1e-3 if id(parameter) in of_value else 1e-4
             assert rates.pop(id(parameter)) == pytest.approx(lr * (8 if name.endswith("lora_b") else 1)), name
     assert not rates
+
+
+def test_the_command_line_and_generate_with_the_result(tmp_path, model_dir):
+    (tmp_path / "prompts.txt").write_text("red apple\ngreen pear\nblue plum\n")
+    (tmp_path / "rule.py").write_text(
+        "import math\n"
+        "def score(prompts, responses):\n    return [len(text) for text in responses]\n"
+        "def broken(prompts, responses):\n    return [math.nan for text in responses]\n"
+    )
+    out = tmp_path / "out"
+    arguments = [
+        "ppo", "--model", model_dir, "--data", tmp_path / "prompts.txt", "--dtype", "float32", "--max-steps", 1,
+        "--rollout-size", 4, "--max-new-tokens", 6, "--output-dir", out, "--lr", 1e-2,
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [*map(str, arguments), "--reward", f"{tmp_path / 'rule.py'}:score"])
+    assert result.exit_code == 0, result.output
+    assert "data: 3 prompts" in result.output and "adapter, metrics, samples and plots:" in result.output
+    generate = ["generate", "--model", model_dir, "--adapter", out, "--prompt", "red apple", "--max-new-tokens", 4]
+    assert CliRunner().invoke(app, list(map(str, generate))).exit_code == 0
+    arguments[arguments.index(out)] = tmp_path / "broken"
+    result = CliRunner().invoke(app, [*map(str, arguments), "--reward", f"{tmp_path / 'rule.py'}:broken"])
+    assert result.exit_code == 2
+    assert "error: step 0: the reward function broken returned nan for the prompt 'red apple'" in result.output
+    assert "Traceback" not in result.output
 
 
 # What goes wrong
