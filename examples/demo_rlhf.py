@@ -5,7 +5,7 @@ PPO makes the policy give the better ones. The rule (rlhf_rule.py) chose the pai
 end a table compares the policy before and after PPO, on orders that are in no training file: reward, rule, KL,
 and some replies.
 
-    python examples/demo_rlhf.py [--output-dir outputs/demo_rlhf] [--method qlora|lora] [--steps 20]
+    python examples/demo_rlhf.py [--output-dir outputs/demo_rlhf] [--method qlora|lora] [--steps 12]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo_rlhf"))
     parser.add_argument("--method", choices=("qlora", "lora"), default="qlora")
-    parser.add_argument("--steps", type=int, default=20, help="rollouts of PPO")
+    parser.add_argument("--steps", type=int, default=12, help="rollouts of PPO")
     arguments = parser.parse_args()
     console, started, out = Console(), time.perf_counter(), arguments.output_dir
     common = base(arguments.method)
@@ -93,7 +93,7 @@ def main() -> None:
     console.rule("3. PPO: the better ones")
     prompts, held_out = split_prompts(out)
     adapters = {"adapter": str(out / "sft"), "reward_adapter": str(out / "reward"), "output_dir": str(out / "ppo")}
-    steps = {"max_steps": arguments.steps, "eval_steps": arguments.steps, "save_steps": 5}
+    steps = {"max_steps": arguments.steps, "eval_steps": arguments.steps, "save_steps": 4}
     result = run_ppo(PPOConfig(**common, **PPO, **adapters, **steps, data=prompts, eval_data=held_out))
 
     samples, records = read_lines(out / "ppo" / SAMPLES), read_lines(held_out)
