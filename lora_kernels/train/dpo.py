@@ -1,8 +1,8 @@
 """Direct preference optimisation: learning from pairs without a reward model (Rafailov et al. 2023)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,24 +85,11 @@ def run_dpo(config: DPOConfig, callbacks: Sequence[Callback] = (), progress: boo
     Files, processes, callbacks and errors as for `run_sft`. The rewards in metrics.jsonl are those of `dpo_loss`.
     """
     run = start(config, progress)
-    train_set = load_pairs(config.data, run.tokenizer, config.max_length)
-    eval_set = load_pairs(config.eval_data, run.tokenizer, config.max_length) if config.eval_data else None
+    train_set, eval_set = run.load(load_pairs)
     run.adapt()
-    run.say(f"data: {train_set.describe()}")
-    if eval_set is not None:
-        run.say(f"eval data: {eval_set.describe()}")
     if config.precompute_ref:
         run.say("computing the reference model's log-probabilities of all pairs")
-    return train_dpo(
-        run.model,
-        train_set,
-        eval_set,
-        config,
-        callbacks=callbacks,
-        save_adapter=run.save_adapter,
-        accelerator=run.accelerator,
-        progress=progress,
-    )
+    return train_dpo(run.model, train_set, eval_set, config, callbacks=callbacks, **run.options())
 
 
 def train_dpo(
@@ -110,11 +97,8 @@ def train_dpo(
     train_set: PairDataset,
     eval_set: PairDataset | None,
     config: DPOConfig,
-    *,
-    callbacks: Sequence[Callback] = (),
-    save_adapter: Callable[[nn.Module, Path], None] | None = None,
     accelerator: Accelerator | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> TrainResult:
     """Train what requires gradients in `model`, which `inject` prepared, on pairs; see `train_sft`.
 
@@ -130,14 +114,4 @@ def train_dpo(
             if pairs is not None and pairs.ref_logprobs is None:
                 full = config.method == "full"
                 pairs.ref_logprobs = reference_logprobs(module, pairs, config.batch_size, accelerator, full)
-    return train(
-        module,
-        model,
-        train_set,
-        eval_set,
-        config,
-        callbacks=callbacks,
-        save_adapter=save_adapter,
-        accelerator=accelerator,
-        progress=progress,
-    )
+    return train(module, model, train_set, eval_set, config, accelerator=accelerator, **options)

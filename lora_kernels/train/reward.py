@@ -4,14 +4,13 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -127,24 +126,11 @@ def run_reward(config: RewardConfig, callbacks: Sequence[Callback] = (), progres
     prompts = []
     if config.normalize_samples:
         prompts = [prompt for prompt, _ in read_prompts(Path(config.normalize_data or config.data))]
-    train_set = load_pairs(config.data, run.tokenizer, config.max_length)
-    eval_set = load_pairs(config.eval_data, run.tokenizer, config.max_length) if config.eval_data else None
+    train_set, eval_set = run.load(load_pairs)
     attach_head(run.model, config.seed)
     run.method = dataclasses.replace(run.method, modules_to_save=(HEAD,))
     run.adapt()
-    run.say(f"data: {train_set.describe()}")
-    if eval_set is not None:
-        run.say(f"eval data: {eval_set.describe()}")
-    result = train_reward(
-        run.model,
-        train_set,
-        eval_set,
-        config,
-        callbacks=callbacks,
-        save_adapter=run.save_adapter,
-        accelerator=run.accelerator,
-        progress=progress,
-    )
+    result = train_reward(run.model, train_set, eval_set, config, callbacks=callbacks, **run.options())
     if run.accelerator.is_main_process:
         with backend_option(config.backend):
             _finish(run, eval_set or train_set, prompts)
@@ -157,24 +143,10 @@ def train_reward(
     train_set: PairDataset,
     eval_set: PairDataset | None,
     config: RewardConfig,
-    *,
-    callbacks: Sequence[Callback] = (),
-    save_adapter: Callable[[nn.Module, Path], None] | None = None,
-    accelerator: Accelerator | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> TrainResult:
     """Train adapters and head of `model`, after `attach_head` and `inject`, on pairs; see `train_sft`."""
-    return train(
-        RewardLoss(model, config.center_coef),
-        model,
-        train_set,
-        eval_set,
-        config,
-        callbacks=callbacks,
-        save_adapter=save_adapter,
-        accelerator=accelerator,
-        progress=progress,
-    )
+    return train(RewardLoss(model, config.center_coef), model, train_set, eval_set, config, **options)
 
 
 def _finish(run: Run, pairs: PairDataset, prompts: list[Prompt]) -> None:

@@ -57,6 +57,17 @@ class Run:
     own_template: str | None
     progress: bool
 
+    def load(self, load: Callable[[str, Any, int], Any]) -> tuple[Any, Any]:
+        """The data set of `config.data` and that of `config.eval_data`, or None; load(path, tokenizer, max_length)."""
+        train_set, eval_set = (
+            load(path, self.tokenizer, self.config.max_length) if path else None
+            for path in (self.config.data, self.config.eval_data)
+        )
+        self.say(f"data: {train_set.describe()}")
+        if eval_set is not None:
+            self.say(f"eval data: {eval_set.describe()}")
+        return train_set, eval_set
+
     def adapt(self) -> None:
         """Inject the method, its initial values a function of the seed alone."""
         set_seed(self.config.seed)
@@ -66,6 +77,10 @@ class Run:
         """Print a line in the main process, unless progress is off."""
         if self.progress and self.accelerator.is_main_process:
             print(text)
+
+    def options(self) -> dict[str, Any]:
+        """What `train` is to be told beside module, model, data and config."""
+        return {"save_adapter": self.save_adapter, "accelerator": self.accelerator, "progress": self.progress}
 
     def save_adapter(self, model: nn.Module, directory: Path) -> None:
         """`lora_kernels.save_adapter`, and beside it what of the tokenizer is not the model's own."""

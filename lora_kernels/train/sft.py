@@ -1,7 +1,6 @@
 """Supervised fine-tuning of a causal language model on the answers of instructions and chats."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,22 +95,9 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
     whole tokenizer beside a fully fine-tuned model.
     """
     run = start(config, progress)
-    train_set = load_dataset(config.data, run.tokenizer, config.max_length)
-    eval_set = load_dataset(config.eval_data, run.tokenizer, config.max_length) if config.eval_data else None
+    train_set, eval_set = run.load(load_dataset)
     run.adapt()
-    run.say(f"data: {train_set.describe()}")
-    if eval_set is not None:
-        run.say(f"eval data: {eval_set.describe()}")
-    return train_sft(
-        run.model,
-        train_set,
-        eval_set,
-        config,
-        callbacks=callbacks,
-        save_adapter=run.save_adapter,
-        accelerator=run.accelerator,
-        progress=progress,
-    )
+    return train_sft(run.model, train_set, eval_set, config, callbacks=callbacks, **run.options())
 
 
 def train_sft(
@@ -119,31 +105,17 @@ def train_sft(
     train_set: TokenDataset,
     eval_set: TokenDataset | None,
     config: SFTConfig,
-    *,
-    callbacks: Sequence[Callback] = (),
-    save_adapter: Callable[[nn.Module, Path], None] | None = None,
     accelerator: Accelerator | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients, on the answer tokens of `train_set`.
 
     model: a causal LM with its adapters in place. `config.model`, `config.data` and the adapter settings are only
-    recorded. save_adapter(model, directory) writes the adapter, `lora_kernels.save_adapter` by default. Files, errors
-    and callbacks as for `run_sft`.
+    recorded. options: those of `lora_kernels.train.run.train`. Files and errors as for `run_sft`.
     """
     check_context(model, train_set, config)
     accelerator = accelerator or make_accelerator()
     module = AnswerLoss(model)
     with backend_option(config.backend):
         module.to(accelerator.device).check(torch.from_numpy(train_set.input_ids[0]).long())
-    return train(
-        module,
-        model,
-        train_set,
-        eval_set,
-        config,
-        callbacks=callbacks,
-        save_adapter=save_adapter,
-        accelerator=accelerator,
-        progress=progress,
-    )
+    return train(module, model, train_set, eval_set, config, accelerator=accelerator, **options)
