@@ -228,7 +228,9 @@ def test_base_modules_have_the_paths_of_the_causal_lm():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "qlora"}, {"gradient_checkpointing": True, "lora_dropout": 0.1}], ids=str
+    "changes",
+    [{"method": "qlora"}, {"method": "dora"}, {"gradient_checkpointing": True, "lora_dropout": 0.1}],
+    ids=["qlora", "dora", "checkpointing"],
 )
 def test_other_settings_run(files, tmp_path, changes):
     config = settings(
@@ -254,7 +256,7 @@ def test_evaluation_numbers():
 
 
 def test_config():
-    with pytest.raises(ValueError, match="method must be one of lora, qlora, got 'prefix'"):
+    with pytest.raises(ValueError, match="method must be one of dora, lora, qlora, got 'prefix'"):
         settings("out", method="prefix")
     with pytest.raises(ValueError, match="normalize_data must be left out with normalize_samples 0"):
         settings("out", normalize_data="x.jsonl")

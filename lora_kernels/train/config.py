@@ -245,10 +245,10 @@ class RewardConfig(TrainConfig):
     normalize_tokens: longest of these answers.
     batch_size: counts pairs, so that a micro-batch has twice as many rows.
     max_length: a pair with an answer that, with its prompt, is longer is left out.
-    method: "lora" or "qlora", whose adapters have a place for the head.
+    method: "lora", "qlora" or "dora", whose adapters have a place for the head.
     """
 
-    learning_rates: ClassVar[dict[str, float]] = {"lora": 1e-4, "qlora": 1e-4}
+    learning_rates: ClassVar[dict[str, float]] = {"dora": 1e-4, "lora": 1e-4, "qlora": 1e-4}
     loss_unit: ClassVar[str] = "nats per pair"
 
     output_dir: str = "outputs/reward"
