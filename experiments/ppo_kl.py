@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct, fine-tuned to reply to the RLHF demo's orders in good and
 rule. A run that was killed goes on where it was: its files are in outputs/ppo_kl/. results/ppo_kl.json and .png
 hold score and KL of every rollout.
 
-    python experiments/ppo_kl.py [--steps 30] [--seeds 0 1 2] [--kl-coefs 0.05 0]
+    python experiments/ppo_kl.py [--steps 20] [--seeds 0 1 2] [--kl-coefs 0.05 0]
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def plot(results: dict[str, dict[str, Any]], output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.05, 0.0])
     arguments = parser.parse_args()
