@@ -450,7 +450,7 @@ def test_what_does_not_fit_is_refused_by_name(config_class, tmp_path):
         with pytest.raises(ValueError, match=f"model is a {type(wrong).__name__}; allowed: a Hugging Face causal"):
             inject(wrong, config_class())
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="model is a MambaForCausalLM, which takes no past_key_values"):
+    with pytest.raises(ValueError, match="model is a MambaForCausalLM, which takes no key-value cache"):
         inject(mamba, config_class())
     with pytest.raises(TypeError, match="config is a dict; allowed: AdaLoRAConfig, FullConfig, LoRAConfig, PrefixConf"):
         inject(base, {})
@@ -464,7 +464,7 @@ def test_what_does_not_fit_is_refused_by_name(config_class, tmp_path):
     ids = tiny_batch()
     with pytest.raises(ValueError, match=r"attention_mask is \[2, 14\]; allowed with virtual tokens: \[batch, 9\]"):
         model(input_ids=ids, attention_mask=torch.ones(2, 9 + N))
-    with pytest.raises(ValueError, match="past_key_values is a StaticCache"):
+    with pytest.raises(ValueError, match="is a StaticCache"):
         model(input_ids=ids, past_key_values=StaticCache(model.config, max_cache_len=32))
     with adapters_disabled(model):
         foreign = model(input_ids=ids[:, :3], use_cache=True).past_key_values

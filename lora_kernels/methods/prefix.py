@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from lora_kernels.arguments import check_integer
 from lora_kernels.methods.virtual_tokens import (
+    CACHE_ARGUMENTS,
     VirtualTokens,
     VirtualTokensConfig,
+    cache_argument,
     decoder_of,
     disabled,
     initial_ids,
@@ -90,7 +91,7 @@ class PrefixKeyValues(VirtualTokens):
         attentions = _attention_modules(decoder)
         if not attentions:
             raise ValueError(f"model is a {type(model).__name__}; allowed: one whose attention layers take a cache")
-        self._cache_argument = next(iter(attentions.values()))
+        self._attention_argument = next(iter(attentions.values()))
         for attention in attentions:
             attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
         super().attach(model, decoder)
@@ -104,22 +105,22 @@ class PrefixKeyValues(VirtualTokens):
         states = states.permute(1, 2, 0, 3).unsqueeze(1).unbind()
         pairs = list(zip(states[::2], states[1::2], strict=True))
         self._read_only = _fill(_read_only_cache()(config=decoder.config), pairs, batch=1)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs[self.cache_argument]
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = decoder.config.use_cache and not decoder.training
         if cache is not None:
             _fill(cache, pairs, batch)
         elif use_cache:
-            kwargs["past_key_values"] = _fill(_dynamic_cache(decoder), pairs, batch)
+            kwargs[self.cache_argument] = _fill(_dynamic_cache(decoder), pairs, batch)
         else:
-            kwargs |= {"past_key_values": self._read_only, "use_cache": False}
+            kwargs |= {self.cache_argument: self._read_only, "use_cache": False}
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         # Under activation checkpointing transformers takes the cache away from the layers, lest the recomputation
         # writes to it a second time.
-        if self.enabled and kwargs.get(self._cache_argument) is None:
-            kwargs = kwargs | {self._cache_argument: self._read_only}
+        if self.enabled and kwargs.get(self._attention_argument) is None:
+            kwargs = kwargs | {self._attention_argument: self._read_only}
         return args, kwargs
 
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
@@ -135,8 +136,7 @@ def _attention_modules(decoder: nn.Module) -> dict[nn.Module, str]:
     """The innermost modules of layers whose forward takes a cache, and the argument's name."""
     found = {}
     for module in decoder.modules():
-        parameters = inspect.signature(module.forward).parameters
-        name = next((name for name in ("past_key_values", "layer_past") if name in parameters), None)
+        name = cache_argument(module.forward, (*CACHE_ARGUMENTS, "layer_past"))
         if name and hasattr(module, "layer_idx"):
             found[module] = name
     outer = {module for module in found if any(inner in found for inner in module.modules() if inner is not module)}
@@ -208,7 +208,8 @@ def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tenso
     training = decoder.training
     decoder.eval()
     cache = _dynamic_cache(decoder)
-    decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), past_key_values=cache, use_cache=True)
+    with_cache = {cache_argument(decoder.forward): cache, "use_cache": True}
+    decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), **with_cache)
     decoder.train(training)
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     shapes = {None if state is None else tuple(state.shape) for state in states}

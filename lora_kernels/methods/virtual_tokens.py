@@ -10,7 +10,7 @@ are not supported. In layers with a sliding window the virtual tokens are the ol
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ from lora_kernels.arguments import check_integer
 
 # Lester et al. sample the initial tokens among their 5000 most common ones; vocabularies are sorted about that way.
 COMMON_TOKENS = 5000
+# What a decoder calls its key-value cache: transformers from 5.24 on, and before.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 @dataclass
@@ -44,6 +46,12 @@ class VirtualTokensConfig:
             raise ValueError(f'init_text is {self.init_text!r} and init is {self.init!r}; init_text needs init="text"')
 
 
+def cache_argument(forward: Callable, names: Sequence[str] = CACHE_ARGUMENTS) -> str | None:
+    """The name by which `forward` takes a key-value cache, None if it takes none."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in names if name in parameters), None)
+
+
 def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
     """The decoder of a Hugging Face causal LM; ValueError if it isn't one or the tokens don't fit its context."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -52,8 +60,9 @@ def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
     config = getattr(model, "config", None)
     if decoder is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(f"model is a {type(model).__name__}; allowed: a Hugging Face causal language model")
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
-        raise ValueError(f"model is a {type(model).__name__}, which takes no past_key_values; allowed: one that does")
+    # Mamba and its like keep a state, not keys and values.
+    if cache_argument(decoder.forward) is None or getattr(model, "_is_stateful", False):
+        raise ValueError(f"model is a {type(model).__name__}, which takes no key-value cache; allowed: one that does")
     context = context_length(model)
     if context is not None and num_virtual_tokens >= context:
         raise ValueError(
@@ -99,6 +108,7 @@ class VirtualTokens(nn.Module):
         """Freezes the model but for this module, makes this `model.virtual_tokens`, and hooks it to the decoder."""
         model.requires_grad_(False)
         self._arguments = tuple(inspect.signature(decoder.forward).parameters)
+        self.cache_argument = cache_argument(decoder.forward)
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         decoder.register_forward_hook(self._after)
         self.train(model.training)
@@ -110,9 +120,12 @@ class VirtualTokens(nn.Module):
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
         inputs = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, length = inputs.shape[:2]
-        cache = kwargs.get("past_key_values")
+        given = [kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
+        cache = kwargs[self.cache_argument] = next((cache for cache in given if cache is not None), None)
         if getattr(cache, "is_compileable", False):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; with virtual tokens allowed: DynamicCache")
+            raise ValueError(
+                f"{self.cache_argument} is a {type(cache).__name__}; with virtual tokens allowed: DynamicCache"
+            )
         seen = 0 if cache is None else int(cache.get_seq_length())
         self._make_room(kwargs, length, seen)
         self._put_in_front(decoder, kwargs, batch, first=seen == 0)
@@ -122,7 +135,9 @@ class VirtualTokens(nn.Module):
         """Widens the attention mask and moves the positions of `length` new tokens behind `seen` cached ones."""
         n = self.num_virtual_tokens
         if 0 < seen < n:
-            raise ValueError(f"past_key_values holds {seen} tokens, fewer than the {n} virtual ones: it isn't ours")
+            raise ValueError(
+                f"{self.cache_argument} holds {seen} tokens, fewer than the {n} virtual ones: it isn't ours"
+            )
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None:
             tokens = length + max(seen - n, 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_kernels.methods.virtual_tokens import cache_argument
 from lora_kernels.train.losses import IGNORE_INDEX
 from lora_kernels.train.sft import AnswerLoss
 
@@ -98,9 +99,9 @@ def sample(
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=device)
     going = list(range(len(prompts)))
     ids, mask, positions = batch.input_ids, batch.attention_mask, batch.position_ids
-    cache = DynamicCache(config=decoder.config)
+    cache, cache_name = DynamicCache(config=decoder.config), cache_argument(decoder.forward)
     for _ in range(max_new_tokens):
-        arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        arguments = {"attention_mask": mask, "position_ids": positions, cache_name: cache, "use_cache": True}
         hidden = decoder(input_ids=ids, **arguments).last_hidden_state[:, -1]
         logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * lm.logit_scale
         if lm.logit_softcap is not None:
