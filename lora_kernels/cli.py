@@ -138,9 +138,7 @@ def compare(
     config: _option(
         Path | None, "Comparison", "YAML file of sft's settings, and methods: {name: {settings of that run}}."
     ) = None,
-    methods: _option(
-        str | None, "Comparison", "Names with commas. Default: full,lora,qlora,adalora,prefix,prompt."
-    ) = None,
+    methods: _option(str | None, "Comparison", f"Names with commas. Default: {','.join(METHODS)}.") = None,
     prompts: _option(int, "Comparison", "Held-out records to answer, for the rate of exact matches.") = 64,
     max_new_tokens: _option(int, "Comparison", "Longest answer, in tokens.") = 64,
     **flags: Any,

@@ -93,6 +93,12 @@ class TokenDataset:
         return text
 
 
+def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """The rows' indices in batches, the longest first, so that a batch pads little."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+
 def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int) -> dict[str, Tensor]:
     """Pad on the right: input_ids, labels (-100 off the answers) and attention_mask, each int64 [B, T].
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lora_kernels.backends import backend_option
 from lora_kernels.methods import adapters_disabled
 from lora_kernels.train.config import DPOConfig
+from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.loop import Callback, make_accelerator, to_device
 from lora_kernels.train.losses import IGNORE_INDEX
 from lora_kernels.train.preference import PairDataset, load_pairs
-from lora_kernels.train.rl import dpo_loss
+from lora_kernels.train.rl import dpo_loss, pair_sums
 from lora_kernels.train.run import TrainResult, check_context, start, train
 from lora_kernels.train.sft import AnswerLoss
 
@@ -45,13 +46,7 @@ class DPOLoss(AnswerLoss):
         tokens = labels[:, 1:].ne(IGNORE_INDEX).sum(1)
         settings = (self.beta, self.loss_type, self.label_smoothing)
         loss, chosen, rejected = dpo_loss(*logprobs.chunk(2), *ref_logprobs.chunk(2), *settings, *tokens.chunk(2))
-        return {
-            "loss": loss.sum(),
-            "accuracy": (chosen > rejected).sum(),
-            "margin": (chosen - rejected).sum(),
-            "reward_chosen": chosen.sum(),
-            "reward_rejected": rejected.sum(),
-        }
+        return pair_sums(loss, chosen, rejected)
 
     @torch.no_grad()
     def reference(self, input_ids: Tensor, labels: Tensor, adapters_on: bool = False) -> Tensor:
@@ -69,8 +64,7 @@ def reference_logprobs(
     module: DPOLoss, pairs: PairDataset, batch_size: int, accelerator: Accelerator, adapters_on: bool = False
 ) -> np.ndarray:
     """float32 [n, 2]: `module.reference` of the two answers of each pair, on all processes."""
-    order = np.argsort(-pairs.lengths, kind="stable")
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    batches = batches_by_length(pairs.lengths, batch_size)
     found = torch.zeros(len(pairs), 2, device=accelerator.device)
     for rows in batches[accelerator.process_index :: accelerator.num_processes]:
         batch = to_device(pairs.batch(rows), accelerator)

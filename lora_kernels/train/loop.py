@@ -20,6 +20,7 @@ from lora_kernels.methods import training_hook
 from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, load_state, save_checkpoint
 from lora_kernels.train.config import TrainConfig
+from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.progress import Progress
 
 Callback = Callable[[dict[str, Any]], None]
@@ -378,8 +379,7 @@ def to_device(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[
 def evaluate(module: nn.Module, dataset: Dataset, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
     """Means of what the module's forward sums, over the dataset and all processes; leaves the module in eval mode."""
     module.eval()
-    order = np.argsort(-dataset.lengths, kind="stable")
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    batches = batches_by_length(dataset.lengths, batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     sums = Sums(accelerator)
     # A process without rows still has to take part in the reduction of the sums.

@@ -22,11 +22,19 @@ from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.methods import adapters_disabled
 from lora_kernels.report import plot_rewards
 from lora_kernels.train.config import RewardConfig
-from lora_kernels.train.data import Conversation, Renderer, collate, message, pad_token_of, set_chat_template
+from lora_kernels.train.data import (
+    Conversation,
+    Renderer,
+    batches_by_length,
+    collate,
+    message,
+    pad_token_of,
+    set_chat_template,
+)
 from lora_kernels.train.generate import Prompt, generate, read_prompts
 from lora_kernels.train.loop import Callback
 from lora_kernels.train.preference import PairDataset, load_pairs
-from lora_kernels.train.rl import reward_loss
+from lora_kernels.train.rl import pair_sums, reward_loss
 from lora_kernels.train.run import TEMPLATE, Run, TrainResult, start, train
 
 HEAD = "score"
@@ -106,13 +114,7 @@ class RewardLoss(nn.Module):
         """Sums over the pairs of a `PairDataset` batch, chosen rows first; the labels are not used."""
         chosen, rejected = rewards(self.model, input_ids, lengths).chunk(2)
         loss = reward_loss(chosen, rejected, margin, self.center_coef)
-        return {
-            "loss": loss.sum(),
-            "accuracy": (chosen > rejected).sum(),
-            "margin": (chosen - rejected).sum(),
-            "reward_chosen": chosen.sum(),
-            "reward_rejected": rejected.sum(),
-        }
+        return pair_sums(loss, chosen, rejected)
 
 
 def run_reward(config: RewardConfig, callbacks: Sequence[Callback] = (), progress: bool = True) -> TrainResult:
@@ -238,9 +240,7 @@ def evaluate_pairs(reward_model: RewardModel, pairs: PairDataset, batch_size: in
     """Rewards of all pairs."""
     scores = np.empty((2, len(pairs)), dtype=np.float32)
     device = reward_model.model.get_input_embeddings().weight.device
-    order = np.argsort(-pairs.lengths, kind="stable")
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
+    for rows in batches_by_length(pairs.lengths, batch_size):
         batch = pairs.batch(rows)
         found = reward_model.score(batch["input_ids"].to(device), batch["lengths"].to(device))
         scores[:, rows] = found.view(2, -1).cpu().numpy()

@@ -28,6 +28,17 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, 
     return loss + center_coef * (chosen + rejected).square() if center_coef else loss
 
 
+def pair_sums(loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """What a trainer logs of the losses and the rewards of pairs, each [B]: sums over them. A tie is not accurate."""
+    return {
+        "loss": loss.sum(),
+        "accuracy": (chosen > rejected).sum(),
+        "margin": (chosen - rejected).sum(),
+        "reward_chosen": chosen.sum(),
+        "reward_rejected": rejected.sum(),
+    }
+
+
 def dpo_loss(
     chosen_logprobs: Tensor,
     rejected_logprobs: Tensor,
