@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rlhf_rule import score
 
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import replacing, write_json
 from lora_kernels.train.config import PPOConfig, RewardConfig, SFTConfig
 from lora_kernels.train.loop import METRICS
 from lora_kernels.train.ppo import PLOT, SAMPLES, run_ppo
@@ -120,8 +120,7 @@ def main() -> None:
         "rule": rule,
         "kl": kl,
     }
-    with replacing(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "results.json", results)
     console.print(f"plots: {out / 'reward' / REWARDS}, {out / 'ppo' / PLOT}")
 
 

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import replacing, write_json
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import inject, trainable_summary
 from lora_kernels.train.config import SFTConfig
@@ -59,8 +59,7 @@ class Experiment:
 
     def keep(self, key: str, result: dict[str, Any]) -> dict[str, Any]:
         self.results[key] = result
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        write_json(self.path, self.results)
         return result
 
     def run(

@@ -19,7 +19,7 @@ from common import EXAMPLES, RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import replacing, write_json
 from lora_kernels.train.config import PPOConfig, SFTConfig
 from lora_kernels.train.loop import METRICS
 from lora_kernels.train.ppo import run_ppo
@@ -105,8 +105,7 @@ def main() -> None:
         columns = {**COLUMNS, "eval_score": "eval_score"}
         values = {name: [[r[key] for r in run if key in r] for run in runs] for name, key in columns.items()}
         results[f"{kl_coef:g}"] = values
-        with replacing(RESULTS / "ppo_kl.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(RESULTS / "ppo_kl.json", results)
     plot(results, RESULTS / "ppo_kl.png")
     print("| kl_coef | score before | after | KL at the end | entropy at the end |\n|---|---|---|---|---|")
     for kl_coef, runs in results.items():

@@ -379,3 +379,5 @@ def test_compare_names_a_bad_run(methods, message):
         plan(settings, methods)
     with pytest.raises(ValueError, match="eval_data is missing"):
         plan({"model": "m", "data": "d"}, {"lora": None})
+    with pytest.raises(ValueError, match="method is 'lora' for all runs"):
+        plan({**settings, "method": "lora"}, {"prefix": None})

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import replacing, write_json
 from lora_kernels.train.config import SFTConfig
 
 BASE = "base model"
@@ -32,6 +32,8 @@ def plan(settings: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any] | 
     """
     if settings.get("eval_data") is None:
         raise ValueError("eval_data is missing: methods are compared by their loss and answers on held-out records")
+    if "method" in settings:
+        raise ValueError(f"method is {settings['method']!r} for all runs; each has its own, in methods")
     shared = {name: value for name, value in settings.items() if name != "output_dir"}
     output_dir = Path(settings.get("output_dir") or "outputs/compare")
     if not isinstance(methods, Mapping) or not methods:
@@ -76,8 +78,7 @@ def compare(
         job |= {"prompts": prompts, "max_new_tokens": max_new_tokens}
         row = _known(job) or _run_in_process(name, job)
         rows.append({"name": name, **row})
-    with replacing(output_dir / f"{TABLE}.json") as path:
-        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_json(output_dir / f"{TABLE}.json", rows)
     with replacing(output_dir / f"{TABLE}.md") as path:
         path.write_text(markdown(rows), encoding="utf-8")
     from lora_kernels.report import plot_comparison
@@ -210,5 +211,4 @@ if __name__ == "__main__":
         row = _measure(job)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    with replacing(Path(job["config"]["output_dir"]) / RESULT) as path:
-        path.write_text(json.dumps({"job": job, "row": row}, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(job["config"]["output_dir"]) / RESULT, {"job": job, "row": row})

@@ -16,7 +16,7 @@ from torch.nn.utils import skip_init
 
 from lora_kernels.backends import backend_option
 from lora_kernels.io.adapters import load_adapter
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import write_json
 from lora_kernels.io.models import load_model
 from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.methods import adapters_disabled
@@ -157,7 +157,7 @@ def _finish(run: Run, pairs: PairDataset, prompts: list[Prompt]) -> None:
     model = load_adapter(run.model, directory).eval()
     evaluation = evaluate_pairs(RewardModel(model), pairs, config.batch_size)
     name = config.eval_data or f"{config.data} (training data)"
-    _write_json(directory / EVALUATION, {"data": name, **evaluation.summary()})
+    write_json(directory / EVALUATION, {"data": name, **evaluation.summary()})
     plot_rewards(evaluation.chosen, evaluation.rejected, evaluation.calibration(), directory / REWARDS, Path(name).name)
     run.say(f"{name}: {evaluation.describe()}")
     if config.normalize_samples:
@@ -185,7 +185,7 @@ def _normalization(run: Run, prompts: list[Prompt]) -> tuple[float, float]:
         raise ValueError(f"can't normalise: the rewards of {len(chats)} samples have mean {mean} and deviation {std}")
     gain, bias = 1 / std, -mean / std
     values = {"gain": gain, "bias": bias, "samples": len(chats), "mean": mean, "std": std}
-    _write_json(Path(config.output_dir) / NORMALIZATION, values)
+    write_json(Path(config.output_dir) / NORMALIZATION, values)
     return gain, bias
 
 
@@ -281,8 +281,3 @@ def read_normalization(directory: str | os.PathLike) -> tuple[float, float]:
         return float(values["gain"]), float(values["bias"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must hold numbers gain and bias: {error!r}") from None
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
