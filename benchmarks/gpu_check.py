@@ -49,10 +49,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The package of this checkout, which is what the build stage builds, whether it is installed or not.
 sys.path.insert(0, str(ROOT))
 
-from common import interleave, machine, write_report  # noqa: E402
-from contenders import DROPOUT_P, SCALING, AddmmLoRA, peft_layer, peft_nf4_layer  # noqa: E402
-
 from lora_kernels import backends, lora_linear, quantize_nf4, strategy, vendor  # noqa: E402
+from lora_kernels.bench.cases import DROPOUT_P, LAYERS, SCALING, missing  # noqa: E402
+from lora_kernels.bench.measure import interleave, machine, write_report  # noqa: E402
+from lora_kernels.bench.peers import AddmmLoRA, peft_layer, peft_nf4_layer  # noqa: E402
 from lora_kernels.io.files import replacing  # noqa: E402
 
 TOTAL_SECONDS = 465
@@ -61,13 +61,6 @@ STAGES = {"environment": 90, "build": 150, "tests": 110, "dense": 75, "nf4": 75,
           "plot": 60}  # fmt: skip
 CONTENDERS = ("bare", "ours", "triton", "cuda", "vendor", "addmm", "peft")
 
-# model -> (out, in) of its attention and MLP layers
-LAYERS = {
-    "SmolLM2-135M": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
-    "Llama-3.2-1B": [(2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)],
-    "Qwen2.5-7B": [(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)],
-    "Llama-3.1-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
-}
 DRY_LAYERS = {"tiny": [(48, 64), (64, 32)]}
 # (M, r), the most telling ones first, should time run out
 SIZES = [(4096, 16), (1, 16), (512, 16), (16, 16), (4096, 64), (1, 64), (512, 64), (16, 64)]
@@ -119,8 +112,7 @@ def why_not(contender: str, kind: str, dry: bool) -> str | None:
     if contender == "addmm" and kind == "nf4":
         return "addmm takes no NF4 weight"
     modules = {"peft": ["peft", "bitsandbytes"] if kind == "nf4" else ["peft"]}.get(contender, [])
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+    return missing(*modules)
 
 
 def make_step(contender: str, kind: str, inputs: dict[str, torch.Tensor], frozen: Any) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels sft | reward | ppo | dpo | compare | generate | merge | data | doctor`.
+"""The command line: `lora-kernels sft | reward | ppo | dpo | compare | generate | merge | data | bench | doctor`.
 
 torch and transformers are imported inside the commands, so that --help is quick.
 """
@@ -336,6 +336,52 @@ def data_label(
 
     made = label(prompts, answer, output, read_key, Console(highlight=False))
     typer.echo(f"{made} decisions added to {output}")
+
+
+@app.command()
+@_user_errors
+def bench(
+    *,
+    suite: _option(list[str] | None, "What", "ops, train, memory or traffic; may be repeated. Default: all.") = None,
+    only: _option(str | None, "What", "Regular expression: only cases whose name it matches, as printed.") = None,
+    quick: _option(bool, "What", "Few and small cases: under 2 minutes on 2 cores.") = False,
+    dtype: _option(str, "Hardware", "auto, float32, bfloat16 or float16, of weights and activations.") = "auto",
+    threads: _option(int, "Hardware", "Of each contender.") = 2,
+    rounds: _option(int | None, "Hardware", "Times that each contender runs. Default: 11, or 5 with --quick.") = None,
+    budget: _option(float | None, "Hardware", "Seconds after which a case begins no further round (but 3).") = None,
+    output_dir: _option(Path, "Output", "Gets results.json, .csv, .md and .png.") = Path("outputs/bench"),
+    compare: _option(
+        Path | None, "Output", "An earlier results.json: names what became slower since; exit code 1 if anything did."
+    ) = None,
+) -> None:
+    """Time every op and whole training steps on the CPU beside their peers and the frozen model.
+
+    Peers that are not installed are skipped, and the report says so: pip install 'lora-kernels[bench]'. What times a
+    GPU is benchmarks/gpu_check.py.
+    """
+    from lora_kernels.bench.cases import Settings
+    from lora_kernels.bench.report import regressions
+    from lora_kernels.bench.run import SUITES
+    from lora_kernels.bench.run import bench as run_bench
+    from lora_kernels.io.models import resolve_dtype
+
+    for name, value in (("threads", threads), ("rounds", rounds), ("budget", budget)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; allowed: above 0")
+    if compare is not None and not compare.is_file():
+        raise FileNotFoundError(f"compare: {compare} does not exist")
+    settings = Settings(
+        resolve_dtype(dtype), threads, rounds or (5 if quick else 11), budget or (2.0 if quick else 20.0), quick
+    )
+    rows = run_bench(suite or list(SUITES), settings, output_dir, only, typer.echo)
+    typer.echo(f"results.json, .csv, .md and .png: {output_dir}")
+    if compare is not None:
+        slower = regressions(rows, compare)
+        for line in slower:
+            typer.secho(f"slower: {line}", fg=typer.colors.RED, err=True)
+        typer.echo(f"{len(slower)} regressions against {compare}")
+        if slower:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The peers that more than one benchmark times."""
+"""The peers' layers, and the formulations that they use, over one frozen weight."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DROPOUT_P = 0.1
-SCALING = 2.0
+from lora_kernels.bench.cases import DROPOUT_P, SCALING
+
+
+def eager_lora(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float) -> Tensor:
+    """LoRA as one writes it down in torch, the low-rank branch in the dtype of the adapters."""
+    h = F.linear(F.dropout(x, dropout_p).to(lora_a.dtype), lora_a)
+    return F.linear(x, weight) + SCALING * F.linear(h, lora_b).to(x.dtype)
 
 
 class AddmmLoRA(torch.autograd.Function):
@@ -35,7 +40,7 @@ def peft_layer(weight: Tensor, R: int, **options) -> torch.nn.Module:
     return _inject(model, R, **options)
 
 
-def peft_nf4_layer(weight: Tensor, R: int) -> torch.nn.Module:
+def peft_nf4_layer(weight: Tensor, R: int, **options) -> torch.nn.Module:
     """The same over bitsandbytes' NF4 of the weight."""
     import bitsandbytes as bnb
 
@@ -45,7 +50,7 @@ def peft_nf4_layer(weight: Tensor, R: int) -> torch.nn.Module:
     # bitsandbytes quantises on the way to the device.
     model = torch.nn.Sequential(linear).to(weight.device)
     model.is_loaded_in_4bit = True
-    return _inject(model, R)
+    return _inject(model, R, **options)
 
 
 def _inject(model: torch.nn.Module, R: int, **options) -> torch.nn.Module:

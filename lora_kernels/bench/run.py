@@ -1,0 +1,92 @@
+"""`lora-kernels bench`: the suites, one case after the other, kept as they are done."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels.bench import adamw, cases, lora_linear, memory, nf4, report, traffic, train
+from lora_kernels.bench.measure import machine, product_rate, read_bandwidth, write_report
+
+SUITES: dict[str, tuple[Callable[[cases.Settings], Iterator[cases.Case]], ...]] = {
+    "ops": (lora_linear.cases, nf4.cases, adamw.cases),
+    "train": (train.cases,),
+    "memory": (memory.cases,),
+    "traffic": (),
+}
+RESULTS = "results.json"
+
+
+def bench(
+    suites: Sequence[str],
+    settings: cases.Settings,
+    output_dir: Path,
+    only: str | None = None,
+    show: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Run the suites and write results.json, .csv, .md and .png to output_dir; returns the rows.
+
+    only: a regular expression; cases whose name it does not match are left out. A case that fails is reported and
+    left out of the rows, and the others go on. Raises ValueError for an unknown suite, or where `only` matches no case.
+    """
+    for suite in suites:
+        if suite not in SUITES:
+            raise ValueError(f"suite is {suite!r}; allowed: {', '.join(SUITES)}")
+    torch.set_num_threads(settings.threads)
+    random.seed(0)
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    dtype = str(settings.dtype).removeprefix("torch.")
+    said = {"dtype": dtype, "threads": settings.threads, "rounds": settings.rounds, "quick": settings.quick}
+    said |= {"read_gb_per_s": read_bandwidth(), "product_gflop_per_s": product_rate(settings.dtype)}
+
+    def done(row: dict[str, Any]) -> None:
+        rows.append(row)
+        # Kept after each case, for a run that is killed.
+        write_report(output_dir / RESULTS, rows, **said, failed=failed)
+        show(_line(row))
+
+    for suite in suites:
+        for make in SUITES[suite]:
+            for case in make(settings):
+                if only is not None and not re.search(only, case.name):
+                    continue
+                try:
+                    done(cases.run(case, settings))
+                except Exception as error:
+                    failed[case.name] = f"{type(error).__name__}: {error}"
+                    show(f"{case.name}: failed: {failed[case.name]}")
+        if suite == "traffic":
+            for row in traffic.rows():
+                done(row)
+    if not rows and not failed:
+        raise ValueError(f"only is {only!r}; no case of {', '.join(suites)} has such a name")
+    write_report(output_dir / RESULTS, rows, **said, failed=failed)
+    about = ", ".join(f"{key} {value}" for key, value in machine().items())
+    rates = f"reads {said['read_gb_per_s']:.3g} GB/s, multiplies {said['product_gflop_per_s']:.3g} GFLOP/s"
+    options = f"{dtype}, {settings.threads} threads, medians of up to {settings.rounds} interleaved rounds"
+    report.write(rows, output_dir, f"# Benchmark\n\n{options}. Machine: {about}; {rates}.")
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row in one line: the median of the base, and what the others take over it."""
+    parts = []
+    for name, values in row["contenders"].items():
+        if "MK" in values:
+            parts.append(f"{name} {values['MK']} MK + {values['MN']} MN")
+            continue
+        text = name
+        if "median_ms" in values:
+            text += f" {values['median_ms']:.3g} ms" if name == row["base"] else f" {values['ratio']:.3g}"
+        if "tokens_per_s" in values:
+            text += f" ({values['tokens_per_s']:.3g} tokens/s, peak {values['peak_mib']:.0f} MiB)"
+        elif "above_mib" in values:
+            text += f" {values['above_mib']:.0f} MiB"
+        parts.append(text)
+    return f"{cases.name_of(row['work'], row['what'])}: {', '.join(parts)}"

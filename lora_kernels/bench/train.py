@@ -1,0 +1,239 @@
+"""Cases of whole models, each contender in a process of its own: training steps, their memory, and generation.
+
+The model has SmolLM2-135M's sizes and random weights, so that nothing is downloaded; what takes time does not look at
+their values. Every token is in the loss; LoRA, r = 16, dropout 0.1, on all linear layers; AdamW, gradient clipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.bench.cases import DROPOUT_P, SCALING, Case, Settings, missing, split
+from lora_kernels.bench.measure import Step, Worker
+
+R = 16
+LR, MAX_GRAD_NORM = 1e-4, 1.0
+# frozen: the model without adapters, forward and the gradient of its input embeddings: what training can't be below.
+TRAIN = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "trl-lora")
+GENERATE = ("ours-lora", "ours-qlora", "peft-lora", "peft-qlora")
+_VOCABULARY = 49152
+
+
+def make_model(directory: str, layers: int) -> str:
+    """SmolLM2-135M's configuration with so many layers and random weights, and a tokenizer, in the directory."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<unk>", eos_token="<unk>").save_pretrained(directory)
+    return directory
+
+
+def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of a contender with its adapters, in training mode."""
+    from transformers import AutoModelForCausalLM
+
+    if contender.startswith("ours"):
+        from lora_kernels import LoRAConfig, inject
+        from lora_kernels.io.nf4 import load_nf4_model
+
+        if contender == "ours-qlora":
+            model = load_nf4_model(Path(directory), dtype, progress=False)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        return inject(model, LoRAConfig(r=R, lora_alpha=SCALING * R, lora_dropout=DROPOUT_P)).train()
+    if contender == "frozen":
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).requires_grad_(False).train()
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if contender == "peft-qlora":
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=quantization, dtype=dtype)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return get_peft_model(model, _peft_config()).train()
+
+
+def _peft_config() -> Any:
+    from peft import LoraConfig
+
+    alpha = int(SCALING * R)
+    return LoraConfig(r=R, lora_alpha=alpha, lora_dropout=DROPOUT_P, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def train_step(contender: str, directory: str, batch: int, length: int, dtype: str) -> Step:
+    """One forward, backward and clipped AdamW step on random tokens."""
+    kind = getattr(torch, dtype)
+    rows = [torch.randint(_VOCABULARY, (batch, length)), torch.randint(_VOCABULARY, (1, 8))]
+    if contender == "trl-lora":
+        return _trl_step(directory, rows[0], kind)
+    model = _load(contender, directory, kind)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if contender.startswith("ours"):
+        from lora_kernels import LoRAPlusAdamW
+        from lora_kernels.train.sft import AnswerLoss
+
+        answer_loss = AnswerLoss(model)
+        optimizer = LoRAPlusAdamW(model, lr=LR, lr_ratio=1, max_grad_norm=MAX_GRAD_NORM)
+
+        def loss(ids: Tensor) -> Tensor:
+            return answer_loss(ids, ids)["loss"] / ids.numel()
+    elif contender == "frozen":
+
+        def loss(ids: Tensor) -> Tensor:
+            return model(inputs_embeds=model.get_input_embeddings()(ids).requires_grad_(), labels=ids).loss
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=LR)
+
+        def loss(ids: Tensor) -> Tensor:
+            return model(input_ids=ids, labels=ids).loss
+
+    def step(ids: Tensor) -> None:
+        loss(ids).backward()
+        if contender == "frozen":
+            return
+        if not contender.startswith("ours"):
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # Weights that nothing has read are not in memory yet, nor is the optimizer's state.
+    step(rows[1])
+    return functools.partial(step, rows[0])
+
+
+def _trl_step(directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
+    """TRL's SFTTrainer in a thread of its own, held at the beginning of each step until it is asked for."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    go, done = queue.Queue(), queue.Queue()
+
+    class Gate(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **_: Any) -> None:
+            go.get()
+
+        def on_step_end(self, *arguments: Any, **_: Any) -> None:
+            done.put(None)
+
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(dir=directory),
+        per_device_train_batch_size=len(ids),
+        learning_rate=LR,
+        max_grad_norm=MAX_GRAD_NORM,
+        max_steps=10_000,
+        max_length=None,
+        use_cpu=True,
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(directory, dtype=dtype),
+        args=config,
+        train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        peft_config=_peft_config(),
+        callbacks=[Gate()],
+    )
+
+    def train() -> None:
+        try:
+            trainer.train()
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=train, daemon=True).start()
+
+    def step() -> None:
+        go.put(None)
+        if (error := done.get()) is not None:
+            raise error
+
+    return step
+
+
+def generate_step(contender: str, directory: str, batch: int, prompt: int, new_tokens: int, dtype: str) -> Step:
+    """Greedy decoding with a KV cache, adapters unmerged."""
+    model = _load(contender, directory, getattr(torch, dtype)).eval()
+    ids = torch.randint(1, _VOCABULARY, (batch, prompt))
+    options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+
+    @torch.inference_mode()
+    def step() -> None:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+    return step
+
+
+def _case(
+    work: str, what: dict[str, Any], make: Callable[..., Step], contenders: tuple[str, ...], base: str, tokens: int,
+    settings: Settings, **arguments: Any,
+) -> Case:  # fmt: skip
+    needs = {"peft-lora": ["peft"], "peft-qlora": ["peft", "bitsandbytes"], "trl-lora": ["peft", "trl"]}
+    names, skipped = split({name: missing(*needs.get(name, [])) for name in contenders})
+    function = f"{__name__}:{make.__name__}"
+    dtype = str(settings.dtype).removeprefix("torch.")
+
+    def steps() -> dict[str, Worker]:
+        return {name: Worker(function, settings.threads, contender=name, dtype=dtype, **arguments) for name in names}
+
+    return Case(work, what, steps, base, skipped=skipped, count=("tokens", tokens), processes=True)
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """A training step and generation; in full also as layers and the length of a row grow."""
+    if reason := missing("transformers", "tokenizers"):
+        raise ValueError(f"suite train: {reason}")
+    layers, batch, length = (3, 2, 128) if settings.quick else (30, 4, 512)
+    with tempfile.TemporaryDirectory() as root:
+
+        def training(layers: int, batch: int, length: int, contenders: tuple[str, ...]) -> Case:
+            directory = f"{root}/{layers}"
+            if not Path(directory).exists():
+                make_model(directory, layers)
+            what = {"layers": layers, "batch": batch, "length": length}
+            sizes = {"directory": directory, "batch": batch, "length": length}
+            return _case("sft-step", what, train_step, contenders, "frozen", batch * length, settings, **sizes)
+
+        yield training(layers, batch, length, TRAIN)
+        for rows in (1,) if settings.quick else (1, 8):
+            sizes = {"batch": rows, "prompt": 16, "new_tokens": 8 if settings.quick else 48}
+            yield _case(
+                "generate", {"layers": layers, **sizes}, generate_step, GENERATE, "ours-lora",
+                rows * sizes["new_tokens"], settings, directory=f"{root}/{layers}", **sizes,
+            )  # fmt: skip
+        if not settings.quick:
+            for fewer in (2, 4, 8):
+                yield training(fewer, 1, 256, ("frozen", "ours-lora"))
+            for longer in (128, 512, 1024):
+                yield training(4, 1, longer, ("frozen", "ours-lora"))
