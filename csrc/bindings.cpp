@@ -190,6 +190,22 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("weight"), py::arg("row_first"), py::arg("row_last"), py::arg("col_first"),
       py::arg("col_last"), py::arg("out"), py::arg("out_dtype"), py::arg("ld_out"), py::arg("num_threads"));
 
+  m.attr("LAYER_ROWS") = kLayerRows;
+  m.def(
+      "layer_forward",
+      [](const Weight* weight, uintptr_t x, int x_dtype, int64_t ld_x, uintptr_t lora_a, int lora_a_dtype,
+         uintptr_t lora_b, int lora_b_dtype, float scaling, uintptr_t bias, uintptr_t lora_e, uintptr_t column_scale,
+         uintptr_t y, uintptr_t h, int64_t M, int64_t N, int64_t K, int64_t R, int num_threads) {
+        launch(&Isa::few_rows, &FewRowsKernels::layer_forward,
+               LayerForward{weight, pointer(x), DType(x_dtype), ld_x, pointer(lora_a), DType(lora_a_dtype),
+                            pointer(lora_b), DType(lora_b_dtype), scaling, pointer<float>(bias), pointer<float>(lora_e),
+                            pointer<float>(column_scale), pointer(y), pointer<float>(h), M, N, K, R, num_threads});
+      },
+      py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("x_dtype"), py::arg("ld_x"), py::arg("lora_a"),
+      py::arg("lora_a_dtype"), py::arg("lora_b"), py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("bias"),
+      py::arg("lora_e"), py::arg("column_scale"), py::arg("y"), py::arg("h"), py::arg("M"), py::arg("N"), py::arg("K"),
+      py::arg("R"), py::arg("num_threads"));
+
   m.def(
       "few_rows_forward",
       [](const Weight& weight, uintptr_t x, uintptr_t y, int64_t M, int num_threads) {

@@ -14,7 +14,7 @@ unit of its last place. So the base product runs
 
 The weight comes to torch in panels: W itself where it is dense and of the right dtype, else some rows of it (columns,
 for dx) at a time, converted or decoded into a buffer that is kept. With few rows in x, as in generation, a kernel of
-our own converts or decodes it in cache instead.
+our own converts or decodes it in cache instead; with up to 8 and no dropout one call does the rest of the layer too.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _launch(kernel: str, *, threshold: int | None = None, rng: Tensor | None = N
 
 
 def _check(x: Tensor, *adapters: Tensor | None) -> None:
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ValueError(f"the cpu backend got x on {x.device}; it takes CPU tensors only")
     if x.dtype not in _DTYPES:
         raise ValueError(f"the cpu backend got x of {x.dtype}; it takes float32, bfloat16 and float16")
@@ -238,7 +238,35 @@ def lora_linear_fwd(
     """
     _check(x, lora_a, lora_b, lora_e)
     (M, K), (N, R) = x.shape, lora_b.shape
-    h = x.new_empty(M, R, dtype=torch.float32)
+    h = torch.empty(M, R, dtype=torch.float32)
+    bias32 = None if bias is None else bias.float()
+    by_torch = not isinstance(weight, NF4) and weight.dtype == torch.float32
+    if M <= _C.LAYER_ROWS and not dropout_p and (by_torch or isinstance(weight, NF4) or weight.stride(1) == 1):
+        # Not by _launch, which takes as long as the kernel for a small layer.
+        y = torch.nn.functional.linear(x, weight) if by_torch else torch.empty(M, N, dtype=x.dtype)
+        e32 = None if lora_e is None else lora_e.float()
+        _C.layer_forward(
+            weight=None if by_torch else _weight(weight),
+            x=x.data_ptr(),
+            x_dtype=_DTYPES[x.dtype],
+            ld_x=x.stride(0),
+            lora_a=lora_a.data_ptr(),
+            lora_a_dtype=_DTYPES[lora_a.dtype],
+            lora_b=lora_b.data_ptr(),
+            lora_b_dtype=_DTYPES[lora_b.dtype],
+            scaling=scaling,
+            bias=0 if bias32 is None else bias32.data_ptr(),
+            lora_e=0 if e32 is None else e32.data_ptr(),
+            column_scale=0 if column_scale is None else column_scale.data_ptr(),
+            y=y.data_ptr(),
+            h=h.data_ptr(),
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            num_threads=torch.get_num_threads(),
+        )
+        return y, h
     if R:
         _launch(
             "lora_a_fwd",
@@ -257,7 +285,6 @@ def lora_linear_fwd(
     he = h if lora_e is None else h * lora_e.float()
     native = x.dtype == torch.bfloat16 and native_bfloat16()
     y = x.new_empty(M, N)
-    bias32 = None if bias is None else bias.float()
     if native and not _few_rows(weight, M, native):
         wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
         for cols, panel in _panels(weight, x.dtype, by_columns=False, extra=scaling * lora_b.float()):

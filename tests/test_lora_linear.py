@@ -378,3 +378,23 @@ def test_an_unusable_backend_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match="cpu backend.*no compiler was found"), use_backend("cpu"):
         pass
     assert backends.resolve(torch.ones(1)) is reference
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_dispatch_mode_sees_the_op(trains):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    inputs = lora_inputs(3, 8, 8, 2, torch.float32)
+    x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
+    lora_a.requires_grad_(trains)
+    expected = lora_linear(x, weight, lora_a, lora_b, 2.0)
+    with Log():
+        found = lora_linear(x, weight, lora_a, lora_b, 2.0)
+    assert "lora_kernels.lora_linear_fwd.default" in seen and torch.equal(found, expected)

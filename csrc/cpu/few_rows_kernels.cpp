@@ -30,20 +30,30 @@ LK_INLINE void for_row(const Dense<T>& w, int64_t n, int64_t first, int64_t last
   for (; k < last; ++k) one(k, to_float(row + k));
 }
 
+// A weight of zeros.
+struct NoWeight {};
+template <class Chunk, class One>
+LK_INLINE void for_row(NoWeight, int64_t, int64_t, int64_t, Chunk, One) {}
+
+template <class F>
+void with_dense(const void* data, DType dtype, int64_t ld, F f) {
+  with_type(dtype, [&](auto* type) {
+    using T = __typeof__(*type);
+    f(Dense<T>{(const T*)data, ld});
+  });
+}
+
 template <class F>
 bool with_weight(const Weight& w, F f) {
   if (!w.dense) return f(w.nf4);
   bool done = false;
-  with_type(w.dense_dtype, [&](auto* type) {
-    using T = __typeof__(*type);
-    done = f(Dense<T>{(const T*)w.dense, w.ld_dense});
-  });
+  with_dense(w.dense, w.dense_dtype, w.ld_dense, [&](const auto& weight) { done = f(weight); });
   return done;
 }
 
 // The sums over the lanes of four vectors.
 #if defined(__AVX2__)
-LK_INLINE void sum_lanes(const vf (&v)[4], float (&sums)[4]) {
+LK_INLINE void sum_lanes(const vf* v, float* sums) {
   __m256 half[4];
   for (int i = 0; i < 4; ++i) {
     float lanes[kLanes];
@@ -55,7 +65,7 @@ LK_INLINE void sum_lanes(const vf (&v)[4], float (&sums)[4]) {
   store_raw(sums, _mm256_castps256_ps128(pairs) + _mm256_extractf128_ps(pairs, 1));
 }
 #else
-LK_INLINE void sum_lanes(const vf (&v)[4], float (&sums)[4]) {
+LK_INLINE void sum_lanes(const vf* v, float* sums) {
   for (int i = 0; i < 4; ++i) {
     sums[i] = 0;
     for (int lane = 0; lane < kLanes; ++lane) sums[i] += v[i][lane];
@@ -63,34 +73,98 @@ LK_INLINE void sum_lanes(const vf (&v)[4], float (&sums)[4]) {
 }
 #endif
 
-// y[m, n] for kRows rows m and one n, with the weight's row straight from registers.
+// sums[m] = Σ_k W[n, k] x[m, k] + Σ_r b[r] h[m, r] for kRows rows m and one n, with the weight's row straight from
+// registers. R is a multiple of kLanes.
 template <int kRows, class W>
-LK_INLINE void forward_from_registers(const W& weight, const FewRowsForward& p, int64_t n) {
-  const int64_t K = p.weight.K;
-  vf acc[4] = {};
+LK_INLINE void dot_rows(const W& weight, int64_t n, const float* x, int64_t K, const float* b, const float* h,
+                        int64_t R, float (&sums)[kLayerRows]) {
+  vf acc[(kRows + 3) / 4 * 4] = {};
   float rest[kRows] = {};
   for_row(
       weight, n, 0, K,
-      [&](int64_t k, const vf(&values)[kChunkVecs], vf scale) {
-#pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) {
-          const float* x = p.x + m * K + k;
-          vf sum = values[0] * load(x);
+      [&](int64_t k, const vf(&codes)[kChunkVecs], vf scale) {
+        // For few rows the sums are scaled, which makes shorter chains of additions; for more, the values once for all.
+        constexpr bool kScaleSums = kRows <= 2;
+        vf values[kChunkVecs];
+        for (int v = 0; v < kChunkVecs; ++v) values[v] = kScaleSums ? codes[v] : scale * codes[v];
 #pragma GCC unroll 8
-          for (int v = 1; v < kChunkVecs; ++v) sum += values[v] * load(x + v * kLanes);
-          acc[m] += scale * sum;
+        for (int m = 0; m < kRows; ++m) {
+          const float* row = x + m * K + k;
+          vf sum = values[0] * load(row);
+          if (!kScaleSums) sum += acc[m];
+#pragma GCC unroll 8
+          for (int v = 1; v < kChunkVecs; ++v) sum += values[v] * load(row + v * kLanes);
+          acc[m] = kScaleSums ? acc[m] + scale * sum : sum;
         }
       },
       [&](int64_t k, float value) {
-        for (int m = 0; m < kRows; ++m) rest[m] += value * p.x[m * K + k];
+        for (int m = 0; m < kRows; ++m) rest[m] += value * x[m * K + k];
       });
-  float sums[4];
-  sum_lanes(acc, sums);
-  for (int m = 0; m < kRows; ++m) p.y[m * p.weight.N + n] = sums[m] + rest[m];
+  for (int64_t r = 0; r < R; r += kLanes)
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) acc[m] += load(b + r) * load(h + m * R + r);
+  for (int m = 0; m < kRows; m += 4) sum_lanes(acc + m, sums + m);
+  for (int m = 0; m < kRows; ++m) sums[m] += rest[m];
 }
 
-// Rows of x up to which a decoded vector is used at once instead of being stored.
-constexpr int kRegisterRows = 4;
+// out = `count` elements of src, from number `first` on, as floats.
+LK_INLINE void widen_row(const void* src, DType dtype, int64_t first, int64_t count, float* out) {
+  with_type(dtype, [&](auto* type) {
+    using T = __typeof__(*type);
+    const T* from = (const T*)src + first;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load(from + i));
+    for (; i < count; ++i) out[i] = to_float(from + i);
+  });
+}
+
+template <int kRows, class W>
+bool layer_forward(const W& weight, const LayerForward& p) {
+  const int64_t N = p.N, K = p.K, R = round_up(p.R, kLanes);
+  const bool widen_b = p.R != R || p.lora_b_dtype != DType::kFloat32;
+  // Rows of zeros follow the last ones of x and h, and zeros the last columns of h and lora_b.
+  Buffer scratch(kRows * (K + R) + (widen_b ? N * R : 0));
+  if (!scratch.data) return false;
+  float *x = scratch.data, *h = x + kRows * K, *b = h + kRows * R;
+  memset(x + p.M * K, 0, ((kRows - p.M) * K + kRows * R) * sizeof(float));
+  for (int64_t m = 0; m < p.M; ++m) widen_row(p.x, p.x_dtype, m * p.ld_x, K, x + m * K);
+  if (widen_b) {
+    memset(b, 0, N * R * sizeof(float));
+    for (int64_t n = 0; n < N; ++n) widen_row(p.lora_b, p.lora_b_dtype, n * p.R, p.R, b + n * R);
+  } else {
+    b = (float*)p.lora_b;
+  }
+
+  with_dense(p.lora_a, p.lora_a_dtype, K, [&](const auto& lora_a) {
+    for (int64_t r = 0; r < p.R; ++r) {
+      float sums[kLayerRows];
+      dot_rows<kRows>(lora_a, r, x, K, nullptr, nullptr, 0, sums);
+      for (int64_t m = 0; m < p.M; ++m) {
+        p.h[m * p.R + r] = sums[m];
+        h[m * R + r] = p.scaling * (p.lora_e ? p.lora_e[r] * sums[m] : sums[m]);
+      }
+    }
+  });
+
+  const int threads = thread_count(p.num_threads, N, kRows * N * (p.weight ? K : R), kMinMultiplyAdds);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t n = 0; n < N; ++n) {
+    float sums[kLayerRows];
+    dot_rows<kRows>(weight, n, x, K, b + n * R, h, R, sums);
+    with_type(p.x_dtype, [&](auto* type) {
+      using T = __typeof__(*type);
+      for (int64_t m = 0; m < p.M; ++m) {
+        float value = sums[m];
+        if (!p.weight) value += ((const float*)p.y)[m * N + n];
+        if (p.column_scale) value *= p.column_scale[n];
+        if (p.bias) value += p.bias[n];
+        from_float((T*)p.y + m * N + n, value);
+      }
+    });
+  }
+  return true;
+}
+
 // A piece of kTileCols rows of the weight, decoded and turned round, fits the first cache.
 constexpr int64_t kPieceK = 256;
 // One cache line more than a power of two: the rows of a piece must not fall into one cache set.
@@ -161,23 +235,6 @@ template <class W>
 bool forward(const W& weight, const FewRowsForward& p) {
   const int64_t N = p.weight.N, K = p.weight.K, tiles = (N + kTileCols - 1) / kTileCols;
   const int threads = thread_count(p.num_threads, tiles, p.M * N * K, kMinMultiplyAdds);
-  if (p.M <= kRegisterRows) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < N; ++n) switch (p.M) {
-        case 1:
-          forward_from_registers<1>(weight, p, n);
-          break;
-        case 2:
-          forward_from_registers<2>(weight, p, n);
-          break;
-        case 3:
-          forward_from_registers<3>(weight, p, n);
-          break;
-        default:
-          forward_from_registers<kRegisterRows>(weight, p, n);
-      }
-    return true;
-  }
   constexpr int64_t kRowsSize = kTileCols * kPieceStride, kPanelSize = kPieceK * kTileCols;
   Buffer pieces(threads * (kRowsSize + kPanelSize));
   if (!pieces.data) return false;
@@ -230,6 +287,17 @@ bool backward(const W& weight, const FewRowsBackward& p) {
   return true;
 }
 
+// With the smallest number of rows that covers M.
+bool few_rows_layer_forward(const LayerForward& p) {
+  auto run = [&](const auto& weight) {
+    return p.M <= 1   ? layer_forward<1>(weight, p)
+           : p.M <= 2 ? layer_forward<2>(weight, p)
+           : p.M <= 4 ? layer_forward<4>(weight, p)
+                      : layer_forward<kLayerRows>(weight, p);
+  };
+  return p.weight ? with_weight(*p.weight, run) : run(NoWeight{});
+}
+
 bool few_rows_forward(const FewRowsForward& p) {
   return with_weight(p.weight, [&](const auto& weight) { return forward(weight, p); });
 }
@@ -241,6 +309,6 @@ bool few_rows_backward(const FewRowsBackward& p) {
 }  // namespace
 
 extern const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA);
-const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA) = {few_rows_forward, few_rows_backward};
+const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA) = {few_rows_layer_forward, few_rows_forward, few_rows_backward};
 
 }  // namespace lora_kernels::cpu

@@ -48,7 +48,7 @@ def _frozen(weight: Tensor, shape: tuple[int, int], absmax=None, absmax_scale=No
 def _run(name: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: tuple, *args):
     """Call the function ``name`` of the backend that is in force, or of the fastest; see `strategy.resolve`."""
     if not torch.is_autocast_enabled(x.device.type):
-        empty = 0 in (*x.shape, weight.shape[0])
+        empty = not (x.numel() and weight.shape[0])
         backend = reference if empty else strategy.resolve(name, x, weight, lora_a, variant, args)
         return getattr(backend, name)(*args)
     # The op has chosen its dtypes already: autocast must not round inside it.
@@ -62,9 +62,8 @@ def _vector(t: Tensor | None) -> Tensor | None:
 
 def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None, *nf4_parts):
     frozen = _frozen(weight, (lora_b.shape[0], x.shape[1]), *nf4_parts)
-    adapters = (lora_a.contiguous(), lora_b.contiguous())
-    vectors = (_vector(bias), _vector(lora_e), dropout_p, rng, _vector(column_scale))
-    args = (_rows(x), frozen, *adapters, scaling, *vectors)
+    x, lora_a, lora_b, bias, lora_e = _rows(x), lora_a.contiguous(), lora_b.contiguous(), _vector(bias), _vector(lora_e)
+    args = (x, frozen, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, _vector(column_scale))
     variant = (bias is not None, dropout_p > 0, column_scale is not None)
     return _run("lora_linear_fwd", x, frozen, lora_a, variant, *args)
 
@@ -117,6 +116,20 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _unwatched(*tensors: Tensor | None) -> bool:
+    """Whether the implementation of an op may be called past torch's dispatcher, which takes longer than a small layer.
+
+    Not where something else than autograd sees ops: a compiler or tracer, a mode (FakeTensorMode, a profiler of FLOPs,
+    selective checkpointing), a transform (vmap), or a subclass of Tensor.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._len_torch_dispatch_stack() and all(t is None or type(t) in _PLAIN for t in tensors)
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *scales, block_size = inputs
     y, h = output
@@ -135,9 +148,11 @@ def _autograd(ctx, dy, _dh):
     dscale = None
     if column_scale is not None:
         dy, dscale = torch.ops.lora_kernels.column_scale_bwd(dy, y, bias, column_scale)
-    grads = torch.ops.lora_kernels.lora_linear_bwd(
-        dy, x, h, weight, lora_a, lora_b, ctx.scaling, lora_e, ctx.dropout_p, rng, needs, *scales, ctx.block_size
-    )
+    # With create_graph the dispatcher is needed: the op's own autograd is what refuses the second derivative.
+    direct = not torch.is_grad_enabled() and _unwatched(dy, x, h, weight, lora_a, lora_b, lora_e, rng, *scales)
+    op = _bwd if direct else torch.ops.lora_kernels.lora_linear_bwd
+    tensors = (dy, x, h, weight, lora_a, lora_b)
+    grads = op(*tensors, ctx.scaling, lora_e, ctx.dropout_p, rng, needs, *scales, ctx.block_size)
     dx, da, db, de = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     # The base is frozen in LoRA; this and dbias serve those who train it or its bias as well.
     dweight = dy.T @ x if need_weight else None
@@ -154,14 +169,14 @@ for _name in ("lora_linear_bwd", "column_scale_bwd"):
 
 
 class _Eager(torch.autograd.Function):
-    """The op with the same autograd, for eager training: what torch.library generates takes as long as a small layer.
+    """The op with the same autograd, where nothing else sees it: what torch.library generates takes as long as a layer.
 
     So would `setup_context`, for which torch inspects the signature of forward in each call.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = torch.ops.lora_kernels.lora_linear_fwd(*inputs)
+        output = _fwd(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -169,7 +184,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(t.shape) != shape:
+    if t.shape != shape:
         raise ValueError(f"{name} has shape {list(t.shape)}; expected {list(shape)}")
     if t.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
@@ -278,15 +293,18 @@ def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
 
 
 def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None) -> Tensor:
-    (*batch, K), N = x.shape, weight.shape[0]
-    tensor, nf4_parts = weight, (None, None, None, 0)
+    N, K = weight.shape
+    nf4_parts = (None, None, None, 0)
     if isinstance(weight, NF4Weight):
-        tensor, *nf4_parts = weight.tensors()[:-1]
-    trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, tensor, lora_a, lora_b, bias, lora_e, column_scale)
-    )
-    eager = trains and not torch.compiler.is_compiling()
-    op = _Eager.apply if eager else torch.ops.lora_kernels.lora_linear_fwd
+        weight, *nf4_parts = weight.tensors()[:-1]
+    tensors = (x, weight, lora_a, lora_b, bias, lora_e, column_scale)
+    if not _unwatched(*tensors):
+        op = torch.ops.lora_kernels.lora_linear_fwd
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        op = _Eager.apply
+    else:
+        op = _fwd
     rest = (scaling, bias, lora_e, dropout_p, rng, column_scale, *nf4_parts)
-    y, _ = op(x.reshape(math.prod(batch), K), tensor, lora_a, lora_b, *rest)
-    return y.reshape(*batch, N)
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), K)
+    y, _ = op(rows, weight, lora_a, lora_b, *rest)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

@@ -51,7 +51,7 @@ class NF4Weight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.packed.device
+        return self._buffers["packed"].device
 
     @property
     def double_quant(self) -> bool:
@@ -64,7 +64,10 @@ class NF4Weight(nn.Module):
 
     def tensors(self) -> NF4:
         """The tensors as the backends take them."""
-        return NF4(self.packed, self.absmax, self.absmax_scale, self.absmax_offset, self.block_size, tuple(self.shape))
+        # torch finds a buffer by its attribute only after looking in three other places.
+        buffers = self._buffers
+        parts = (buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"])
+        return NF4(*parts, self.block_size, tuple(self.shape))
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The dense weight [N, K]: code · scale in float32, rounded once, bit for bit what bitsandbytes' format means.
