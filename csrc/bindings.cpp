@@ -223,6 +223,48 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("weight"), py::arg("dy"), py::arg("dx"), py::arg("M"), py::arg("num_threads"));
 
   m.def(
+      "rms_norm_fwd",
+      [](uintptr_t x, uintptr_t weight, float eps, float offset, uintptr_t y, uintptr_t rstd, int64_t M, int64_t K,
+         int dtype, int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::rms_norm_fwd,
+               RmsNormFwd{pointer(x), pointer(weight), eps, offset, pointer(y), pointer<float>(rstd), M, K,
+                          DType(dtype), num_threads});
+      },
+      py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("offset"), py::arg("y"), py::arg("rstd"),
+      py::arg("M"), py::arg("K"), py::arg("dtype"), py::arg("num_threads"));
+
+  m.def(
+      "rms_norm_bwd",
+      [](uintptr_t dy, uintptr_t x, uintptr_t rstd, uintptr_t weight, float offset, uintptr_t dx, int64_t M, int64_t K,
+         int dtype, int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::rms_norm_bwd,
+               RmsNormBwd{pointer(dy), pointer(x), pointer<float>(rstd), pointer(weight), offset, pointer(dx), M, K,
+                          DType(dtype), num_threads});
+      },
+      py::kw_only(), py::arg("dy"), py::arg("x"), py::arg("rstd"), py::arg("weight"), py::arg("offset"), py::arg("dx"),
+      py::arg("M"), py::arg("K"), py::arg("dtype"), py::arg("num_threads"));
+
+  m.def(
+      "swiglu_fwd",
+      [](uintptr_t gate, uintptr_t up, uintptr_t y, int64_t size, int dtype, int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::swiglu_fwd,
+               SwigluFwd{pointer(gate), pointer(up), pointer(y), size, DType(dtype), num_threads});
+      },
+      py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("y"), py::arg("size"), py::arg("dtype"),
+      py::arg("num_threads"));
+
+  m.def(
+      "swiglu_bwd",
+      [](uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup, int64_t size, int dtype,
+         int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::swiglu_bwd,
+               SwigluBwd{pointer(dy), pointer(gate), pointer(up), pointer(dgate), pointer(dup), size, DType(dtype),
+                         num_threads});
+      },
+      py::kw_only(), py::arg("dy"), py::arg("gate"), py::arg("up"), py::arg("dgate"), py::arg("dup"), py::arg("size"),
+      py::arg("dtype"), py::arg("num_threads"));
+
+  m.def(
       "adamw_step",
       [](const std::vector<uintptr_t>& param, const std::vector<uintptr_t>& grad, const std::vector<int>& grad_dtype,
          const std::vector<uintptr_t>& exp_avg, const std::vector<uintptr_t>& exp_avg_sq,

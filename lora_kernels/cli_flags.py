@@ -95,6 +95,7 @@ FIELD_HELP = {
     "tensorboard": ("Run", "Also write TensorBoard logs."),
     "dtype": ("Hardware", "auto, float32 or bfloat16; auto is bfloat16 where the hardware multiplies it natively."),
     "gradient_checkpointing": ("Hardware", "Recompute activations in the backward pass: less memory, more time."),
+    "fuse_decoder": ("Hardware", "On CPUs, compute RMSNorm and SwiGLU in single passes and keep less for backward."),
     "backend": ("Hardware", "Kernels to use; see lora-kernels doctor."),
 }
 

@@ -404,3 +404,36 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
             if master is not None:
                 master.copy_(exact)
     return grad_norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """y = x / sqrt(mean(x²) + eps) ∘ (offset + weight) over the last dimension, in float32 or wider, rounded once."""
+    wide = _acc(x)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (offset + _acc(weight))
+    return y.to(x.dtype)
+
+
+def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """dx and dweight of `rms_norm`, with r = 1 / sqrt(mean(x²) + eps) and g = dy ∘ (offset + weight):
+
+    dx = r (g - x r · mean(g ∘ x r)) and dweight = Σ dy ∘ x r over all rows.
+    """
+    wide = _acc(x)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    g = _acc(dy) * (offset + _acc(weight))
+    dx = r * (g - wide * r * (g * wide * r).mean(-1, keepdim=True))
+    dweight = (_acc(dy) * wide * r).flatten(0, -2).sum(0)
+    return dx.to(x.dtype), dweight.to(weight.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """y = gate ∘ sigmoid(gate) ∘ up, in float32 or wider, rounded once."""
+    wide = _acc(gate)
+    return (wide * wide.sigmoid() * _acc(up)).to(gate.dtype)
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dgate = dy ∘ up ∘ s (1 + gate (1 - s)) and dup = dy ∘ gate ∘ s, with s = sigmoid(gate)."""
+    wide, d = _acc(gate), _acc(dy)
+    s = wide.sigmoid()
+    return (d * _acc(up) * s * (1 + wide * (1 - s))).to(gate.dtype), (d * wide * s).to(up.dtype)

@@ -45,20 +45,6 @@ LK_INLINE vf square_root(vf v) {
   return load(lanes);
 }
 
-// The first `count` lanes, zeros after them.
-template <class T>
-LK_INLINE vf load_some(const T* p, int64_t count) {
-  T lanes[kLanes] = {};
-  memcpy(lanes, p, count * sizeof(T));
-  return load(lanes);
-}
-template <class T>
-LK_INLINE void store_some(T* p, vf v, int64_t count) {
-  T lanes[kLanes];
-  store(lanes, v);
-  memcpy(p, lanes, count * sizeof(T));
-}
-
 template <class T>
 LK_INLINE vf rounded_to(vf v) {
   T lanes[kLanes];

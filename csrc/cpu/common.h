@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <cstring>
 
 #include "dtype.h"
 #include "vec.h"
@@ -67,6 +68,20 @@ LK_INLINE void from_float(T* p, float value) {
 template <>
 LK_INLINE void from_float(float* p, float value) {
   *p = value;
+}
+
+// The first `count` lanes, zeros after them.
+template <class T>
+LK_INLINE vf load_some(const T* p, int64_t count) {
+  T lanes[kLanes] = {};
+  memcpy(lanes, p, count * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+LK_INLINE void store_some(T* p, vf v, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, v);
+  memcpy(p, lanes, count * sizeof(T));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adamw.h"
+#include "decoder.h"
 #include "few_rows.h"
 #include "lora_linear.h"
 #include "nf4.h"
@@ -11,6 +12,7 @@ namespace lora_kernels::cpu {
 struct Isa {
   const char* name;
   const AdamWKernels* adamw;
+  const DecoderKernels* decoder;
   const FewRowsKernels* few_rows;
   const LoraLinearKernels* lora_linear;
   const Nf4Kernels* nf4;

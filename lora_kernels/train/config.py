@@ -36,7 +36,7 @@ SCHEDULERS = ("cosine", "linear", "constant")
 # others must agree for a resumed run to continue the same computation.
 _NOT_IDENTITY = {
     *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
-    *("backend", "chat_template", "max_length", "dtype", "epochs", "max_steps", "batch_size"),
+    *("backend", "fuse_decoder", "chat_template", "max_length", "dtype", "epochs", "max_steps", "batch_size"),
     *("gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
     *("bad_rewards", "eval_prompts"),
 }
@@ -81,6 +81,8 @@ class TrainConfig:
         the end.
     logging_steps: steps between lines of metrics.jsonl.
     resume: continue from `checkpoint-last/` exactly where it stopped.
+    fuse_decoder: on CPUs, compute RMSNorm and SwiGLU in single passes and keep less for backward, see
+        `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.
     backend: kernels to use, see `lora_kernels.use_backend`.
     chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
     """
@@ -130,6 +132,7 @@ class TrainConfig:
     save_steps: int | None = None
     logging_steps: int = 1
     gradient_checkpointing: bool = False
+    fuse_decoder: bool = True
     resume: bool = False
     tensorboard: bool = False
     backend: str = "auto"

@@ -1,7 +1,9 @@
 """What every trainer's run consists of, whatever it trains on: load, inject, train, save."""
 
+import ctypes
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,12 +21,14 @@ from lora_kernels.io.files import replacing
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
 from lora_kernels.methods.virtual_tokens import context_length
+from lora_kernels.nn.fused_decoder import fuse_decoder
 from lora_kernels.report import plot_loss, plot_ranks
 from lora_kernels.train.checkpoint import find_checkpoint
 from lora_kernels.train.config import ADALORA, TrainConfig
 from lora_kernels.train.data import set_chat_template
 from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop, make_accelerator
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"
 
 
@@ -98,6 +102,7 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     Raises FileExistsError where output_dir holds another run, and ValueError for bad settings.
     """
     method = method_config(config)
+    return_freed_memory()
     accelerator = make_accelerator()
     if accelerator.is_main_process:
         check_output_dir(config)
@@ -110,7 +115,21 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     )
     own_template = tokenizer.chat_template
     set_chat_template(tokenizer, config.chat_template)
-    return Run(config, method, accelerator, model, tokenizer, own_template, progress)
+    run = Run(config, method, accelerator, model, tokenizer, own_template, progress)
+    if config.fuse_decoder and accelerator.device.type == "cpu" and (count := fuse_decoder(model)):
+        run.say(f"{count} RMSNorms and SwiGLUs of the decoder are fused")
+    return run
+
+
+def return_freed_memory() -> None:
+    """Have glibc return a large tensor's memory when it is freed, unless MALLOC_MMAP_THRESHOLD_ is set; else nothing.
+
+    glibc raises the size from which it does so to that of the largest tensor freed so far, up to 32 MiB. Activations
+    then come from one heap, whose gaps between small allocations stay with the process: as much again as it uses.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -1,0 +1,146 @@
+// The kernels of decoder.h, built once per instruction set (LK_ISA, LK_LANES; see setup.py).
+#include <math.h>
+
+#include "common.h"
+#include "decoder.h"
+
+namespace lora_kernels::cpu {
+namespace {
+
+// A piece of a flat tensor, small enough to balance the threads.
+constexpr int64_t kChunk = 1 << 13;
+
+LK_INLINE float sum_of_lanes(vf v) {
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// f(i, read, write) for every vector of `size` elements, the last one possibly short.
+template <class F>
+LK_INLINE void for_each_vector(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    f(i, [](const auto* p) { return load(p); }, [](auto* p, vf v) { store(p, v); });
+  if (const int64_t left = size - i)
+    f(i, [=](const auto* p) { return load_some(p, left); }, [=](auto* p, vf v) { store_some(p, v, left); });
+}
+
+// Four chains hide the latency of the additions. f(i, read) gives the terms.
+template <class F>
+LK_INLINE float sum_over(int64_t size, F f) {
+  vf sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= size; i += 4 * kLanes)
+    for (int s = 0; s < 4; ++s) sums[s] += f(i + s * kLanes, [](const auto* p) { return load(p); });
+  for (; i < size; i += kLanes) {
+    const int64_t left = min64(kLanes, size - i);
+    sums[0] += f(i, [=](const auto* p) { return load_some(p, left); });
+  }
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// 1 / (1 + exp(-v)). exp by Cody and Waite's reduction to |r| <= ln 2 / 2 and the terms of its series to r^7 / 7!.
+LK_INLINE vf sigmoid(vf v) {
+  // Beyond 87, exp(v) is so small or large that the result is 0 or 1 within 1e-38. A NaN stays one.
+  vf x = -v;
+  x = (vf)select((vu32)(x > splat(87.0f)), (vu32)splat(87.0f), (vu32)x);
+  x = (vf)select((vu32)(x < splat(-87.0f)), (vu32)splat(-87.0f), (vu32)x);
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
+  const vf shifted = x * splat(1.44269504f) + splat(0x1.8p23f);
+  const vf n = shifted - splat(0x1.8p23f);
+  const vf r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  vf p = splat(1.0f / 5040);
+  p = p * r + splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  const vf power = (vf)(((vu32)shifted << 23) + 0x3f800000);
+  return splat(1.0f) / (splat(1.0f) + p * power);
+}
+
+template <class T>
+void rms_norm_fwd_row(const RmsNormFwd& p, int64_t m) {
+  const T *x = (const T*)p.x + m * p.K, *weight = (const T*)p.weight;
+  T* y = (T*)p.y + m * p.K;
+  const float squares = sum_over(p.K, [&](int64_t k, auto read) {
+    const vf v = read(x + k);
+    return v * v;
+  });
+  const float rstd = 1.0f / sqrtf(squares / (float)p.K + p.eps);
+  for_each_vector(p.K, [&](int64_t k, auto read, auto write) {
+    write(y + k, read(x + k) * splat(rstd) * (splat(p.offset) + read(weight + k)));
+  });
+  p.rstd[m] = rstd;
+}
+
+template <class T>
+void rms_norm_bwd_row(const RmsNormBwd& p, int64_t m) {
+  const T *dy = (const T*)p.dy + m * p.K, *x = (const T*)p.x + m * p.K, *weight = (const T*)p.weight;
+  T* dx = (T*)p.dx + m * p.K;
+  const float rstd = p.rstd[m];
+  // x enters as x * rstd, of size 1, so that nothing overflows for a tiny x.
+  const float sum = sum_over(p.K, [&](int64_t k, auto read) {
+    return read(dy + k) * (splat(p.offset) + read(weight + k)) * (read(x + k) * splat(rstd));
+  });
+  const float mean = sum / (float)p.K;
+  for_each_vector(p.K, [&](int64_t k, auto read, auto write) {
+    const vf g = read(dy + k) * (splat(p.offset) + read(weight + k));
+    write(dx + k, splat(rstd) * (g - read(x + k) * splat(rstd) * splat(mean)));
+  });
+}
+
+template <class T>
+void swiglu_fwd_chunk(const SwigluFwd& p, int64_t first) {
+  const T *gate = (const T*)p.gate + first, *up = (const T*)p.up + first;
+  T* y = (T*)p.y + first;
+  for_each_vector(min64(kChunk, p.size - first), [&](int64_t i, auto read, auto write) {
+    const vf g = read(gate + i);
+    write(y + i, g * sigmoid(g) * read(up + i));
+  });
+}
+
+template <class T>
+void swiglu_bwd_chunk(const SwigluBwd& p, int64_t first) {
+  const T *dy = (const T*)p.dy + first, *gate = (const T*)p.gate + first, *up = (const T*)p.up + first;
+  T *dgate = (T*)p.dgate + first, *dup = (T*)p.dup + first;
+  for_each_vector(min64(kChunk, p.size - first), [&](int64_t i, auto read, auto write) {
+    const vf d = read(dy + i), g = read(gate + i), s = sigmoid(g);
+    write(dgate + i, d * read(up + i) * s * (splat(1.0f) + g * (splat(1.0f) - s)));
+    write(dup + i, d * g * s);
+  });
+}
+
+// work(i, type) for i = 0, step, 2 step... below `size`.
+template <class P, class F>
+bool parallel(const P& p, int64_t size, int64_t step, int64_t elements, F work) {
+  const int threads = thread_count(p.num_threads, (size + step - 1) / step, elements, kMinMoves);
+  with_type(p.dtype, [&](auto* type) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < size; i += step) work(i, type);
+  });
+  return true;
+}
+
+bool rms_norm_fwd(const RmsNormFwd& p) {
+  return parallel(p, p.M, 1, p.M * p.K, [&](int64_t m, auto* t) { rms_norm_fwd_row<__typeof__(*t)>(p, m); });
+}
+bool rms_norm_bwd(const RmsNormBwd& p) {
+  return parallel(p, p.M, 1, p.M * p.K, [&](int64_t m, auto* t) { rms_norm_bwd_row<__typeof__(*t)>(p, m); });
+}
+bool swiglu_fwd(const SwigluFwd& p) {
+  return parallel(p, p.size, kChunk, p.size, [&](int64_t i, auto* t) { swiglu_fwd_chunk<__typeof__(*t)>(p, i); });
+}
+bool swiglu_bwd(const SwigluBwd& p) {
+  return parallel(p, p.size, kChunk, p.size, [&](int64_t i, auto* t) { swiglu_bwd_chunk<__typeof__(*t)>(p, i); });
+}
+
+}  // namespace
+
+extern const DecoderKernels LK_CONCAT(decoder_, LK_ISA);
+const DecoderKernels LK_CONCAT(decoder_, LK_ISA) = {rms_norm_fwd, rms_norm_bwd, swiglu_fwd, swiglu_bwd};
+
+}  // namespace lora_kernels::cpu

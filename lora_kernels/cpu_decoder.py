@@ -1,0 +1,61 @@
+"""RMSNorm and SwiGLU on the CPU: C++ kernels, each one pass over what it reads; see `lora_kernels.reference`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels import cpu
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """y [..., K] and rstd [...] of contiguous x [..., K] and weight [K] of one dtype; rstd is float32."""
+    K = x.shape[-1]
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    cpu._launch(
+        "rms_norm_fwd",
+        x=x,
+        weight=weight,
+        eps=eps,
+        offset=offset,
+        y=y,
+        rstd=rstd,
+        M=rstd.numel(),
+        K=K,
+        dtype=cpu._DTYPES[x.dtype],
+    )
+    return y, rstd
+
+
+def rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    """dx [..., K]; dy and x are contiguous."""
+    dx = torch.empty_like(x)
+    cpu._launch(
+        "rms_norm_bwd",
+        dy=dy,
+        x=x,
+        rstd=rstd,
+        weight=weight,
+        offset=offset,
+        dx=dx,
+        M=rstd.numel(),
+        K=x.shape[-1],
+        dtype=cpu._DTYPES[x.dtype],
+    )
+    return dx
+
+
+def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """gate ∘ sigmoid(gate) ∘ up of contiguous tensors of one shape and dtype."""
+    y = torch.empty_like(gate)
+    cpu._launch("swiglu_fwd", gate=gate, up=up, y=y, size=gate.numel(), dtype=cpu._DTYPES[gate.dtype])
+    return y
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dgate and dup; all contiguous."""
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    cpu._launch(
+        "swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup, size=gate.numel(), dtype=cpu._DTYPES[gate.dtype]
+    )
+    return dgate, dup

@@ -1,0 +1,115 @@
+"""The elementwise parts of a transformers decoder on the CPU: fewer passes over memory, and less of it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import reference
+from lora_kernels.ops import decoder
+
+_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+def fuse_decoder(model: nn.Module) -> int:
+    """Compute the RMSNorms and SwiGLUs of a Llama-like transformers model by `lora_kernels.ops.decoder`.
+
+    An RMSNorm is a module named so, with `weight` [K] alone, whose own result on a probe is that of the formula, with
+    Gemma's offset or without; a SwiGLU is a module of gate_proj, up_proj, down_proj and a SiLU act_fn, whose result is
+    bit for bit the composition of these. Their `forward` is replaced, on the instance, and nothing else: parameters,
+    state dict and types stay. Whatever isn't recognised is left alone. Call it before adapters are injected; twice
+    does no harm. In training, results that autograd would keep for the projections are computed again in backward.
+
+    Tensors that the kernels don't take (see `ops.decoder.is_fused`) go to the module's own forward.
+
+    Returns how many modules it has changed.
+    """
+    own = [module for module in model.modules() if "forward" not in vars(module)]
+    count = 0
+    for module in own:
+        if (offset := _norm_offset(module)) is not None:
+            module.lora_kernels_offset = offset
+            module.forward = MethodType(_norm_forward, module)
+        elif _is_swiglu(module):
+            module.forward = MethodType(_mlp_forward, module)
+        else:
+            continue
+        count += 1
+    if count:
+        for stack in filter(_is_stack, own):
+            stack.forward = MethodType(_recomputing(type(stack).forward), stack)
+    return count
+
+
+def _norm_eps(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+@torch.no_grad()
+def _norm_offset(module: nn.Module) -> float | None:
+    """0 or 1 where the module is RMSNorm with that offset, else None."""
+    if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
+    weight, eps = module.weight, _norm_eps(module)
+    if weight.dim() != 1 or weight.device.type != "cpu" or not isinstance(eps, float):
+        return None
+    x = _probe(weight.shape[0], weight.dtype)
+    found = module(x)
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    for offset in (0.0, 1.0):
+        expected = reference.rms_norm(x.double(), weight.double(), eps, offset)
+        if torch.allclose(found.double(), expected, rtol=tolerance, atol=0):
+            return offset
+    return None
+
+
+@torch.no_grad()
+def _is_swiglu(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if set(children) != set(_MLP):
+        return False
+    gate_proj, up_proj, down_proj, act_fn = (children[name] for name in _MLP)
+    if type(act_fn).__name__ not in ("SiLU", "SiLUActivation") or gate_proj.weight.device.type != "cpu":
+        return False
+    x = _probe(gate_proj.in_features, gate_proj.weight.dtype)
+    return torch.equal(module(x), down_proj(act_fn(gate_proj(x)) * up_proj(x)))
+
+
+def _probe(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, size, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether the module has a list of layers of which some part was fused: the decoder itself."""
+    lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
+    return any("forward" in vars(part) for layers in lists for part in layers.modules())
+
+
+def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    if not decoder.is_fused(hidden_states, self.weight):
+        return type(self).forward(self, hidden_states)
+    return decoder.rms_norm(hidden_states, self.weight, _norm_eps(self), self.lora_kernels_offset)
+
+
+def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+    if not decoder.is_fused(x):
+        return type(self).forward(self, x)
+    return self.down_proj(decoder.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` inside `decoder.recomputing`, its signature kept, which others look at."""
+
+    @wraps(forward)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return forward(self, *args, **kwargs)
+        with decoder.recomputing():
+            return forward(self, *args, **kwargs)
+
+    return wrapped

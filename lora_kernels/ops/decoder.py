@@ -1,0 +1,171 @@
+"""RMSNorm and SwiGLU with autograd, on the CPU, and the means not to keep their results for backward.
+
+A linear layer that trains an adapter keeps its input, which is what these two return. Where `recomputing` is in force
+they aren't kept: backward makes them again, in one pass, from what the ops keep in any case.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_kernels import backends, cpu, cpu_decoder
+
+_RECIPE = "lora_kernels_recipe"
+
+
+def is_fused(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether the kernels take these: CPU tensors of one dtype, nothing compiled, no autocast, backend auto or cpu."""
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and (weight is None or (weight.dtype == x.dtype and weight.is_contiguous()))
+        and backends.resolve(x) is cpu
+        and x.dtype in cpu._DTYPES
+        and x.numel() > 0
+    )
+
+
+class _Recipe:
+    """How the contents of a storage are made from other tensors. The storage carries it as an attribute."""
+
+    def __init__(self, result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self.make = make
+        # Detached tensors share their version with the original.
+        self.inputs = [t.detach() for t in inputs]
+        self.versions = [t._version for t in inputs]
+        self.version = result._version
+        self.made: Tensor | None = None
+        setattr(result.untyped_storage(), _RECIPE, self)
+
+    def __call__(self) -> Tensor:
+        if self.made is None:
+            if [t._version for t in self.inputs] != self.versions:
+                raise RuntimeError(
+                    "a tensor that RMSNorm or SwiGLU was computed from has been modified by an inplace operation, so "
+                    "that backward can't compute it again"
+                )
+            with torch.no_grad():
+                self.made = self.make(*self.inputs)
+        return self.made
+
+
+def _pack(t: Tensor) -> Any:
+    recipe = getattr(t.untyped_storage(), _RECIPE, None)
+    if recipe is None or recipe.version != t._version:
+        return t
+    return recipe, t.shape, t.stride(), t.storage_offset()
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    recipe, *view = packed
+    return recipe().as_strided(*view)
+
+
+def _forget(recipe: weakref.ref[_Recipe]) -> None:
+    """Free what the recipe made, since whoever reads it in backward has done so. (A graph outlives its backward, and
+    would keep the recipe's inputs with it; hence the weak reference.)"""
+    if (alive := recipe()) is not None:
+        alive.made = None
+
+
+def recomputing() -> AbstractContextManager[None]:
+    """In the `with` block, autograd keeps no result of `rms_norm` and `swiglu`, but makes it again in backward.
+
+    Results are bit for bit the same. Inside activation checkpointing, which has hooks of its own, it has no effect.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset):
+        x = x.contiguous()
+        y, rstd = cpu_decoder.rms_norm_fwd(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        # Also where y has no gradient: an adapter after it keeps y for its own.
+        recipe = _Recipe(y, lambda x, weight: cpu_decoder.rms_norm_fwd(x, weight, eps, offset)[0], x, weight)
+        ctx.recipe = weakref.ref(recipe)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        _forget(ctx.recipe)
+        dx = cpu_decoder.rms_norm_bwd(dy.contiguous(), x, rstd, weight, ctx.offset) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            terms = dy.float() * x.float() * rstd.unsqueeze(-1)
+            dweight = terms.flatten(0, -2).sum(0).to(weight.dtype)
+        return dx, dweight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """y = x / sqrt(mean(x²) + eps) ∘ (offset + weight) over the last dimension (Zhang & Sennrich 2019, equation 4).
+
+    x [..., K] and weight [K], on the CPU, of one dtype: float32, bfloat16 or float16. Gemma's offset is 1. Computed in
+    float32 and rounded once. Kept for backward: x and 1 / sqrt(...) of each row. No second derivatives.
+
+    Raises ValueError for tensors that don't fit, RuntimeError where the CPU backend can't run.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected {list(x.shape[-1:])}, the last dim of x")
+    _check(x, weight)
+    if not torch.is_grad_enabled():
+        return cpu_decoder.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps, offset)[0]
+    return _RMSNorm.apply(x, weight.contiguous(), float(eps), float(offset))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        y = cpu_decoder.swiglu_fwd(gate, up)
+        ctx.save_for_backward(gate, up)
+        ctx.recipe = weakref.ref(_Recipe(y, cpu_decoder.swiglu_fwd, gate, up))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        _forget(ctx.recipe)
+        dgate, dup = cpu_decoder.swiglu_bwd(dy.contiguous(), gate, up)
+        return tuple(grad if need else None for grad, need in zip((dgate, dup), ctx.needs_input_grad, strict=True))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """y = gate ∘ sigmoid(gate) ∘ up (Shazeer 2020, equation 6, without its products).
+
+    Both on the CPU and of one shape and dtype: float32, bfloat16 or float16. Computed in float32 and rounded once. Kept
+    for backward: gate and up. No second derivatives.
+
+    Raises ValueError for tensors that don't fit, RuntimeError where the CPU backend can't run.
+    """
+    if up.shape != gate.shape:
+        raise ValueError(f"up has shape {list(up.shape)}; expected that of gate, {list(gate.shape)}")
+    _check(gate, up)
+    if not torch.is_grad_enabled():
+        return cpu_decoder.swiglu_fwd(gate.contiguous(), up.contiguous())
+    return _SwiGLU.apply(gate, up)
+
+
+def _check(x: Tensor, other: Tensor) -> None:
+    if cpu.unavailable is not None:
+        raise RuntimeError(f"the cpu backend, which this op needs, can't run here: {cpu.unavailable}")
+    if not x.is_cpu or x.dtype not in cpu._DTYPES or (other.device, other.dtype) != (x.device, x.dtype):
+        raise ValueError(
+            f"the tensors are {x.dtype} on {x.device} and {other.dtype} on {other.device}; allowed: one of float32, "
+            "bfloat16 and float16 for both, on the CPU"
+        )

@@ -1,0 +1,309 @@
+"""RMSNorm and SwiGLU against float64, and models with them against the unmodified transformers models."""
+
+import copy
+import inspect
+import weakref
+
+import pytest
+import torch
+import transformers
+from tiny_models import perturb, tiny_batch, tiny_model
+from torch import Tensor
+
+from lora_kernels import LoRAConfig, cpu, inject, reference, use_backend
+from lora_kernels.nn.fused_decoder import fuse_decoder
+from lora_kernels.ops import decoder
+from lora_kernels.testing import assert_close_to_reference
+
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = ("generic", "avx2", "avx2_wide", "avx512")
+SHAPES = [(5, 7), (2, 3, 130), (1, 1), (33, 576), (0, 4)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if request.param not in cpu._C.isa_supported():
+        pytest.skip(f"this processor does not have {request.param}")
+    previous = cpu._C.get_isa()
+    cpu._C.set_isa(request.param)
+    yield
+    cpu._C.set_isa(previous)
+
+
+def tensors(count: int, shape: tuple[int, ...], dtype: torch.dtype, contiguous: bool = True) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    made = [3 * torch.randn(shape, generator=generator) for _ in range(count)]
+    if not contiguous:
+        made = [torch.stack([t, t], dim=-1)[..., 0] for t in made]
+    return [t.to(dtype) for t in made]
+
+
+def check(actual: list[Tensor], function, inputs: list[Tensor]) -> None:
+    """Results and gradients `actual` by the tolerance rule; function(*inputs) is differentiable, the last is dy."""
+    results = []
+    for dtype in (inputs[0].dtype, torch.float64):
+        *leaves, dy = [t.detach().to(dtype) for t in inputs]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        y = function(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    for index, (a, eager, exact) in enumerate(zip(actual, *results, strict=True)):
+        assert_close_to_reference(a, eager, exact, f"result {index}")
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(isa, dtype: torch.dtype, shape: tuple[int, ...], offset: float, contiguous: bool) -> None:
+    x, dy = tensors(2, shape, dtype, contiguous)
+    (weight,) = tensors(1, shape[-1:], dtype, contiguous)
+    y = decoder.rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS, offset)
+    y.backward(dy)
+    check([y.detach(), x.grad, weight.grad], lambda x, w: reference.rms_norm(x, w, EPS, offset), [x, weight, dy])
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(isa, dtype: torch.dtype, shape: tuple[int, ...], contiguous: bool) -> None:
+    gate, up, dy = tensors(3, shape, dtype, contiguous)
+    y = decoder.swiglu(gate.requires_grad_(), up.requires_grad_())
+    y.backward(dy)
+    check([y.detach(), gate.grad, up.grad], reference.swiglu, [gate, up, dy])
+
+
+def test_swiglu_of_extreme_values() -> None:
+    gate = torch.tensor([-1e4, -200.0, -87.5, -20.0, -0.0, 0.0, 20.0, 87.5, 200.0, 1e4])
+    up = torch.ones_like(gate)
+    y = decoder.swiglu(gate, up)
+    assert_close_to_reference(y, torch.nn.functional.silu(gate), gate.double() * gate.double().sigmoid(), "y")
+    torch.testing.assert_close(y, torch.nn.functional.silu(gate), atol=1e-30, rtol=1e-5)
+    assert decoder.swiglu(torch.tensor([float("nan")]), torch.ones(1)).isnan().all()
+
+
+def test_rms_norm_of_tiny_and_zero_rows() -> None:
+    x = torch.tensor([[0.0, 0.0, 0.0], [1e-25, -2e-25, 3e-25]], requires_grad=True)
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    dy = torch.ones(2, 3)
+    y = decoder.rms_norm(x, weight, 1e-6)
+    y.backward(dy)
+    check([y.detach(), x.grad], lambda x: reference.rms_norm(x, weight.to(x.dtype), 1e-6), [x, dy])
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_only_the_gradients_that_are_asked_for(needs: tuple[bool, bool]) -> None:
+    a, b, dy = tensors(3, (4, 9), torch.float32)
+    for function in (lambda a, b: decoder.rms_norm(a, b[0], EPS), decoder.swiglu):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip((a, b), needs, strict=True)]
+        y = function(*leaves)
+        assert y.requires_grad == any(needs)
+        if any(needs):
+            y.backward(dy)
+        assert [leaf.grad is not None for leaf in leaves] == list(needs)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_formulas_of_the_gradients(offset: float) -> None:
+    """reference.*_bwd, which says what the kernels compute, against autograd through the forward formulas."""
+    x, dy, other = tensors(3, (4, 9), torch.float64)
+    weight = other[0].clone().requires_grad_()
+    x, other = x.requires_grad_(), other.requires_grad_()
+    expected = torch.autograd.grad(reference.rms_norm(x, weight, EPS, offset), (x, weight), dy)
+    torch.testing.assert_close(reference.rms_norm_bwd(dy, x, weight, EPS, offset), expected)
+    expected = torch.autograd.grad(reference.swiglu(x, other), (x, other), dy)
+    torch.testing.assert_close(reference.swiglu_bwd(dy, x, other), expected)
+
+
+def test_wrong_arguments() -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="weight has shape"):
+        decoder.rms_norm(x, torch.ones(2), EPS)
+    with pytest.raises(ValueError, match="torch.float64"):
+        decoder.rms_norm(x.double(), torch.ones(3).double(), EPS)
+    with pytest.raises(ValueError, match="torch.bfloat16"):
+        decoder.rms_norm(x, torch.ones(3).bfloat16(), EPS)
+    with pytest.raises(ValueError, match="up has shape"):
+        decoder.swiglu(x, x[:1])
+
+
+def test_no_second_derivative() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(decoder.swiglu(x, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+KINDS = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Olmo2"]
+# RMSNorms and SwiGLUs; Gemma's MLP has another activation.
+FUSED = {"Llama": 7, "Qwen2": 7, "Qwen3": 11, "Mistral": 7, "Gemma": 5, "Gemma2": 9, "Olmo2": 11}
+
+
+def pair(kind: str, dtype: torch.dtype = torch.float32, **lora) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same model with trained adapters as it is, and fused."""
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0}
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=61, bos_token_id=1, eos_token_id=2, **sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    models = model.to(dtype), copy.deepcopy(model).to(dtype)
+    assert fuse_decoder(models[1]) == FUSED[kind]
+    for m in models:
+        torch.manual_seed(8)
+        inject(m, LoRAConfig(r=3, **lora))
+        perturb(m)
+        m.train()
+    return models
+
+
+def loss_and_grads(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(9)
+    model.zero_grad()
+    ids = tiny_batch()
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(fused, plain, exact) -> None:
+    assert_close_to_reference(fused[0], plain[0], exact[0], "logits")
+    assert fused[1].keys() == plain[1].keys() and fused[1]
+    for name, grad in fused[1].items():
+        assert_close_to_reference(grad, plain[1][name], exact[1][name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_model(kind: str, dtype: torch.dtype) -> None:
+    plain, fused = pair(kind, dtype)
+    exact = copy.deepcopy(plain).double()
+    assert_same(loss_and_grads(fused), loss_and_grads(plain), loss_and_grads(exact))
+
+
+def test_state_dict_types_and_signatures_stay() -> None:
+    plain, fused = pair("Llama")
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    assert [type(m) for m in plain.modules()] == [type(m) for m in fused.modules()]
+    assert inspect.signature(fused.model.forward) == inspect.signature(plain.model.forward)
+    assert fuse_decoder(fused) == 0
+    again = copy.deepcopy(fused)
+    again.model.norm.weight.data.mul_(2)
+    assert not torch.equal(loss_and_grads(again)[0], loss_and_grads(fused)[0])
+
+
+def test_what_is_something_else_is_left_alone() -> None:
+    class OddRMSNorm(torch.nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1e-3
+
+    assert fuse_decoder(torch.nn.Sequential(OddRMSNorm(8, eps=1e-6))) == 0
+    assert fuse_decoder(tiny_model("gpt2")) == 0
+
+
+def test_dropout_and_checkpointing() -> None:
+    plain, fused = pair("Llama", lora_dropout=0.3)
+    expected = loss_and_grads(plain)
+    for checkpointing in (False, True):
+        if checkpointing:
+            fused.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        logits, grads = loss_and_grads(fused)
+        torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-4)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected[1][name], atol=1e-6, rtol=1e-3)
+
+
+def test_results_are_not_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused = pair("Llama")
+    dropped = []
+
+    def pack(t: Tensor, own=decoder._pack) -> object:
+        packed = own(t)
+        if packed is not t:
+            dropped.append(tuple(t.shape))
+        return packed
+
+    monkeypatch.setattr(decoder, "_pack", pack)
+    fused(input_ids=tiny_batch(), use_cache=False)
+    rows = tiny_batch().numel()
+    # Of each layer: the input of q, k, v, gate and up, and that of down.
+    assert dropped == 2 * ([(rows, 32)] * 5 + [(rows, 44)])
+
+
+def test_nothing_is_kept_after_backward() -> None:
+    gate, up = tensors(2, (4, 9), torch.float32)
+    with decoder.recomputing():
+        y = decoder.swiglu(gate.requires_grad_() * 1, up)
+        loss = y.square().sum()
+    recipe = weakref.ref(getattr(y.untyped_storage(), decoder._RECIPE))
+    del y
+    assert recipe() is not None
+    loss.backward()
+    assert recipe() is None
+
+
+def test_what_backward_needs_must_not_change() -> None:
+    gate, up, dy = tensors(3, (4, 9), torch.float32)
+    gate = gate.requires_grad_() * 1
+    up.requires_grad_()
+    with decoder.recomputing():
+        y = decoder.swiglu(gate, up)
+        z = y * y
+    with torch.no_grad():
+        gate.add_(1)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        z.backward(dy)
+
+
+def test_a_result_that_was_changed_is_kept() -> None:
+    gate, up = tensors(2, (4, 9), torch.float32)
+    gate.requires_grad_()
+    with decoder.recomputing():
+        y = decoder.swiglu(gate, up)
+        with torch.no_grad():
+            y.add_(1)
+        z = y * y
+    (grad,) = torch.autograd.grad(z.sum(), gate)
+    s = gate.detach().sigmoid()
+    expected = 2 * (gate.detach() * s * up + 1) * up * s * (1 + gate.detach() * (1 - s))
+    torch.testing.assert_close(grad, expected)
+
+
+def test_own_forward_where_the_kernels_do_not_apply() -> None:
+    plain, fused = pair("Llama")
+    with use_backend("reference"):
+        assert torch.equal(loss_and_grads(fused)[0], loss_and_grads(plain)[0])
+    plain, fused = plain.double(), fused.double()
+    assert torch.equal(loss_and_grads(fused)[0], loss_and_grads(plain)[0])
+
+
+def test_inference_mode() -> None:
+    plain, fused = pair("Llama")
+    with torch.inference_mode():
+        expected, found = (m.eval()(input_ids=tiny_batch()).logits for m in (plain, fused))
+    torch.testing.assert_close(found, expected)
+    gate, up = tensors(2, (4, 9), torch.float32)
+    with torch.inference_mode():
+        found = decoder.swiglu(gate * 1, up * 1)
+    assert torch.equal(found, decoder.swiglu(gate, up))
+
+
+def test_generation() -> None:
+    plain, fused = pair("Qwen3")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    answers = [m.eval().generate(tiny_batch(), **options) for m in (plain, fused)]
+    assert torch.equal(*answers)
+
+
+def test_compile() -> None:
+    plain, fused = pair("Llama")
+    expected = loss_and_grads(plain)
+    fused.forward = torch.compile(fused.forward, backend="aot_eager")
+    logits, grads = loss_and_grads(fused)
+    torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-4)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[1][name], atol=1e-6, rtol=1e-3)
