@@ -59,11 +59,16 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module
     if contender.startswith("ours"):
         from lora_kernels import LoRAConfig, inject
         from lora_kernels.io.nf4 import load_nf4_model
+        from lora_kernels.nn.fused_decoder import fuse_decoder
+        from lora_kernels.train.run import return_freed_memory
 
+        # As the trainers do.
+        return_freed_memory()
         if contender == "ours-qlora":
             model = load_nf4_model(Path(directory), dtype, progress=False)
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        fuse_decoder(model)
         return inject(model, LoRAConfig(r=R, lora_alpha=SCALING * R, lora_dropout=DROPOUT_P)).train()
     if contender == "frozen":
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).requires_grad_(False).train()
