@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.8.0)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto
+# --quick takes 2 minutes; all of it hours.
+BENCH_FLAGS ?= --quick
 # What `make demo` trains with: qlora, lora, dora, adalora, prefix, prompt or full.
 METHOD ?= qlora
 
@@ -66,7 +68,7 @@ lint: venv
 	find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: venv
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/lora-kernels bench $(BENCH_FLAGS)
 
 # As a release builds it, for this machine's Python. build/lib may hold modules that are gone from the source.
 wheel: $(VENV)/.dev

@@ -5,6 +5,7 @@ import torch
 from lora_cases import LoraCase
 
 from lora_kernels import cuda_emulated
+from lora_kernels.bench.traffic import emulated_launches
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 
@@ -13,15 +14,11 @@ pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=st
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_and_backward_pass_four_times_over_MK_and_three_over_MN(bias, column_scale):
     """A column scale takes three passes over MN more, all of them backward: it reads dy and y and writes dz."""
-    from lora_kernels import _simt
-
     M, N, K, R = 128, 256, 192, 1
     case = LoraCase(M, N, K, R, dtype=torch.bfloat16, dropout_p=0.2, bias=bias, column_scale=column_scale)
     functions = cuda_emulated.lora_linear_fwd, cuda_emulated.lora_linear_bwd
-    _simt.take_traffic(True)
-    case.run(*functions, scale_bwd=cuda_emulated.column_scale_bwd)
-    launches = _simt.take_traffic(False)
-
+    with emulated_launches() as launches:
+        case.run(*functions, scale_bwd=cuda_emulated.column_scale_bwd)
     assert len(launches) <= 6 + column_scale
     total = sum(loaded + stored for _, loaded, stored in launches)
     large = 2 * (4 * M * K + (6 if column_scale else 3) * M * N + 2 * N * K)
