@@ -61,7 +61,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write(rows: Sequence[Row], directory: Path, heading: str) -> None:
-    """results.csv, results.md and results.png in the directory; the JSON is written as the run goes on."""
+    """results.csv, .md and .png in the directory, and growth.png; the JSON is written as the run goes on."""
     fields = list(dict.fromkeys(key for row in rows for values in row["contenders"].values() for key in values))
     fields = [field for field in fields if field != "launches"]
     keys = list(dict.fromkeys(key for row in rows for key in row["what"]))
@@ -75,38 +75,86 @@ def write(rows: Sequence[Row], directory: Path, heading: str) -> None:
     with replacing(directory / "results.md") as temporary:
         temporary.write_text(f"{heading}\n\n{markdown(rows)}", encoding="utf-8")
     _plot(rows, directory / "results.png")
+    _plot_growth(rows, directory / "growth.png")
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
     """A panel for each kind of work: the contenders' times over the base, case by case."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    timed = [row for row in rows if any("ratio" in values for values in row["contenders"].values())]
+    timed = _timed(rows)
     works = list(dict.fromkeys(row["work"] for row in timed))
     if not works:
         return
-    figure = Figure(figsize=(9, 3.4 * len(works)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(10, 3.2 * len(works))
     for axes, work in zip(figure.subplots(len(works), 1, squeeze=False)[:, 0], works, strict=True):
         group = [row for row in timed if row["work"] == work]
-        for contender in dict.fromkeys(name for row in group for name in row["contenders"]):
-            points = [
-                (place, row["contenders"][contender]["ratio"])
-                for place, row in enumerate(group)
-                if contender in row["contenders"]
-            ]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, label=contender)
+        names = list(dict.fromkeys(name for row in group for name in row["contenders"]))
+        width = 0.8 / len(names)
+        for number, name in enumerate(names):
+            ratios = [row["contenders"].get(name, {}).get("ratio", 0.0) for row in group]
+            left = [place + (number - (len(names) - 1) / 2) * width for place in range(len(group))]
+            axes.bar(left, ratios, width, label=name)
         # What all cases of a group share would only crowd the labels.
         varying = [key for key in group[0]["what"] if len({str(row["what"].get(key)) for row in group}) > 1]
         labels = ["\n".join(f"{key} {row['what'].get(key)}" for key in varying) for row in group]
         axes.set_xticks(range(len(group)), labels, fontsize=6)
-        axes.set(title=work, ylabel=f"time over {group[0]['base']}", yscale="log")
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+        axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
+        axes.set(title=work, ylabel=f"time over {group[0]['base']}")
+        _finish(axes)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+# Sizes of which the cost may be a straight line.
+_SIZES = ("M", "R", "layers", "length")
+
+
+def _plot_growth(rows: Sequence[Row], path: Path) -> None:
+    """Times as one size grows and all others stay: a panel wherever there are three or more values of it."""
+    series: dict[tuple[str, str], list[Row]] = {}
+    for row in _timed(rows):
+        for size in _SIZES:
+            if size in row["what"]:
+                fixed = {key: value for key, value in row["what"].items() if key != size}
+                series.setdefault((size, name_of(row["work"], fixed)), []).append(row)
+    panels = {
+        key: sorted(group, key=lambda row: row["what"][key[0]]) for key, group in series.items() if len(group) > 2
+    }
+    if not panels:
+        return
+    figure = _figure(10, 3.2 * ((len(panels) + 1) // 2))
+    grid = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).flat
+    for axes, ((size, title), group) in zip(grid, panels.items(), strict=False):
+        for name in dict.fromkeys(name for row in group for name in row["contenders"]):
+            found = [(row["what"][size], row["contenders"][name]) for row in group if name in row["contenders"]]
+            axes.plot(*zip(*((x, values["median_ms"]) for x, values in found), strict=True), marker="o", label=name)
+        if group[0]["floor_ms"]:
+            axes.plot(*zip(*((row["what"][size], row["floor_ms"]) for row in group), strict=True), "k--", label="floor")
+        axes.set(xlabel=size, ylabel="ms", xscale="log", yscale="log")
+        axes.set_title(title, fontsize=7)
+        _finish(axes)
+    for axes in list(grid):
+        axes.remove()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _timed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if any("median_ms" in values for values in row["contenders"].values())]
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(axes: Any) -> None:
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
 
 
 def regressions(rows: Sequence[Row], earlier: str | Path) -> list[str]:

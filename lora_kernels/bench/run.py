@@ -29,7 +29,7 @@ def bench(
     only: str | None = None,
     show: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Run the suites and write results.json, .csv, .md and .png to output_dir; returns the rows.
+    """Run the suites and write results.json, .csv, .md and .png, and growth.png, to output_dir; returns the rows.
 
     only: a regular expression; cases whose name it does not match are left out. A case that fails is reported and
     left out of the rows, and the others go on. Raises ValueError for an unknown suite, or where `only` matches no case.
