@@ -7,7 +7,11 @@ from common import Experiment
 
 from lora_kernels.methods import LoRAConfig
 
-LEARNING_RATES = {1: (4e-4, 1.6e-3, 3.2e-3, 6.4e-3), 4: (4e-4, 8e-4, 1.6e-3, 3.2e-3), 16: (1e-4, 4e-4, 8e-4, 1.6e-3)}
+LEARNING_RATES = {
+    1: (4e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2),
+    4: (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2),
+    16: (1e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3),
+}
 
 
 def main() -> None:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -14,10 +15,12 @@ from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from tiny_pairs import tiny_pairs
 from typer.testing import CliRunner
 
+from lora_kernels import use_backend
 from lora_kernels.cli import app
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
 from lora_kernels.methods.named import adapter_names, use_adapter
+from lora_kernels.testing import assert_close_to_reference
 from lora_kernels.train import ppo
 from lora_kernels.train.config import PPOConfig, RewardConfig
 from lora_kernels.train.ppo import run_ppo
@@ -115,20 +118,33 @@ def test_sampled_logprobs_are_those_that_training_scores():
     assert len(set(lengths)) > 3 and max(lengths) > 5
     batch = collate(episodes)
     scored = roles.logprobs(batch)
+    exact = copy.deepcopy(roles.model).double()
+
+    def whole(model, prompt, response):
+        """Log-probabilities and entropies of a response, from one row without cache or padding."""
+        ids = torch.tensor([[*prompt, *response]])
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.6
+        logprobs = torch.log_softmax(logits, -1)
+        return logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)
+
+    eager, expected = [], []
     for row, (episode, prompt) in enumerate(zip(episodes, PROMPTS * 4, strict=True)):
         assert episode.prompt == prompt
         assert episode.ended == (episode.response[-1] % 9 == 0)
         assert not any(token % 9 == 0 for token in episode.response[:-1])
-        ids = torch.tensor([[*prompt, *episode.response]])
-        logits = roles.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.6
-        logprobs = torch.log_softmax(logits, -1)
-        expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
-        entropies = -(logprobs.exp() * logprobs).sum(1)
-        close = {"rtol": 0, "atol": 2e-5}
-        torch.testing.assert_close(torch.tensor(episode.logprobs), expected, **close)
-        torch.testing.assert_close(torch.tensor(episode.entropies), entropies, **close)
-        torch.testing.assert_close(scored[row, : lengths[row]], expected, **close)
         assert not scored[row, lengths[row] :].any()
+        with torch.no_grad(), use_backend("reference"):
+            eager.append(whole(roles.model, prompt, episode.response))
+            expected.append(whole(exact, prompt, episode.response))
+    (eager, eager_entropies), (expected, entropies) = (
+        [torch.cat(rows) for rows in zip(*found, strict=True)] for found in (eager, expected)
+    )
+    sampled = torch.tensor([value for episode in episodes for value in episode.logprobs])
+    assert_close_to_reference(sampled, eager, expected, "sampled")
+    found = torch.tensor([value for episode in episodes for value in episode.entropies])
+    assert_close_to_reference(found, eager_entropies, entropies, "entropies")
+    again = torch.cat([scored[row, :length].detach() for row, length in enumerate(lengths)])
+    assert_close_to_reference(again, eager, expected, "scored")
 
 
 def test_a_softcap_comes_before_the_temperature():
