@@ -360,7 +360,7 @@ def bench(
     GPU is benchmarks/gpu_check.py.
     """
     from lora_kernels.bench.cases import Settings
-    from lora_kernels.bench.report import regressions
+    from lora_kernels.bench.report import read_rows, regressions
     from lora_kernels.bench.run import SUITES
     from lora_kernels.bench.run import bench as run_bench
     from lora_kernels.io.models import resolve_dtype
@@ -370,13 +370,15 @@ def bench(
             raise ValueError(f"{name} is {value}; allowed: above 0")
     if compare is not None and not compare.is_file():
         raise FileNotFoundError(f"compare: {compare} does not exist")
+    # Before the run, which may write to the same file.
+    earlier = None if compare is None else read_rows(compare)
     settings = Settings(
         resolve_dtype(dtype), threads, rounds or (5 if quick else 11), budget or (2.0 if quick else 20.0), quick
     )
     rows = run_bench(suite or list(SUITES), settings, output_dir, only, typer.echo)
     typer.echo(f"results.json, .csv, .md and .png: {output_dir}")
-    if compare is not None:
-        slower = regressions(rows, compare)
+    if earlier is not None:
+        slower = regressions(rows, earlier)
         for line in slower:
             typer.secho(f"slower: {line}", fg=typer.colors.RED, err=True)
         typer.echo(f"{len(slower)} regressions against {compare}")

@@ -43,8 +43,8 @@ def test_a_worker_measures_the_memory_of_its_own_step():
         worker.seconds()
         memory = worker.memory()
         assert 90 < memory["above_mib"] < 110 and memory["peak_mib"] > memory["above_mib"]
-    with pytest.raises(RuntimeError, match="the reason"):
-        Worker("test_bench:break_off", 1)
+    with Worker("test_bench:break_off", 1) as worker, pytest.raises(RuntimeError, match="the reason"):
+        worker.ready()
 
 
 def test_contenders_compute_the_same():
@@ -115,8 +115,8 @@ def test_command_line(tmp_path):
 
     # Twice as fast before, by the file.
     times["foreach"]["ratio"] /= 100
-    (tmp_path / "earlier.json").write_text(json.dumps(found))
-    code, output = bench(*only, "--output-dir", tmp_path / "again", "--compare", tmp_path / "earlier.json")
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    code, output = bench(*only, "--output-dir", tmp_path, "--compare", tmp_path / "results.json")
     assert code == 1 and "adamw" in output and "foreach: time over ours" in output
 
 
@@ -125,17 +125,16 @@ def row_of(**contenders):
 
 
 def test_regressions_are_ratios_beyond_the_tolerance(tmp_path):
-    earlier = tmp_path / "earlier.json"
-    earlier.write_text(json.dumps({"results": [row_of(ours={"ratio": 1.0}, peft={"ratio": 2.0, "above_mib": 10})]}))
+    earlier = [row_of(ours={"ratio": 1.0}, peft={"ratio": 2.0, "above_mib": 10})]
     within, beyond = 1 + report.TOLERANCE - 0.01, 1 + report.TOLERANCE + 0.01
     assert report.regressions([row_of(ours={"ratio": within})], earlier) == []
     slower = report.regressions([row_of(ours={"ratio": beyond}, peft={"ratio": 1.0, "above_mib": 20})], earlier)
     assert slower == ["w M=1, ours: time over bare 1 -> 1.16", "w M=1, peft: MiB of a step 10 -> 20"]
     with pytest.raises(ValueError, match="none of the cases"):
         report.regressions([{**row_of(ours={"ratio": 1.0}), "work": "other"}], earlier)
-    earlier.write_text("[]")
+    (tmp_path / "earlier.json").write_text("[]")
     with pytest.raises(ValueError, match="is not a result"):
-        report.regressions([row_of(ours={"ratio": 1.0})], earlier)
+        report.read_rows(tmp_path / "earlier.json")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,10 @@ def run(case: Case, settings: Settings) -> dict[str, Any]:
     """
     steps = dict(case.steps())
     try:
+        if case.processes:
+            # All at once; the first to run must not share the cores with one that still imports.
+            for worker in steps.values():
+                worker.ready()
         memory = {name: worker.memory() for name, worker in steps.items()} if case.processes else {}
         timer = Worker.seconds if case.processes else None
         times = {name: {} for name in steps}

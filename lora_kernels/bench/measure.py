@@ -77,8 +77,8 @@ def _seconds(step: Step, repeats: int = 1) -> float:
 class Worker:
     """A step in a process of its own: `function`, "module:name", is called there with `arguments` and returns it.
 
-    The process waits between its turns, so that workers can be interleaved like steps in one process. Raises
-    RuntimeError with what the process wrote, where it fails.
+    The process waits between its turns, so that workers can be interleaved like steps in one process, and several may
+    get `ready` at a time. Every method raises RuntimeError with what the process wrote, where it fails.
     """
 
     def __init__(self, function: str, threads: int, **arguments: Any) -> None:
@@ -91,6 +91,9 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
+
+    def ready(self) -> None:
+        """Wait until the step is made."""
         self._ask("ready")
 
     def _ask(self, command: str) -> Any:

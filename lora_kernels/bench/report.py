@@ -157,18 +157,22 @@ def _finish(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
-def regressions(rows: Sequence[Row], earlier: str | Path) -> list[str]:
-    """What became slower since an earlier results.json: a line for each contender whose ratio to its base grew by more
-    than TOLERANCE, or whose step takes so much more memory.
-
-    Ratios, and only of the same machine and dtype: ValueError otherwise, or for a file that is not such a result, or
-    that has none of these cases.
-    """
-    report = json.loads(Path(earlier).read_text(encoding="utf-8"))
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a results.json. Raises ValueError for a file that is none."""
     try:
-        before = {_name(row): row["contenders"] for row in report["results"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{earlier} is not a result of `lora-kernels bench`") from error
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
+        for row in rows:
+            row["work"], row["what"], row["contenders"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a result of `lora-kernels bench`") from error
+    return rows
+
+
+def regressions(rows: Sequence[Row], earlier: Sequence[Row]) -> list[str]:
+    """What became slower since earlier rows: a line for each contender whose ratio to its base grew by more than
+    TOLERANCE, or whose step takes so much more memory. Raises ValueError where no case is in both.
+    """
+    before = {_name(row): row["contenders"] for row in earlier}
     found, common = [], 0
     for row in rows:
         for contender, values in row["contenders"].items():
@@ -181,5 +185,5 @@ def regressions(rows: Sequence[Row], earlier: str | Path) -> list[str]:
                     change = f"{title} {old[field]:.3g} -> {values[field]:.3g}"
                     found.append(f"{_name(row)}, {contender}: {change}")
     if not common:
-        raise ValueError(f"{earlier} has none of the cases of this run")
+        raise ValueError("the earlier results have none of the cases of this run")
     return found

@@ -219,7 +219,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     """A training step and generation; in full also as layers and the length of a row grow."""
     if reason := missing("transformers", "tokenizers"):
         raise ValueError(f"suite train: {reason}")
-    layers, batch, length = (3, 2, 128) if settings.quick else (30, 4, 512)
+    layers, batch, length = (2, 1, 128) if settings.quick else (30, 4, 512)
     with tempfile.TemporaryDirectory() as root:
 
         def training(layers: int, batch: int, length: int, contenders: tuple[str, ...]) -> Case:
