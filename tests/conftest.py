@@ -9,8 +9,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from cpu_isa import ISAS, instruction_set  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Every instruction set in turn."""
+    with instruction_set(request.param):
+        yield request.param

@@ -2,9 +2,11 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from cpu_isa import ISAS, instruction_set
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -15,7 +17,6 @@ from lora_kernels.optim import LoRAPlusAdamW, loraplus_groups
 from lora_kernels.testing import assert_close_to_reference
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 # Odd sizes, empty, a scalar, more than one chunk, exactly one chunk, and a matrix of every kind's length.
 SHAPES = [(1,), (63,), (0, 4), (), (129, 65), (2, 4096), (16, 1100), (8, 64)]
 
@@ -26,15 +27,8 @@ def backend(request):
     name, _, isa = request.param.partition("-") if request.param.startswith("cpu") else (request.param, "", "")
     if (reason := backends.available()[name]) is not None:
         pytest.skip(reason)
-    if isa and isa not in cpu._C.isa_supported():
-        pytest.skip(f"this processor does not have {isa}")
-    previous = cpu._C.get_isa() if isa else None
-    if isa:
-        cpu._C.set_isa(isa)
-    with backends.use_backend(name):
+    with instruction_set(isa) if isa else nullcontext(), backends.use_backend(name):
         yield name
-    if isa:
-        cpu._C.set_isa(previous)
 
 
 def make_params(dtype=FP32, shapes=SHAPES, seed=0):

@@ -14,7 +14,6 @@ from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
-ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
 RNG = torch.tensor([0x1234_5678_9ABC_DEF0, (3 << 32) + 17])
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -23,16 +22,6 @@ DTYPES = [(dtype, adapters, False) for dtype in (FP32, BF16, FP16) for adapters 
 DTYPES += [(BF16, FP32, True), (BF16, BF16, True)]
 # Every size and rank of the design appears, and each rank in a tile of its own shape.
 SIZES = [(1, 1, 1, 1), (63, 65, 129, 4), (65, 129, 63, 8), (129, 63, 65, 17), (129, 65, 1, 16), (1, 129, 65, 64)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if request.param not in cpu._C.isa_supported():
-        pytest.skip(f"this processor does not have {request.param}")
-    previous = cpu._C.get_isa()
-    cpu._C.set_isa(request.param)
-    yield request.param
-    cpu._C.set_isa(previous)
 
 
 def make_case(M, N, K, R, dtype, adapter_dtype, dropout_p, extras=True, column_scale=False):

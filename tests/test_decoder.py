@@ -19,18 +19,7 @@ pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backen
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 SHAPES = [(5, 7), (2, 3, 130), (1, 1), (33, 576), (0, 4)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if request.param not in cpu._C.isa_supported():
-        pytest.skip(f"this processor does not have {request.param}")
-    previous = cpu._C.get_isa()
-    cpu._C.set_isa(request.param)
-    yield
-    cpu._C.set_isa(previous)
 
 
 def tensors(count: int, shape: tuple[int, ...], dtype: torch.dtype, contiguous: bool = True) -> list[Tensor]:

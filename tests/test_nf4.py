@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from cpu_isa import ISAS, instruction_set
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,6 @@ from lora_kernels.ops.nf4 import from_bitsandbytes, to_bitsandbytes
 from lora_kernels.reference import NF4
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
-ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)
 # Multiples of a block, partial last blocks, blocks that straddle rows, odd rows that begin inside a byte, less than
@@ -30,12 +30,8 @@ def backend(request):
     if request.param == "reference":
         yield reference
         return
-    if cpu.unavailable is not None or request.param not in cpu._C.isa_supported():
-        pytest.skip(f"this processor does not have {request.param}")
-    previous = cpu._C.get_isa()
-    cpu._C.set_isa(request.param)
-    yield cpu
-    cpu._C.set_isa(previous)
+    with instruction_set(request.param):
+        yield cpu
 
 
 def bnb():
