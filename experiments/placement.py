@@ -36,8 +36,8 @@ def main() -> None:
 
     def draw(axes):
         order = sorted(PLACEMENTS, key=lambda name: -experiment.final(f"{name}, seed 0"))
-        for seed, marker in zip(SEEDS, "o", strict=True):
-            axes.plot([experiment.final(f"{name}, seed {seed}") for name in order], order, marker, label=f"seed {seed}")
+        for seed in SEEDS:
+            axes.plot([experiment.final(f"{name}, seed {seed}") for name in order], order, "o", label=f"seed {seed}")
 
     experiment.plot(draw, "Equal parameters, different places", xlabel="held-out loss at the end")
 
