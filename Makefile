@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.8.0)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto
-# --quick takes 2 minutes; all of it hours.
+# --quick takes about 2 minutes, all of it far longer.
 BENCH_FLAGS ?= --quick
 # What `make demo` trains with: qlora, lora, dora, adalora, prefix, prompt or full.
 METHOD ?= qlora

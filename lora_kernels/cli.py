@@ -344,7 +344,7 @@ def bench(
     *,
     suite: _option(list[str] | None, "What", "ops, train, memory or traffic; may be repeated. Default: all.") = None,
     only: _option(str | None, "What", "Regular expression: only cases whose name it matches, as printed.") = None,
-    quick: _option(bool, "What", "Few and small cases: under 2 minutes on 2 cores.") = False,
+    quick: _option(bool, "What", "Few and small cases: about 2 minutes on 2 cores.") = False,
     dtype: _option(str, "Hardware", "auto, float32, bfloat16 or float16, of weights and activations.") = "auto",
     threads: _option(int, "Hardware", "Of each contender.") = 2,
     rounds: _option(int | None, "Hardware", "Times that each contender runs. Default: 11, or 5 with --quick.") = None,
@@ -368,6 +368,8 @@ def bench(
     for name, value in (("threads", threads), ("rounds", rounds), ("budget", budget)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; allowed: above 0")
+    if dtype == "stored":
+        raise ValueError("dtype is 'stored', which a model's files say; allowed: auto, float32, bfloat16, float16")
     if compare is not None and not compare.is_file():
         raise FileNotFoundError(f"compare: {compare} does not exist")
     # Before the run, which may write to the same file.

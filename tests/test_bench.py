@@ -83,7 +83,7 @@ def test_passes_over_the_large_tensors_are_told_apart():
 
 
 def test_counted_passes_are_those_that_the_design_states():
-    row = traffic.rows()[0]
+    row = traffic.Passes().run(cases.Settings())
     assert row["contenders"]["PEFT"]["MN"] == 12
     counted = {name: values for name, values in row["contenders"].items() if name.startswith("ours")}
     assert len(counted) + len(row["skipped"]) == 2
@@ -142,7 +142,9 @@ def test_regressions_are_ratios_beyond_the_tolerance(tmp_path):
     [
         (["--suite", "op"], "suite is 'op'; allowed: ops, train, memory, traffic"),
         (["--suite", "ops", "--only", "nothing-like-it"], "no case of ops has such a name"),
+        (["--suite", "ops", "--only", "["], "only is '['; it must be a regular expression"),
         (["--threads", "0"], "threads is 0"),
+        (["--dtype", "stored"], "dtype is 'stored'"),
         (["--compare", "absent.json"], "absent.json does not exist"),
     ],
 )

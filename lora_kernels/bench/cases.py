@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,10 @@ class Settings:
     budget_s: float = 20.0
     quick: bool = False
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
 
 @dataclass
 class Case:
@@ -40,8 +45,8 @@ class Case:
     work: its name; what: its sizes and options, which together with `work` name the row; steps: makes {contender:
     step}, or {contender: Worker} with processes=True; base: the contender that ratios divide by; flops: operations that
     the work takes at least, and nbytes: bytes that it must move at least, 0 for not stated; skipped: {contender: why it
-    does not run}; count: what is counted per second, besides, and how many of it a step does; timed: False where only
-    the memory of processes is looked at.
+    does not run}; tokens: how many a step handles, 0 for not stated; timed: False where only the memory of processes is
+    looked at.
     """
 
     work: str
@@ -51,13 +56,57 @@ class Case:
     flops: float = 0.0
     nbytes: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
-    count: tuple[str, float] | None = None
+    tokens: int = 0
     processes: bool = False
     timed: bool = True
 
     @property
     def name(self) -> str:
         return name_of(self.work, self.what)
+
+    def run(self, settings: Settings) -> dict[str, Any]:
+        """The row: {"work", "what", "base", "floor_ms", "contenders": {name: times and rates}, "skipped"}.
+
+        A contender has what `interleave` gives, and, where the case states them, gflop_per_s, gb_per_s,
+        percent_of_floor (floor over median: 100 is as fast as this machine can) and tokens_per_s; one in a process of
+        its own also `peak_mib` and `above_mib` of a step.
+        """
+        contenders: dict[str, dict[str, float]] = {}
+        with ExitStack() as stack:
+            steps = self.steps()
+            if self.processes:
+                for worker in steps.values():
+                    stack.enter_context(worker)
+                # All at once; the first to run must not share the cores with one that still imports.
+                for worker in steps.values():
+                    worker.ready()
+                contenders = {name: worker.memory() for name, worker in steps.items()}
+            if self.timed:
+                timer = Worker.seconds if self.processes else None
+                times = interleave(steps, settings.rounds, self.base, timer, settings.budget_s)
+                contenders = {name: contenders.get(name, {}) | row for name, row in times.items()}
+        floor = floor_ms(self, settings.dtype)
+        if self.timed:
+            for row in contenders.values():
+                row |= self._rates(row["median_ms"], floor)
+        return {
+            "work": self.work,
+            "what": self.what,
+            "base": self.base,
+            "floor_ms": floor,
+            "contenders": contenders,
+            "skipped": self.skipped,
+        }
+
+    def _rates(self, median_ms: float, floor: float | None) -> dict[str, float]:
+        seconds = median_ms / 1e3
+        stated = {
+            "gflop_per_s": self.flops / seconds / 1e9,
+            "gb_per_s": self.nbytes / seconds / 1e9,
+            "percent_of_floor": 100 * (floor or 0.0) / median_ms,
+            "tokens_per_s": self.tokens / seconds,
+        }
+        return {name: rate for name, rate in stated.items() if rate}
 
 
 def name_of(work: str, what: Mapping[str, Any]) -> str:
@@ -76,57 +125,16 @@ def split(reasons: Mapping[str, str | None]) -> tuple[list[str], dict[str, str]]
     return [name for name, why in reasons.items() if why is None], {name: why for name, why in reasons.items() if why}
 
 
+def workers(
+    function: str, names: Iterable[str], settings: Settings, **arguments: Any
+) -> Callable[[], dict[str, Worker]]:
+    """`steps` of a case with processes=True: `function` makes the step of each contender; see `Worker`."""
+    common = {**arguments, "dtype": settings.dtype_name}
+    return lambda: {name: Worker(function, settings.threads, contender=name, **common) for name in names}
+
+
 def floor_ms(case: Case, dtype: torch.dtype) -> float | None:
     """The least time for the work: its operations or bytes at this machine's measured rates, whichever takes longer."""
     if not case.flops and not case.nbytes:
         return None
     return 1e3 * max(case.flops / product_rate(dtype), case.nbytes / read_bandwidth()) / 1e9
-
-
-def run(case: Case, settings: Settings) -> dict[str, Any]:
-    """The row of a case: {"work", "what", "base", "floor_ms", "contenders": {name: times and rates}, "skipped"}.
-
-    A contender has what `interleave` gives, and, where the case states them, gflop_per_s, gb_per_s, percent_of_floor
-    (floor over median: 100 is as fast as this machine can), and the count per second; one in a process of its own also
-    `peak_mib` and `above_mib` of a step.
-    """
-    steps = dict(case.steps())
-    try:
-        if case.processes:
-            # All at once; the first to run must not share the cores with one that still imports.
-            for worker in steps.values():
-                worker.ready()
-        memory = {name: worker.memory() for name, worker in steps.items()} if case.processes else {}
-        timer = Worker.seconds if case.processes else None
-        times = {name: {} for name in steps}
-        if case.timed:
-            times = interleave(steps, settings.rounds, case.base, timer, settings.budget_s)
-    finally:
-        if case.processes:
-            for worker in steps.values():
-                worker.__exit__()
-    floor = floor_ms(case, settings.dtype)
-    for name, row in times.items():
-        row |= memory.get(name, {})
-        if not case.timed:
-            continue
-        seconds = row["median_ms"] / 1e3
-        if case.flops:
-            row["gflop_per_s"] = case.flops / seconds / 1e9
-        if case.nbytes:
-            row["gb_per_s"] = case.nbytes / seconds / 1e9
-        if floor is not None:
-            row["percent_of_floor"] = 100 * floor / row["median_ms"]
-        if case.count is not None:
-            row[f"{case.count[0]}_per_s"] = case.count[1] / seconds
-    return {
-        "work": case.work,
-        "what": case.what,
-        "base": case.base,
-        "floor_ms": floor,
-        "contenders": times,
-        "skipped": case.skipped,
-    }
-
-
-Suite = Callable[[Settings], Iterator[Case]]

@@ -190,7 +190,8 @@ def machine() -> dict[str, str | int]:
 
 def write_report(path: Path, results: Any, **settings: Any) -> None:
     """The results with the command, the machine and the settings, as JSON."""
-    write_json(path, {"command": " ".join(sys.argv), "machine": machine(), **settings, "results": results})
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_json(path, {"command": command, "machine": machine(), **settings, "results": results})
 
 
 if __name__ == "__main__":

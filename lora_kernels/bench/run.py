@@ -10,21 +10,23 @@ from typing import Any
 
 import torch
 
-from lora_kernels.bench import adamw, cases, lora_linear, memory, nf4, report, traffic, train
+from lora_kernels.bench import adamw, lora_linear, memory, nf4, report, traffic, train
+from lora_kernels.bench.cases import Settings, name_of
 from lora_kernels.bench.measure import machine, product_rate, read_bandwidth, write_report
 
-SUITES: dict[str, tuple[Callable[[cases.Settings], Iterator[cases.Case]], ...]] = {
+# Functions that yield what has a name and makes its row: cases, and traffic's own.
+SUITES: dict[str, tuple[Callable[[Settings], Iterator[Any]], ...]] = {
     "ops": (lora_linear.cases, nf4.cases, adamw.cases),
     "train": (train.cases,),
     "memory": (memory.cases,),
-    "traffic": (),
+    "traffic": (traffic.cases,),
 }
 RESULTS = "results.json"
 
 
 def bench(
     suites: Sequence[str],
-    settings: cases.Settings,
+    settings: Settings,
     output_dir: Path,
     only: str | None = None,
     show: Callable[[str], None] = print,
@@ -32,8 +34,13 @@ def bench(
     """Run the suites and write results.json, .csv, .md and .png, and growth.png, to output_dir; returns the rows.
 
     only: a regular expression; cases whose name it does not match are left out. A case that fails is reported and
-    left out of the rows, and the others go on. Raises ValueError for an unknown suite, or where `only` matches no case.
+    left out of the rows, and the others go on. Raises ValueError for an unknown suite, or where `only` is no regular
+    expression or matches no case.
     """
+    try:
+        wanted = re.compile(only or "")
+    except re.error as error:
+        raise ValueError(f"only is {only!r}; it must be a regular expression: {error}") from None
     for suite in suites:
         if suite not in SUITES:
             raise ValueError(f"suite is {suite!r}; allowed: {', '.join(SUITES)}")
@@ -41,35 +48,33 @@ def bench(
     random.seed(0)
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    dtype = str(settings.dtype).removeprefix("torch.")
-    said = {"dtype": dtype, "threads": settings.threads, "rounds": settings.rounds, "quick": settings.quick}
+    said = {
+        "dtype": settings.dtype_name,
+        "threads": settings.threads,
+        "rounds": settings.rounds,
+        "quick": settings.quick,
+    }
     said |= {"read_gb_per_s": read_bandwidth(), "product_gflop_per_s": product_rate(settings.dtype)}
-
-    def done(row: dict[str, Any]) -> None:
-        rows.append(row)
-        # Kept after each case, for a run that is killed.
-        write_report(output_dir / RESULTS, rows, **said, failed=failed)
-        show(_line(row))
-
     for suite in suites:
         for make in SUITES[suite]:
             for case in make(settings):
-                if only is not None and not re.search(only, case.name):
+                if not wanted.search(case.name):
                     continue
                 try:
-                    done(cases.run(case, settings))
+                    rows.append(case.run(settings))
+                    show(_line(rows[-1]))
                 except Exception as error:
                     failed[case.name] = f"{type(error).__name__}: {error}"
                     show(f"{case.name}: failed: {failed[case.name]}")
-        if suite == "traffic":
-            for row in traffic.rows():
-                done(row)
+                # Kept after each case, for a run that is killed.
+                write_report(output_dir / RESULTS, rows, **said, failed=failed)
     if not rows and not failed:
         raise ValueError(f"only is {only!r}; no case of {', '.join(suites)} has such a name")
-    write_report(output_dir / RESULTS, rows, **said, failed=failed)
     about = ", ".join(f"{key} {value}" for key, value in machine().items())
     rates = f"reads {said['read_gb_per_s']:.3g} GB/s, multiplies {said['product_gflop_per_s']:.3g} GFLOP/s"
-    options = f"{dtype}, {settings.threads} threads, medians of up to {settings.rounds} interleaved rounds"
+    options = (
+        f"{settings.dtype_name}, {settings.threads} threads, medians of up to {settings.rounds} interleaved rounds"
+    )
     report.write(rows, output_dir, f"# Benchmark\n\n{options}. Machine: {about}; {rates}.")
     return rows
 
@@ -89,4 +94,4 @@ def _line(row: dict[str, Any]) -> str:
         elif "above_mib" in values:
             text += f" {values['above_mib']:.0f} MiB"
         parts.append(text)
-    return f"{cases.name_of(row['work'], row['what'])}: {', '.join(parts)}"
+    return f"{name_of(row['work'], row['what'])}: {', '.join(parts)}"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lora_kernels import backends
-from lora_kernels.bench.cases import DROPOUT_P, SCALING
+from lora_kernels.bench.cases import DROPOUT_P, SCALING, Settings, name_of
 from lora_kernels.testing import lora_inputs
 
 # (kernel, distinct bytes loaded, distinct bytes stored)
@@ -136,18 +136,27 @@ def count() -> dict[str, dict[str, Any]]:
     return found
 
 
-def rows() -> list[dict[str, Any]]:
-    """Rows as of `lora_kernels.bench.cases.run`, the passes of an implementation in "contenders"."""
-    # Triton decides when it is imported whether it interprets.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run(
-        [sys.executable, "-m", __name__], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    )
-    counted = json.loads(result.stdout.splitlines()[-1])
-    contenders = {f"ours, {name}": row for name, row in counted.items() if "skipped" not in row}
-    skipped = {f"ours, {name}": row["skipped"] for name, row in counted.items() if "skipped" in row}
+class Passes:
+    """The one case of this suite: a row as `Case.run` gives, with the passes of an implementation in "contenders"."""
+
+    work = "traffic"
     what = {"dropout_p": DROPOUT_P, "ours": "counted", "others": "by analysis"}
-    return [{"work": "traffic", "what": what, "contenders": contenders | OTHERS, "skipped": skipped}]
+    name = name_of(work, what)
+
+    def run(self, settings: Settings) -> dict[str, Any]:
+        # Triton decides when it is imported whether it interprets.
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        result = subprocess.run(
+            [sys.executable, "-m", __name__], env=environment, check=True, stdout=subprocess.PIPE, text=True
+        )
+        counted = json.loads(result.stdout.splitlines()[-1])
+        contenders = {f"ours, {name}": row for name, row in counted.items() if "skipped" not in row}
+        skipped = {f"ours, {name}": row["skipped"] for name, row in counted.items() if "skipped" in row}
+        return {"work": self.work, "what": self.what, "contenders": contenders | OTHERS, "skipped": skipped}
+
+
+def cases(settings: Settings) -> Iterator[Passes]:
+    yield Passes()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.cases import DROPOUT_P, SCALING, Case, Settings, missing, split
-from lora_kernels.bench.measure import Step, Worker
+from lora_kernels.bench.cases import DROPOUT_P, SCALING, Case, Settings, missing, split, workers
+from lora_kernels.bench.measure import Step
 
 R = 16
 LR, MAX_GRAD_NORM = 1e-4, 1.0
@@ -206,13 +206,8 @@ def _case(
 ) -> Case:  # fmt: skip
     needs = {"peft-lora": ["peft"], "peft-qlora": ["peft", "bitsandbytes"], "trl-lora": ["peft", "trl"]}
     names, skipped = split({name: missing(*needs.get(name, [])) for name in contenders})
-    function = f"{__name__}:{make.__name__}"
-    dtype = str(settings.dtype).removeprefix("torch.")
-
-    def steps() -> dict[str, Worker]:
-        return {name: Worker(function, settings.threads, contender=name, dtype=dtype, **arguments) for name in names}
-
-    return Case(work, what, steps, base, skipped=skipped, count=("tokens", tokens), processes=True)
+    steps = workers(f"{__name__}:{make.__name__}", names, settings, **arguments)
+    return Case(work, what, steps, base, skipped=skipped, tokens=tokens, processes=True)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
