@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from lora_kernels.methods.prompt import PromptConfig
     from lora_kernels.nn.lora_linear import FusedLoRALinear
     from lora_kernels.nn.nf4_linear import NF4Linear
-    from lora_kernels.ops.lora_linear import lora_linear
+    from lora_kernels.ops.lora_linear import lora_linear, lora_linear_group
     from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
     from lora_kernels.optim.loraplus import LoRAPlusAdamW
+    from lora_kernels.reference import Projection
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "NF4Linear": "nn.nf4_linear",
     "NF4Weight": "ops.nf4",
     "PrefixConfig": "methods.prefix",
+    "Projection": "reference",
     "PromptConfig": "methods.prompt",
     "adapters_disabled": "methods",
     "add_adapter": "methods.named",
@@ -40,6 +42,7 @@ _HOME = {
     "inject": "methods",
     "load_adapter": "io.adapters",
     "lora_linear": "ops.lora_linear",
+    "lora_linear_group": "ops.lora_linear",
     "merge": "methods",
     "quantize_nf4": "ops.nf4",
     "save_adapter": "io.adapters",
@@ -56,6 +59,7 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "PrefixConfig",
+    "Projection",
     "PromptConfig",
     "adapters_disabled",
     "add_adapter",
@@ -63,6 +67,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_group",
     "merge",
     "quantize_nf4",
     "save_adapter",

@@ -33,6 +33,7 @@ from lora_kernels.reference import (
     ABSMAX_BLOCK,
     NF4,
     AdamWGroup,
+    Projection,
     adamw_columns,
     dropout_scale,
     dropout_threshold,
@@ -150,16 +151,18 @@ def _steps(size: int, step: int) -> Iterator[slice]:
 
 
 def _panels(
-    weight: Tensor | NF4, dtype: torch.dtype, by_columns: bool, extra: Tensor | None = None
+    weights: Sequence[Tensor | NF4], dtype: torch.dtype, by_columns: bool, extra: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """(range, W[range]) in `dtype` over the rows of W [N, K], or (range, W[:, range]) over its columns.
 
-    `extra` [N, R], or [R, K] by columns, is put beside (below) W. A panel holds until the next one is asked for.
+    By columns, W may be several weights below each other. `extra` [N, R], or [R, K] by columns, is put beside (below)
+    W. A panel holds until the next one is asked for.
     """
-    if extra is None and not isinstance(weight, NF4) and weight.dtype == dtype:
-        yield slice(0, weight.shape[by_columns]), weight
+    first = weights[0]
+    if extra is None and not isinstance(first, NF4) and first.dtype == dtype:
+        yield slice(0, first.shape[by_columns]), first
         return
-    N, K = weight.shape
+    N, K = sum(weight.shape[0] for weight in weights), first.shape[1]
     size, depth = (K, N) if by_columns else (N, K)
     R = 0 if extra is None else extra.shape[not by_columns]
     step = max(32, _PANEL // depth // 32 * 32)
@@ -167,12 +170,16 @@ def _panels(
         width = part.stop - part.start
         if by_columns:
             panel = _buffer("panel", dtype, N + R, width)
-            _copy_weight(weight, slice(0, N), part, panel[:N])
+            row = 0
+            for weight in weights:
+                rows = weight.shape[0]
+                _copy_weight(weight, slice(0, rows), part, panel[row : row + rows])
+                row += rows
             if extra is not None:
                 panel[N:] = extra[:, part]
         else:
             panel = _buffer("panel", dtype, width, K + R)
-            _copy_weight(weight, part, slice(0, K), panel[:, :K])
+            _copy_weight(first, part, slice(0, K), panel[:, :K])
             if extra is not None:
                 panel[:, K:] = extra[part]
         yield part, panel
@@ -236,37 +243,101 @@ def lora_linear_fwd(
     column_scale [N] are float32. y is rounded once (before c too, where there is one and bfloat16 is native). Raises
     ValueError for other dtypes and for tensors that are not on the CPU.
     """
-    _check(x, lora_a, lora_b, lora_e)
+    layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
+    return lora_linear_group_fwd(x, [layer], dropout_p, rng)[0]
+
+
+def lora_linear_group_fwd(
+    x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(y, h) of `lora_linear_fwd` for each layer. dropout(x) is one for all of them, and x is read once for all h."""
+    for layer in layers:
+        _check(x, layer.lora_a, layer.lora_b, layer.lora_e)
+    M = x.shape[0]
+    if M <= _C.LAYER_ROWS and not dropout_p and all(_in_one_pass(layer.weight) for layer in layers):
+        return [_layer_forward(x, layer) for layer in layers]
+    native = x.dtype == torch.bfloat16 and native_bfloat16()
+    x32 = None
+    results = []
+    for layer, h in zip(layers, _lora_a_fwd(x, layers, dropout_p, rng), strict=True):
+        weight, _, lora_b, scaling, bias, lora_e, column_scale = layer
+        he = h if lora_e is None else h * lora_e.float()
+        bias32 = None if bias is None else bias.float()
+        y = x.new_empty(M, weight.shape[0])
+        results.append((y, h))
+        few_rows = _few_rows(weight, M, native)
+        if native and not few_rows:
+            wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
+            for cols, panel in _panels([weight], x.dtype, by_columns=False, extra=scaling * lora_b.float()):
+                if bias is None or column_scale is not None:
+                    torch.mm(wide_x, panel.T, out=y[:, cols])
+                else:
+                    torch.addmm(bias[cols], wide_x, panel.T, out=y[:, cols])
+            if column_scale is not None:
+                _low_rank_fwd(y, bias32, h[:, :0], lora_b[:, :0], scaling, y, column_scale)
+            continue
+
+        x32 = x.float() if x32 is None else x32
+        if few_rows:
+            base = y if y.dtype == torch.float32 else _buffer("base", torch.float32, *y.shape)
+            _launch("few_rows_forward", weight=_weight(weight), x=x32.contiguous(), y=base, M=M)
+            _low_rank_fwd(base, bias32, he, lora_b, scaling, y, column_scale)
+            continue
+        for cols, panel in _panels([weight], torch.float32, by_columns=False):
+            base = y[:, cols] if y.dtype == torch.float32 else _buffer("base", torch.float32, M, panel.shape[0])
+            torch.mm(x32, panel.T, out=base)
+            bias_part, scale_part = (None if t is None else t[cols] for t in (bias32, column_scale))
+            _low_rank_fwd(base, bias_part, he, lora_b[cols], scaling, y[:, cols], scale_part)
+    return results
+
+
+def _in_one_pass(weight: Tensor | NF4) -> bool:
+    """Whether `_layer_forward` takes the weight."""
+    return isinstance(weight, NF4) or weight.dtype == torch.float32 or weight.stride(1) == 1
+
+
+def _layer_forward(x: Tensor, layer: Projection) -> tuple[Tensor, Tensor]:
+    weight, lora_a, lora_b, scaling, bias, lora_e, column_scale = layer
     (M, K), (N, R) = x.shape, lora_b.shape
+    by_torch = not isinstance(weight, NF4) and weight.dtype == torch.float32
+    y = torch.nn.functional.linear(x, weight) if by_torch else torch.empty(M, N, dtype=x.dtype)
     h = torch.empty(M, R, dtype=torch.float32)
     bias32 = None if bias is None else bias.float()
-    by_torch = not isinstance(weight, NF4) and weight.dtype == torch.float32
-    if M <= _C.LAYER_ROWS and not dropout_p and (by_torch or isinstance(weight, NF4) or weight.stride(1) == 1):
-        # Not by _launch, which takes as long as the kernel for a small layer.
-        y = torch.nn.functional.linear(x, weight) if by_torch else torch.empty(M, N, dtype=x.dtype)
-        e32 = None if lora_e is None else lora_e.float()
-        _C.layer_forward(
-            weight=None if by_torch else _weight(weight),
-            x=x.data_ptr(),
-            x_dtype=_DTYPES[x.dtype],
-            ld_x=x.stride(0),
-            lora_a=lora_a.data_ptr(),
-            lora_a_dtype=_DTYPES[lora_a.dtype],
-            lora_b=lora_b.data_ptr(),
-            lora_b_dtype=_DTYPES[lora_b.dtype],
-            scaling=scaling,
-            bias=0 if bias32 is None else bias32.data_ptr(),
-            lora_e=0 if e32 is None else e32.data_ptr(),
-            column_scale=0 if column_scale is None else column_scale.data_ptr(),
-            y=y.data_ptr(),
-            h=h.data_ptr(),
-            M=M,
-            N=N,
-            K=K,
-            R=R,
-            num_threads=torch.get_num_threads(),
-        )
-        return y, h
+    e32 = None if lora_e is None else lora_e.float()
+    # Not by _launch, which takes as long as the kernel for a small layer.
+    _C.layer_forward(
+        weight=None if by_torch else _weight(weight),
+        x=x.data_ptr(),
+        x_dtype=_DTYPES[x.dtype],
+        ld_x=x.stride(0),
+        lora_a=lora_a.data_ptr(),
+        lora_a_dtype=_DTYPES[lora_a.dtype],
+        lora_b=lora_b.data_ptr(),
+        lora_b_dtype=_DTYPES[lora_b.dtype],
+        scaling=scaling,
+        bias=0 if bias32 is None else bias32.data_ptr(),
+        lora_e=0 if e32 is None else e32.data_ptr(),
+        column_scale=0 if column_scale is None else column_scale.data_ptr(),
+        y=y.data_ptr(),
+        h=h.data_ptr(),
+        M=M,
+        N=N,
+        K=K,
+        R=R,
+        num_threads=torch.get_num_threads(),
+    )
+    return y, h
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def _lora_a_fwd(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None) -> list[Tensor]:
+    """h = dropout(x) Aᵀ [M, R] of each layer."""
+    lora_a = _side_by_side([layer.lora_a for layer in layers], 0)
+    (M, K), R = x.shape, lora_a.shape[0]
+    h = torch.empty(M, R, dtype=torch.float32)
     if R:
         _launch(
             "lora_a_fwd",
@@ -282,32 +353,7 @@ def lora_linear_fwd(
             threshold=dropout_threshold(dropout_p),
             rng=rng,
         )
-    he = h if lora_e is None else h * lora_e.float()
-    native = x.dtype == torch.bfloat16 and native_bfloat16()
-    y = x.new_empty(M, N)
-    if native and not _few_rows(weight, M, native):
-        wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
-        for cols, panel in _panels(weight, x.dtype, by_columns=False, extra=scaling * lora_b.float()):
-            if bias is None or column_scale is not None:
-                torch.mm(wide_x, panel.T, out=y[:, cols])
-            else:
-                torch.addmm(bias[cols], wide_x, panel.T, out=y[:, cols])
-        if column_scale is not None:
-            _low_rank_fwd(y, bias32, h[:, :0], lora_b[:, :0], scaling, y, column_scale)
-        return y, h
-
-    x32 = x.float()
-    if _few_rows(weight, M, native):
-        base = y if y.dtype == torch.float32 else _buffer("base", torch.float32, M, N)
-        _launch("few_rows_forward", weight=_weight(weight), x=x32.contiguous(), y=base, M=M)
-        _low_rank_fwd(base, bias32, he, lora_b, scaling, y, column_scale)
-        return y, h
-    for cols, panel in _panels(weight, torch.float32, by_columns=False):
-        base = y[:, cols] if y.dtype == torch.float32 else _buffer("base", torch.float32, M, panel.shape[0])
-        torch.mm(x32, panel.T, out=base)
-        bias_part, scale_part = (None if t is None else t[cols] for t in (bias32, column_scale))
-        _low_rank_fwd(base, bias_part, he, lora_b[cols], scaling, y[:, cols], scale_part)
-    return y, h
+    return [part.contiguous() for part in h.split([layer.lora_a.shape[0] for layer in layers], dim=1)]
 
 
 def column_scale_bwd(
@@ -354,14 +400,51 @@ def lora_linear_bwd(
     native), adapter gradients are accumulated in float32 and rounded to their adapter's dtype. The result depends on
     torch.get_num_threads() but not on timing.
     """
-    _check(x, lora_a, lora_b, lora_e)
-    need_x, need_a, need_b, need_e = needs
-    need_e = need_e and lora_e is not None
-    (M, K), (N, R) = x.shape, lora_b.shape
-    float32 = {"dtype": torch.float32, "device": x.device}
+    layer = Projection(weight, lora_a, lora_b, scaling, None, lora_e)
+    dx, (adapter,) = lora_linear_group_bwd([dy], x, [h], [layer], dropout_p, rng, needs[0], [needs[1:]])
+    return dx, *adapter
 
-    dhe = torch.empty(M, R, **float32) if need_x or need_a or need_e else None
-    dlora_b = torch.empty(N, R, **float32) if need_b else None
+
+def lora_linear_group_bwd(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    hs: Sequence[Tensor],
+    layers: Sequence[Projection],
+    dropout_p: float,
+    rng: Tensor | None,
+    need_x: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+    """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd; a layer's needs are in that order.
+
+    dx is the sum over the layers, rounded once as one layer's is, and x is read once for all dlora_a.
+    """
+    ranks = [layer.lora_a.shape[0] for layer in layers]
+    need_a = sum(ranks) > 0 and any(need for need, *_ in needs)
+    dhs, grads = [], []
+    for dy, h, layer, layer_needs in zip(dys, hs, layers, needs, strict=True):
+        dh, dlora_b, dlora_e = _lora_b_bwd(dy, x, h, layer, need_x or need_a, *layer_needs[1:])
+        dhs.append(dh)
+        grads.append([None, dlora_b, dlora_e])
+    if not (need_x or need_a):
+        return None, [tuple(grad) for grad in grads]
+    dx, dlora_a = _lora_a_bwd(dys, x, _side_by_side(dhs, 1), layers, dropout_p, rng, need_x, need_a)
+    if need_a:
+        for grad, part, layer, (need, *_) in zip(grads, dlora_a.split(ranks), layers, needs, strict=True):
+            grad[0] = part.to(layer.lora_a.dtype) if need else None
+    return dx, [tuple(grad) for grad in grads]
+
+
+def _lora_b_bwd(
+    dy: Tensor, x: Tensor, h: Tensor, layer: Projection, need_h: bool, need_b: bool, need_e: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh [M, R], dlora_b and dlora_e of one layer."""
+    _check(x, layer.lora_a, layer.lora_b, layer.lora_e)
+    lora_b, lora_e = layer.lora_b, layer.lora_e
+    need_e = need_e and lora_e is not None
+    (M, N), R = dy.shape, lora_b.shape[1]
+    dhe = torch.empty(M, R, dtype=torch.float32) if need_h or need_e else None
+    dlora_b = torch.empty(N, R, dtype=torch.float32) if need_b else None
     if R and (dhe is not None or dlora_b is not None):
         _launch(
             "lora_b_bwd",
@@ -371,7 +454,7 @@ def lora_linear_bwd(
             h=h if lora_e is None else h * lora_e.float(),
             lora_b=lora_b,
             lora_b_dtype=_DTYPES[lora_b.dtype],
-            scaling=scaling,
+            scaling=layer.scaling,
             dh=dhe,
             dlora_b=dlora_b,
             M=M,
@@ -379,34 +462,45 @@ def lora_linear_bwd(
             R=R,
         )
     dlora_e = (h * dhe).sum(0).to(lora_e.dtype) if need_e else None
-    if dlora_b is not None:
-        dlora_b = dlora_b.to(lora_b.dtype)
+    dh = dhe if lora_e is None or dhe is None else dhe * lora_e.float()
+    return dh, None if dlora_b is None else dlora_b.to(lora_b.dtype), dlora_e
 
-    if not (need_x or need_a):
-        return None, None, dlora_b, dlora_e
-    dh = dhe if lora_e is None else dhe * lora_e.float()
 
+def _lora_a_bwd(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    dh: Tensor,
+    layers: Sequence[Projection],
+    dropout_p: float,
+    rng: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, and dlora_a [R, K] in float32, the layers' ranks below each other as they are beside each other in dh."""
+    lora_a = _side_by_side([layer.lora_a for layer in layers], 0)
+    weights = [layer.weight for layer in layers]
+    (M, K), R = x.shape, lora_a.shape[0]
     native = x.dtype == torch.bfloat16 and native_bfloat16()
-    native_dx = need_x and native and not _few_rows(weight, M, native)
+    native_dx = need_x and native and not any(_few_rows(weight, M, native) for weight in weights)
     dx = x.new_empty(M, K) if need_x else None
     if native_dx:
-        wide_dy = torch.cat([dy, dh.to(x.dtype)], dim=1)
-        for cols, panel in _panels(weight, x.dtype, True, extra=dropout_scale(dropout_p) * lora_a.float()):
+        wide_dy = torch.cat([*dys, dh.to(x.dtype)], dim=1)
+        for cols, panel in _panels(weights, x.dtype, True, extra=dropout_scale(dropout_p) * lora_a.float()):
             torch.mm(wide_dy, panel, out=dx[:, cols])
     threshold = dropout_threshold(dropout_p)
     # Without dropout, native's dx is complete.
     finish_dx = need_x and not (native_dx and not threshold)
     if not (finish_dx or need_a):
-        return dx, None, dlora_b, dlora_e
+        return dx, None
 
     dlora_a = None
     for rows in _steps(M, max(512, _BASE // K) if finish_dx and x.dtype != torch.float32 else M):
         base = None
         if finish_dx:
-            base = dx[rows] if native_dx else _base_of_dx(dy[rows], weight, dx[rows], native)
+            base = dx[rows] if native_dx else _base_of_dx([dy[rows] for dy in dys], weights, dx[rows], native)
         if R == 0 and base is not None and base.dtype == dx.dtype:
             continue
-        block = torch.empty(R, K, **float32) if need_a else None
+        block = torch.empty(R, K, dtype=torch.float32) if need_a else None
         _launch(
             "lora_a_bwd",
             x=x[rows],
@@ -430,21 +524,27 @@ def lora_linear_bwd(
             rng=rng,
         )
         dlora_a = block if dlora_a is None else dlora_a.add_(block)
-    if dlora_a is not None:
-        dlora_a = dlora_a.to(lora_a.dtype)
-    return dx, dlora_a, dlora_b, dlora_e
+    return dx, dlora_a
 
 
-def _base_of_dx(dy: Tensor, weight: Tensor | NF4, dx: Tensor, native: bool) -> Tensor:
-    """dy W in float32: in dx itself if that is float32, else in a buffer."""
+def _base_of_dx(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4], dx: Tensor, native: bool) -> Tensor:
+    """Σ dy W in float32: in dx itself if that is float32, else in a buffer."""
     M, K = dx.shape
     base = dx if dx.dtype == torch.float32 else _buffer("base", torch.float32, M, K)
-    dy32 = dy.float()
-    if _few_rows(weight, M, native):
-        _launch("few_rows_backward", weight=_weight(weight), dy=dy32.contiguous(), dx=base, M=M)
-    else:
-        for cols, panel in _panels(weight, torch.float32, by_columns=True):
-            torch.mm(dy32, panel, out=base[:, cols])
+    for index, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+        dy32 = dy.float()
+        if _few_rows(weight, M, native):
+            term = _buffer("term", torch.float32, M, K) if index else base
+            _launch("few_rows_backward", weight=_weight(weight), dy=dy32.contiguous(), dx=term, M=M)
+            if index:
+                base += term
+            continue
+        for cols, panel in _panels([weight], torch.float32, by_columns=True):
+            out = base[:, cols]
+            if index:
+                out.addmm_(dy32, panel)
+            else:
+                torch.mm(dy32, panel, out=out)
     return base
 
 

@@ -49,6 +49,18 @@ class NF4(NamedTuple):
     shape: tuple[int, int]
 
 
+class Projection(NamedTuple):
+    """One of the layers that read the same x, as query, key and value do; see `lora_linear_fwd` for what is what."""
+
+    weight: Tensor | NF4
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    lora_e: Tensor | None = None
+    column_scale: Tensor | None = None
+
+
 # Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11). Seven rounds are
 # the fewest that pass BigCrush (its Table 2); the usual ten only add a margin that a dropout mask has no use for.
 PHILOX_ROUNDS = 7

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lora_kernels import cpu, reference
+from lora_kernels import NF4Weight, Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
@@ -108,6 +108,105 @@ def test_gradients_of_a_column_scale(isa):
         torch.set_num_threads(threads)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, dscale)
+
+
+GROUP = ((130, 4), (33, 7), (64, 16))  # N and R of its layers
+
+
+def group_case(M, dtype, adapter_dtype, nf4):
+    layers, dys = [], []
+    for index, (N, R) in enumerate(GROUP):
+        t = lora_inputs(M, N, 129, R, dtype, adapter_dtype, bias=index != 1, lora_e=index == 1, seed=index)
+        weight = quantize_nf4(t["weight"]) if nf4 else t["weight"]
+        layers.append(Projection(weight, t["lora_a"], t["lora_b"], 0.7 + index, t["bias"], t["lora_e"]))
+        dys.append(torch.randn(M, N, generator=torch.Generator().manual_seed(index)).to(dtype))
+    return lora_inputs(M, 1, 129, 1, dtype, seed=9)["x"], layers, dys
+
+
+def group_results(function, x, layers, dys, dropout_p, dtype=None):
+    """y of each layer, dx and the gradients of the adapters, in the dtypes given or in one for all."""
+    x, dys = x.to(dtype or x.dtype).requires_grad_(), [dy.to(dtype or dy.dtype) for dy in dys]
+    layers = [
+        layer._replace(**{
+            name: getattr(layer, name).to(dtype or getattr(layer, name).dtype).requires_grad_(name != "bias")
+            for name in ("lora_a", "lora_b", "bias", "lora_e")
+            if getattr(layer, name) is not None
+        })
+        for layer in layers
+    ]  # fmt: skip
+    adapters = [t for layer in layers for t in (layer.lora_a, layer.lora_b, layer.lora_e) if t is not None]
+    torch.manual_seed(3)
+    ys = function(x, layers, dropout_p)
+    return [*ys, *torch.autograd.grad(ys, [x, *adapters], dys)]
+
+
+def one_by_one(x, layers, dropout_p):
+    """reference.lora_linear_ref of each layer, all with the mask that a group draws."""
+    rng = torch.randint(2**62, (2,), dtype=torch.int64) if dropout_p else None
+    ys = []
+    for weight, lora_a, lora_b, scaling, bias, lora_e, _ in layers:
+        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight
+        args = (dense.to(x.dtype), lora_a, lora_b, scaling, bias, lora_e)
+        ys.append(reference.lora_linear_ref(x, *args, dropout_p, rng))
+    return tuple(ys)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("M", [3, 65, 140])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype, adapter_dtype, native", DTYPES)
+def test_group_matches_float64(isa, monkeypatch, dtype, adapter_dtype, native, dropout_p, M, nf4):
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+    case = group_case(M, dtype, adapter_dtype, nf4)
+    actual = group_results(lora_linear_group, *case, dropout_p)
+    plain = group_results(one_by_one, *case, dropout_p)
+    exact = group_results(one_by_one, *case, dropout_p, torch.float64)
+    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_close_to_reference(a, p, e, f"result {index}")
+
+
+def test_group_is_one_call(monkeypatch):
+    """One pass over x either way; the other backends compute the layers one by one, from the same mask."""
+    case = group_case(140, FP32, FP32, False)
+    kernels, launch = [], cpu._launch
+    monkeypatch.setattr(cpu, "_launch", lambda kernel, **rest: (kernels.append(kernel), launch(kernel, **rest)))
+    expected = group_results(lora_linear_group, *case, 0.3)
+    assert kernels.count("lora_a_fwd") == kernels.count("lora_a_bwd") == 1
+    with use_backend("reference"):
+        for a, b in zip(group_results(lora_linear_group, *case, 0.3), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert kernels.count("lora_a_fwd") == 1
+
+
+def test_group_computes_what_is_asked_for():
+    x, layers, dys = group_case(65, FP32, FP32, False)
+    leaves = [x.requires_grad_(), layers[1].lora_e.requires_grad_(), layers[2].lora_a.requires_grad_()]
+    everything = torch.autograd.grad(lora_linear_group(x, layers), leaves, dys)
+    for leaf, expected in zip(leaves, everything, strict=True):
+        (found,) = torch.autograd.grad(lora_linear_group(x, layers), [leaf], dys)
+        torch.testing.assert_close(found, expected)
+    (found,) = torch.autograd.grad(lora_linear_group(x, layers)[2], [leaves[2]], dys[2])
+    torch.testing.assert_close(found, everything[2])
+    layers[0].bias.requires_grad_()
+    (found,) = torch.autograd.grad(lora_linear_group(x, layers), [layers[0].bias], dys)
+    torch.testing.assert_close(found, dys[0].sum(0))
+    layers[0].bias.requires_grad_(False)
+    with torch.no_grad():
+        plain = one_by_one(x, layers, 0.0)
+        for batch in (x, x.view(5, 13, 129)):
+            for y, expected in zip(lora_linear_group(batch, layers), plain, strict=True):
+                assert y.shape == (*batch.shape[:-1], y.shape[-1])
+                torch.testing.assert_close(y.view_as(expected), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_group_refuses_what_does_not_fit():
+    x, layers, _ = group_case(5, FP32, FP32, False)
+    with pytest.raises(ValueError, match="layers is empty"):
+        lora_linear_group(x, [])
+    with pytest.raises(ValueError, match=r"layers\[1\]: lora_b has shape"):
+        lora_linear_group(x, [layers[0], layers[1]._replace(lora_b=layers[0].lora_b)])
+    with pytest.raises(ValueError, match="dropout_p"):
+        lora_linear_group(x, layers, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -126,8 +126,8 @@ def test_no_second_derivative() -> None:
 
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Olmo2"]
-# RMSNorms and SwiGLUs; Gemma's MLP has another activation.
-FUSED = {"Llama": 7, "Qwen2": 7, "Qwen3": 11, "Mistral": 7, "Gemma": 5, "Gemma2": 9, "Olmo2": 11}
+# RMSNorms, attentions and MLPs; of those of Gemma only the projections are fused, since the activation is another.
+FUSED = {"Llama": 9, "Qwen2": 9, "Qwen3": 13, "Mistral": 9, "Gemma": 9, "Gemma2": 13, "Olmo2": 13}
 
 
 def pair(kind: str, dtype: torch.dtype = torch.float32, **lora) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -162,8 +162,12 @@ def loss_and_grads(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 def assert_same(fused, plain, exact) -> None:
     assert_close_to_reference(fused[0], plain[0], exact[0], "logits")
     assert fused[1].keys() == plain[1].keys() and fused[1]
-    for name, grad in fused[1].items():
-        assert_close_to_reference(grad, plain[1][name], exact[1][name], name)
+    # As one vector, each tensor in units of its largest element: what rounding reaches a single small tensor through a
+    # whole model is a matter of luck.
+    vectors = []
+    for grads in (fused[1], plain[1], exact[1]):
+        vectors.append(torch.cat([(grads[name] / exact[1][name].abs().max()).flatten() for name in exact[1]]))
+    assert_close_to_reference(vectors[0].to(fused[0].dtype), vectors[1].to(fused[0].dtype), vectors[2], "gradients")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,15 +199,90 @@ def test_what_is_something_else_is_left_alone() -> None:
 
 
 def test_dropout_and_checkpointing() -> None:
+    _, fused = pair("Llama", lora_dropout=0.3)
+    expected = loss_and_grads(fused)
+    fused.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    logits, grads = loss_and_grads(fused)
+    torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-4)
+    assert grads.keys() == expected[1].keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[1][name], atol=1e-6, rtol=1e-3)
+
+
+def test_projections_of_one_input_share_a_dropout() -> None:
+    """The fused model against the unfused one in which the second and third of them draw as the first did."""
     plain, fused = pair("Llama", lora_dropout=0.3)
-    expected = loss_and_grads(plain)
-    for checkpointing in (False, True):
-        if checkpointing:
-            fused.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        logits, grads = loss_and_grads(fused)
-        torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-4)
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad, expected[1][name], atol=1e-6, rtol=1e-3)
+    state = {}
+    for layer in plain.model.layers:
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            parent = layer.self_attn if names[0] == "q_proj" else layer.mlp
+            first, *others = (getattr(parent, name) for name in names)
+            first.register_forward_pre_hook(lambda *_: state.update(rng=torch.get_rng_state()))
+            for other in others:
+                other.register_forward_pre_hook(lambda *_: torch.set_rng_state(state["rng"]))
+    expected, found = loss_and_grads(plain), loss_and_grads(fused)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-4)
+    for name, grad in found[1].items():
+        torch.testing.assert_close(grad, expected[1][name], atol=1e-6, rtol=1e-3)
+
+
+class CrossAttention(torch.nn.Module):
+    """Keys and values of another sequence, or of the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.q_proj(x) @ self.k_proj(other).T @ self.v_proj(other)
+
+
+def test_projections_of_two_inputs_are_left_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    plain = CrossAttention()
+    fused = copy.deepcopy(plain)
+    assert fuse_decoder(fused) == 1
+    for model in (plain, fused):
+        torch.manual_seed(4)
+        inject(model, LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+        perturb(model)
+    x, other = torch.randn(5, 8), torch.randn(5, 8)
+    torch.testing.assert_close(fused(x, x), plain(x, x))
+    assert not fused.lora_kernels_apart
+    torch.testing.assert_close(fused(x, other), plain(x, other))
+    assert fused.lora_kernels_apart
+    torch.testing.assert_close(fused(x, other), plain(x, other))
+    assert all(layer.group is None for layer in fused.children())
+
+
+def test_no_group_outlives_an_error() -> None:
+    _, fused = pair("Llama")
+    attention = fused.model.layers[0].self_attn
+    with pytest.raises(TypeError):
+        attention.forward(torch.ones(1, 3, 32), position_embeddings=None, attention_mask=None)
+    assert attention.q_proj.group is None and attention.k_proj.group is None
+
+
+@pytest.mark.parametrize("change", ["disabled", "merged", "dora", "dropout", "rank", "mode"])
+def test_layers_that_cannot_be_one_group(change: str) -> None:
+    """Whatever is done to an adapter, a fused model computes what the unfused does."""
+    plain, fused = pair("Llama", use_dora=change == "dora")
+    for model in (plain, fused):
+        layer = model.model.layers[1].self_attn.k_proj
+        if change == "disabled":
+            layer.adapters_enabled = False
+        elif change == "merged":
+            layer.merge()
+        elif change == "dropout":
+            layer.lora_dropout = 0.5
+            layer.eval()
+        elif change == "rank":
+            layer.keep_ranks(torch.tensor([0, 2]))
+            model.model.layers[0].self_attn.k_proj.keep_ranks(torch.tensor([], dtype=torch.int64))
+        elif change == "mode":
+            model.model.layers[1].self_attn.eval()
+    exact = copy.deepcopy(plain).double()
+    assert_same(loss_and_grads(fused), loss_and_grads(plain), loss_and_grads(exact))
 
 
 def test_results_are_not_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +298,8 @@ def test_results_are_not_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(decoder, "_pack", pack)
     fused(input_ids=tiny_batch(), use_cache=False)
     rows = tiny_batch().numel()
-    # Of each layer: the input of q, k, v, gate and up, and that of down.
-    assert dropped == 2 * ([(rows, 32)] * 5 + [(rows, 44)])
+    # Of each layer: the input of q, k and v, that of gate and up, and that of down.
+    assert dropped == 2 * ([(rows, 32)] * 2 + [(rows, 44)])
 
 
 def test_nothing_is_kept_after_backward() -> None:

@@ -1,4 +1,4 @@
-"""The elementwise parts of a transformers decoder on the CPU: fewer passes over memory, and less of it kept."""
+"""The parts of a transformers decoder around its linear layers: fewer passes over memory, and less of it kept."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import reference
+from lora_kernels.nn.lora_linear import is_linear, open_group
 from lora_kernels.ops import decoder
 
+# Linear layers of one module that read the same x.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 def fuse_decoder(model: nn.Module) -> int:
-    """Compute the RMSNorms and SwiGLUs of a Llama-like transformers model by `lora_kernels.ops.decoder`.
+    """Compute the RMSNorms and SwiGLUs of a Llama-like transformers model by `lora_kernels.ops.decoder`, and adapted
+    layers that read the same x (query, key and value; gate and up) by one `lora_linear_group`, with one dropout.
 
     An RMSNorm is a module named so, with `weight` [K] alone, whose own result on a probe is that of the formula, with
     Gemma's offset or without; a SwiGLU is a module of gate_proj, up_proj, down_proj and a SiLU act_fn, whose result is
-    bit for bit the composition of these. Their `forward` is replaced, on the instance, and nothing else: parameters,
+    bit for bit the composition of these; layers of one input go by their names, and are computed apart again if they
+    turn out to read two. Their `forward` is replaced, on the instance, and nothing else: parameters,
     state dict and types stay. Whatever isn't recognised is left alone. Call it before adapters are injected; twice
     does no harm. In training, results that autograd would keep for the projections are computed again in backward.
 
@@ -35,10 +40,15 @@ def fuse_decoder(model: nn.Module) -> int:
         if (offset := _norm_offset(module)) is not None:
             module.lora_kernels_offset = offset
             module.forward = MethodType(_norm_forward, module)
-        elif _is_swiglu(module):
-            module.forward = MethodType(_mlp_forward, module)
         else:
-            continue
+            forward = _mlp_forward if _is_swiglu(module) else type(module).forward
+            names = _projections(module)
+            if names:
+                module.lora_kernels_apart = False
+                forward = _grouped(forward, names)
+            if forward is type(module).forward:
+                continue
+            module.forward = MethodType(forward, module)
         count += 1
     if count:
         for stack in filter(_is_stack, own):
@@ -78,6 +88,36 @@ def _is_swiglu(module: nn.Module) -> bool:
         return False
     x = _probe(gate_proj.in_features, gate_proj.weight.dtype)
     return torch.equal(module(x), down_proj(act_fn(gate_proj(x)) * up_proj(x)))
+
+
+def _projections(module: nn.Module) -> tuple[str, ...]:
+    """The names of its linear layers that read the same x, if it has such."""
+    for names in _SAME_INPUT:
+        layers = [getattr(module, name, None) for name in names]
+        if all(is_linear(layer) for layer in layers) and len({layer.in_features for layer in layers}) == 1:
+            return names
+    return ()
+
+
+def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """`forward`, in which the adapted layers of these names are computed by one call; its signature is kept."""
+
+    @wraps(forward)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        group = None
+        if not self.lora_kernels_apart and not torch.compiler.is_compiling():
+            group = open_group([getattr(self, name) for name in names])
+        if group is None:
+            return forward(self, *args, **kwargs)
+        try:
+            result = forward(self, *args, **kwargs)
+        finally:
+            group.close()
+        # As in cross-attention, where the keys and values are of another sequence.
+        self.lora_kernels_apart = group.idle
+        return result
+
+    return wrapped
 
 
 def _probe(size: int, dtype: torch.dtype) -> Tensor:

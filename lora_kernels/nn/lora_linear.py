@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lora_kernels.arguments import check_integer, check_number
 from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
-from lora_kernels.ops.lora_linear import frozen_linear, lora_linear
+from lora_kernels.ops.lora_linear import frozen_linear, lora_linear, lora_linear_group
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
+from lora_kernels.reference import Projection
 
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 # Along which dimension of the adapter's tensors the rank runs.
@@ -43,6 +44,55 @@ def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init: s
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """lora_alpha / r, or lora_alpha / √r with use_rslora (Kalajdzievski 2023)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+class ProjectionGroup:
+    """Layers that are called with the same x, one after the other: the first call computes them all.
+
+    `idle` is set where the result of a layer wasn't fetched: they didn't read the same x after all.
+    """
+
+    def __init__(self, layers: Sequence[FusedLoRALinear]) -> None:
+        self.layers = layers
+        self.idle = False
+        self._waiting: tuple[Tensor | None, dict[FusedLoRALinear, Tensor]] = (None, {})
+
+    def __call__(self, layer: FusedLoRALinear, x: Tensor) -> Tensor:
+        source, results = self._waiting
+        if source is not x or layer not in results:
+            self.idle = self.idle or bool(results)
+            first = self.layers[0]
+            ys = lora_linear_group(
+                x, [each.projection() for each in self.layers], first.lora_dropout if first.training else 0.0
+            )
+            results = dict(zip(self.layers, ys, strict=True))
+            self._waiting = (x, results)
+        return results.pop(layer)
+
+    def close(self) -> None:
+        self.idle = self.idle or bool(self._waiting[1])
+        for layer in self.layers:
+            layer.group = None
+
+
+def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
+    """A group of these layers, which until it is closed compute each other's results; None where they can't be one.
+
+    They must be FusedLoRALinears of one dropout with their adapters in use, unmerged and without DoRA.
+    """
+    how = set()
+    for layer in layers:
+        if type(layer) is not FusedLoRALinear or layer.group is not None or not layer.adapters_enabled or not layer.r:
+            return None
+        if layer.merged or layer.lora_magnitude is not None:
+            return None
+        how.add((layer.in_features, layer.lora_dropout if layer.training else 0.0))
+    if len(how) > 1:
+        return None
+    group = ProjectionGroup(layers)
+    for layer in layers:
+        layer.group = group
+    return group
 
 
 class FusedLoRALinear(nn.Module):
@@ -181,6 +231,7 @@ class FusedLoRALinear(nn.Module):
         self.use_rslora = bool(use_rslora)
         self.scaling = lora_scaling(r, lora_alpha, use_rslora)
         self.adapters_enabled = True
+        self.group: ProjectionGroup | None = None
         # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as
         # a parameter: it must not show up in state_dict or parameters() under a second name.
         self.__dict__["_unmerged_weight"] = None
@@ -243,9 +294,16 @@ class FusedLoRALinear(nn.Module):
             self._eval_norms = (state, row_norms(*args))
         return self._eval_norms[1]
 
+    def projection(self) -> Projection:
+        """The frozen layer and its adapter as `lora_linear_group` takes them, DoRA apart."""
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        return Projection(weight, self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e)
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
         weight = self.weight
+        if self.group is not None:
+            return self.group(self, x)
         if self.adapters_enabled and not self.merged and self.r:
             return lora_linear(
                 x,

@@ -10,13 +10,15 @@ block_size 0 means dense.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lora_kernels import backends, reference, strategy
+from lora_kernels import backends, cpu, reference, strategy
 from lora_kernels.ops.nf4 import NF4Weight
-from lora_kernels.reference import NF4
+from lora_kernels.reference import NF4, Projection
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -183,6 +185,45 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(_autograd)
 
 
+class _Group(torch.autograd.Function):
+    """lora_linear_group on the CPU: the backend's two functions, with `_TENSORS` tensors of each layer."""
+
+    @staticmethod
+    def forward(ctx, x, dropout_p, rng, settings, *tensors):
+        results = cpu.lora_linear_group_fwd(x, _projections(x, settings, tensors), dropout_p, rng)
+        ctx.save_for_backward(x, rng, *(h for _, h in results), *tensors)
+        ctx.dropout_p, ctx.settings = dropout_p, settings
+        return tuple(y for y, _ in results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, rng, *rest = ctx.saved_tensors
+        hs, tensors = rest[: len(dys)], rest[len(dys) :]
+        need_x, _, _, _, *needs = ctx.needs_input_grad
+        needs = [needs[i + 1 : i + 4] for i in range(0, len(needs), _TENSORS)]
+        layers = _projections(x, ctx.settings, tensors)
+        with torch.autocast("cpu", enabled=False):
+            dx, grads = cpu.lora_linear_group_bwd(
+                [_rows(dy) for dy in dys], x, hs, layers, ctx.dropout_p, rng, need_x, needs
+            )
+        adapters = ((None, *adapter, *[None] * (_TENSORS - 4)) for adapter in grads)
+        return dx, None, None, None, *(grad for adapter in adapters for grad in adapter)
+
+
+# Of one layer in _Group: weight, lora_a, lora_b, lora_e, bias and the three tensors that come with an NF4 weight.
+_TENSORS = 8
+
+
+def _projections(x: Tensor, settings: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[Projection]:
+    layers = []
+    for index, (scaling, block_size) in enumerate(settings):
+        weight, lora_a, lora_b, lora_e, bias, *scales = tensors[index * _TENSORS : (index + 1) * _TENSORS]
+        frozen = _frozen(weight, (lora_b.shape[0], x.shape[1]), *scales, block_size)
+        layers.append(Projection(frozen, lora_a, lora_b, scaling, bias, lora_e))
+    return layers
+
+
 def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if t.shape != shape:
         raise ValueError(f"{name} has shape {list(t.shape)}; expected {list(shape)}")
@@ -235,23 +276,68 @@ def lora_linear(
     Raises ValueError for a wrong shape, device, or dropout_p; TypeError for a wrong dtype.
     """
     x, weight, bias = _under_autocast(x, weight, bias)
-    _check_shapes(x, weight, bias)
-    if lora_a.dim() != 2 or lora_a.shape[0] < 1:
-        raise ValueError(f"lora_a has shape {list(lora_a.shape)}; expected [R, K], and the rank R must be at least 1")
-    (N, K), R = weight.shape, lora_a.shape[0]
-    adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    _check_tensor("lora_a", lora_a, (R, K), x, adapter_dtypes)
-    _check_tensor("lora_b", lora_b, (N, R), x, adapter_dtypes)
-    if lora_e is not None:
-        _check_tensor("lora_e", lora_e, (R,), x, adapter_dtypes)
+    _check_layer(x, weight, lora_a, lora_b, bias, lora_e)
     if column_scale is not None:
-        _check_tensor("column_scale", column_scale, (N,), x, adapter_dtypes)
+        adapter_dtypes = _adapter_dtypes(x)
+        _check_tensor("column_scale", column_scale, (weight.shape[0],), x, adapter_dtypes)
         column_scale = column_scale.to(adapter_dtypes[-1])
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
-
-    rng = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p > 0.0 else None
+    rng = _dropout_rng(x, dropout_p)
     return _call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, column_scale)
+
+
+def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float = 0.0) -> tuple[Tensor, ...]:
+    """`lora_linear` of one x and several layers, such as query, key and value: (y of each layer).
+
+    dropout(x) is one for all of them (as in the merged projections of loralib, Hu et al. 2021). On the CPU x is read
+    once for the low-rank part of all layers, and so is its dropout drawn; backward writes dx once. Elsewhere, and where
+    a weight, a bias or a column_scale is trained or something sees the ops (a compiler, a mode), the layers are
+    computed one after the other, with the same result but for the order in which dx is summed.
+
+    Raises as `lora_linear` does, and ValueError where there is no layer.
+    """
+    if not layers:
+        raise ValueError("layers is empty; allowed: at least one Projection")
+    cast = [(_under_autocast(x, layer.weight, layer.bias), layer) for layer in layers]
+    layers = [layer._replace(weight=weight, bias=bias) for (_, weight, bias), layer in cast]
+    x = cast[0][0][0]
+    for index, layer in enumerate(layers):
+        try:
+            _check_layer(x, layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.lora_e)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layers[{index}]: {error}") from None
+    rng = _dropout_rng(x, dropout_p)
+    if not _as_one(x, layers):
+        results = []
+        for weight, lora_a, lora_b, scaling, bias, lora_e, column_scale in layers:
+            scale = None if column_scale is None else column_scale.to(_adapter_dtypes(x)[-1])
+            results.append(_call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, scale))
+        return tuple(results)
+
+    settings, tensors = [], []
+    for weight, lora_a, lora_b, scaling, bias, lora_e, _ in layers:
+        weight, *nf4_parts = weight.tensors()[:-1] if isinstance(weight, NF4Weight) else (weight, None, None, None, 0)
+        settings.append((float(scaling), nf4_parts[-1]))
+        tensors += [weight, *map(_vector, (lora_a, lora_b, lora_e, bias)), *nf4_parts[:-1]]
+    rows = _rows(x.reshape(-1, x.shape[-1]))
+    if torch.is_grad_enabled():
+        ys = _Group.apply(rows, float(dropout_p), rng, settings, *tensors)
+    else:
+        results = cpu.lora_linear_group_fwd(rows, _projections(rows, settings, tensors), float(dropout_p), rng)
+        ys = [y for y, _ in results]
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
+    """Whether `_Group` takes these layers."""
+    if not x.is_cpu or not x.numel() or torch.is_autocast_enabled("cpu") or backends.resolve(x, True) is not cpu:
+        return False
+    for weight, lora_a, lora_b, _, bias, lora_e, column_scale in layers:
+        dense = None if isinstance(weight, NF4Weight) else weight
+        if column_scale is not None or not weight.shape[0] or not _unwatched(x, dense, lora_a, lora_b, lora_e, bias):
+            return False
+        if any(t is not None and t.requires_grad for t in (dense, bias)):
+            return False
+    return True
 
 
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -272,6 +358,27 @@ def _under_autocast(x: Tensor, *others: Tensor | NF4Weight | None) -> tuple:
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), *(other.to(dtype) if isinstance(other, Tensor) else other for other in others)
+
+
+def _adapter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    return (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+
+
+def _dropout_rng(x: Tensor, dropout_p: float) -> Tensor | None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
+    return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p > 0.0 else None
+
+
+def _check_layer(x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias, lora_e) -> None:
+    _check_shapes(x, weight, bias)
+    if lora_a.dim() != 2 or lora_a.shape[0] < 1:
+        raise ValueError(f"lora_a has shape {list(lora_a.shape)}; expected [R, K], and the rank R must be at least 1")
+    (N, K), R, dtypes = weight.shape, lora_a.shape[0], _adapter_dtypes(x)
+    _check_tensor("lora_a", lora_a, (R, K), x, dtypes)
+    _check_tensor("lora_b", lora_b, (N, R), x, dtypes)
+    if lora_e is not None:
+        _check_tensor("lora_e", lora_e, (R,), x, dtypes)
 
 
 def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
