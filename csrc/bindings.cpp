@@ -156,14 +156,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Weight>(m, "Weight")
       .def_static(
           "nf4",
-          [](uintptr_t packed, uintptr_t absmax, uintptr_t absmax_scale, uintptr_t absmax_code, float absmax_offset,
+          [](uintptr_t packed, uintptr_t absmax, uintptr_t absmax_scale, uintptr_t absmax_code, uintptr_t absmax_offset,
              int64_t block_size, int64_t N, int64_t K) {
             Weight w{};
             w.nf4 = {pointer<uint8_t>(packed),
                      pointer(absmax),
                      pointer<float>(absmax_scale),
                      pointer<float>(absmax_code),
-                     absmax_offset,
+                     pointer<float>(absmax_offset),
                      block_size,
                      N,
                      K};
@@ -191,20 +191,34 @@ PYBIND11_MODULE(_C, m) {
       py::arg("col_last"), py::arg("out"), py::arg("out_dtype"), py::arg("ld_out"), py::arg("num_threads"));
 
   m.attr("LAYER_ROWS") = kLayerRows;
-  m.def(
-      "layer_forward",
-      [](const Weight* weight, uintptr_t x, int x_dtype, int64_t ld_x, uintptr_t lora_a, int lora_a_dtype,
-         uintptr_t lora_b, int lora_b_dtype, float scaling, uintptr_t bias, uintptr_t lora_e, uintptr_t column_scale,
-         uintptr_t y, uintptr_t h, int64_t M, int64_t N, int64_t K, int64_t R, int num_threads) {
-        launch(&Isa::few_rows, &FewRowsKernels::layer_forward,
-               LayerForward{weight, pointer(x), DType(x_dtype), ld_x, pointer(lora_a), DType(lora_a_dtype),
-                            pointer(lora_b), DType(lora_b_dtype), scaling, pointer<float>(bias), pointer<float>(lora_e),
-                            pointer<float>(column_scale), pointer(y), pointer<float>(h), M, N, K, R, num_threads});
-      },
-      py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("x_dtype"), py::arg("ld_x"), py::arg("lora_a"),
-      py::arg("lora_a_dtype"), py::arg("lora_b"), py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("bias"),
-      py::arg("lora_e"), py::arg("column_scale"), py::arg("y"), py::arg("h"), py::arg("M"), py::arg("N"), py::arg("K"),
-      py::arg("R"), py::arg("num_threads"));
+  m.attr("MAX_LAYERS") = kMaxLayers;
+  py::class_<FewRowsLayer>(m, "FewRowsLayer")
+      .def(py::init([](const Weight& weight, uintptr_t lora_a, int lora_a_dtype, uintptr_t lora_b, int lora_b_dtype,
+                       float scaling, uintptr_t bias, uintptr_t lora_e, int lora_e_dtype, uintptr_t column_scale,
+                       int64_t R) {
+             return FewRowsLayer{
+                 weight,  pointer(lora_a), DType(lora_a_dtype), pointer(lora_b),     DType(lora_b_dtype),
+                 scaling, pointer(bias),   pointer(lora_e),     DType(lora_e_dtype), pointer<float>(column_scale),
+                 R};
+           }),
+           py::kw_only(), py::arg("weight"), py::arg("lora_a"), py::arg("lora_a_dtype"), py::arg("lora_b"),
+           py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("bias"), py::arg("lora_e"), py::arg("lora_e_dtype"),
+           py::arg("column_scale"), py::arg("R"))
+      .def_property_readonly("N", [](const FewRowsLayer& layer) { return layer.weight.N; });
+
+  // Arguments by position: their names would take as long as a small layer.
+  m.def("layers_forward",
+        [](const std::vector<const FewRowsLayer*>& layers, const std::vector<uintptr_t>& y,
+           const std::vector<uintptr_t>& h, uintptr_t x, int x_dtype, int64_t ld_x, int64_t M, int num_threads) {
+          if (layers.empty() || layers.size() > kMaxLayers || y.size() != layers.size() || h.size() > layers.size())
+            throw py::value_error("layers_forward takes 1 to " + std::to_string(kMaxLayers) + " layers with a y each");
+          LayersForward p{};
+          for (size_t i = 0; i < layers.size(); ++i) p.layers[i] = layers[i], p.y[i] = pointer(y[i]);
+          for (size_t i = 0; i < h.size(); ++i) p.h[i] = pointer<float>(h[i]);
+          p.count = (int)layers.size(), p.x = pointer(x), p.x_dtype = DType(x_dtype), p.ld_x = ld_x;
+          p.M = M, p.K = layers[0]->weight.K, p.num_threads = num_threads;
+          launch(&Isa::few_rows, &FewRowsKernels::layers_forward, p);
+        });
 
   m.def(
       "few_rows_forward",

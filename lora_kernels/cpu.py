@@ -120,7 +120,7 @@ def _weight(weight: Tensor | NF4) -> _C.Weight:
         absmax=weight.absmax.data_ptr(),
         absmax_scale=weight.absmax_scale.data_ptr() if double_quant else 0,
         absmax_code=dynamic_code().data_ptr(),
-        absmax_offset=weight.absmax_offset.item() if double_quant else 0.0,
+        absmax_offset=weight.absmax_offset.data_ptr() if double_quant else 0,
         block_size=weight.block_size,
         N=N,
         K=K,
@@ -254,8 +254,9 @@ def lora_linear_group_fwd(
     for layer in layers:
         _check(x, layer.lora_a, layer.lora_b, layer.lora_e)
     M = x.shape[0]
-    if M <= _C.LAYER_ROWS and not dropout_p and all(_in_one_pass(layer.weight) for layer in layers):
-        return [_layer_forward(x, layer) for layer in layers]
+    if M <= _C.LAYER_ROWS and not dropout_p and len(layers) <= _C.MAX_LAYERS and all(map(in_one_pass, layers)):
+        hs = [torch.empty(M, layer.lora_a.shape[0], dtype=torch.float32) for layer in layers]
+        return list(zip(few_rows_layers(x, [few_rows_layer(layer) for layer in layers], hs), hs, strict=True))
     native = x.dtype == torch.bfloat16 and native_bfloat16()
     x32 = None
     results = []
@@ -291,42 +292,45 @@ def lora_linear_group_fwd(
     return results
 
 
-def _in_one_pass(weight: Tensor | NF4) -> bool:
-    """Whether `_layer_forward` takes the weight."""
-    return isinstance(weight, NF4) or weight.dtype == torch.float32 or weight.stride(1) == 1
+def in_one_pass(layer: Projection) -> bool:
+    """Whether `few_rows_layer` takes the layer: its weight must have contiguous rows."""
+    return isinstance(layer.weight, NF4) or layer.weight.stride(1) == 1
 
 
-def _layer_forward(x: Tensor, layer: Projection) -> tuple[Tensor, Tensor]:
+def few_rows_layer(layer: Projection) -> _C.FewRowsLayer:
+    """The C++ view of a layer, whose contiguous tensors must outlive it and stay where they are."""
     weight, lora_a, lora_b, scaling, bias, lora_e, column_scale = layer
-    (M, K), (N, R) = x.shape, lora_b.shape
-    by_torch = not isinstance(weight, NF4) and weight.dtype == torch.float32
-    y = torch.nn.functional.linear(x, weight) if by_torch else torch.empty(M, N, dtype=x.dtype)
-    h = torch.empty(M, R, dtype=torch.float32)
-    bias32 = None if bias is None else bias.float()
-    e32 = None if lora_e is None else lora_e.float()
-    # Not by _launch, which takes as long as the kernel for a small layer.
-    _C.layer_forward(
-        weight=None if by_torch else _weight(weight),
-        x=x.data_ptr(),
-        x_dtype=_DTYPES[x.dtype],
-        ld_x=x.stride(0),
+    return _C.FewRowsLayer(
+        weight=_weight(weight),
         lora_a=lora_a.data_ptr(),
         lora_a_dtype=_DTYPES[lora_a.dtype],
         lora_b=lora_b.data_ptr(),
         lora_b_dtype=_DTYPES[lora_b.dtype],
         scaling=scaling,
-        bias=0 if bias32 is None else bias32.data_ptr(),
-        lora_e=0 if e32 is None else e32.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        lora_e=0 if lora_e is None else lora_e.data_ptr(),
+        lora_e_dtype=_C.FLOAT32 if lora_e is None else _DTYPES[lora_e.dtype],
         column_scale=0 if column_scale is None else column_scale.data_ptr(),
-        y=y.data_ptr(),
-        h=h.data_ptr(),
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        num_threads=torch.get_num_threads(),
+        R=lora_a.shape[0],
     )
-    return y, h
+
+
+def few_rows_layers(x: Tensor, layers: Sequence[_C.FewRowsLayer], hs: Sequence[Tensor] = ()) -> list[Tensor]:
+    """y [..., N] of each layer for x [..., K] of up to LAYER_ROWS rows; writes h [M, R] to `hs` where they are given."""
+    *shape, K = x.shape
+    ys = [torch.empty(*shape, layer.N, dtype=x.dtype) for layer in layers]
+    # Not by _launch, which takes as long as the kernel for a small layer.
+    _C.layers_forward(
+        layers,
+        [y.data_ptr() for y in ys],
+        [h.data_ptr() for h in hs],
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.stride(0) if len(shape) == 1 else K,
+        math.prod(shape),
+        torch.get_num_threads(),
+    )
+    return ys
 
 
 def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -33,33 +33,41 @@ struct FewRowsBackward {
   int num_threads;
 };
 
-// Rows up to which LayerForward holds all their sums in registers.
+// Rows up to which LayersForward holds all their sums in registers.
 constexpr int kLayerRows = 8;
+// The most layers that it takes.
+constexpr int kMaxLayers = 8;
 
-// y = column_scale ∘ (x Wᵀ + scaling · (h ∘ lora_e) lora_bᵀ) + bias and h = x lora_aᵀ, for M <= kLayerRows, in one pass
-// over the weight. x [M,K] has rows ld_x apart and the type of y [M,N]; h [M,R].
-struct LayerForward {
-  const Weight* weight;  // or null: y, which is float32, comes with x Wᵀ in it
-  const void* x;
-  DType x_dtype;
-  int64_t ld_x;
-  const void* lora_a;
+// y = column_scale ∘ (x Wᵀ + scaling · (h ∘ lora_e) lora_bᵀ) + bias and h = x lora_aᵀ.
+struct FewRowsLayer {
+  Weight weight;
+  const void* lora_a;  // [R,K]
   DType lora_a_dtype;
-  const void* lora_b;
+  const void* lora_b;  // [N,R]
   DType lora_b_dtype;
   float scaling;
-  const float* bias;          // [N] or null
-  const float* lora_e;        // [R] or null
+  const void* bias;    // [N] in the type of x, or null
+  const void* lora_e;  // [R] or null
+  DType lora_e_dtype;
   const float* column_scale;  // [N] or null
-  void* y;
-  float* h;
-  int64_t M, N, K, R;
+  int64_t R;
+};
+
+// Layers that read one x [M,K], whose rows are ld_x apart, M <= kLayerRows: one pass over each weight.
+struct LayersForward {
+  const FewRowsLayer* layers[kMaxLayers];
+  void* y[kMaxLayers];   // [M,N] in the type of x
+  float* h[kMaxLayers];  // [M,R] or null
+  int count;
+  const void* x;
+  DType x_dtype;
+  int64_t ld_x, M, K;
   int num_threads;
 };
 
 // One instruction set's build. Each returns false when memory ran out.
 struct FewRowsKernels {
-  bool (*layer_forward)(const LayerForward&);
+  bool (*layers_forward)(const LayersForward&);
   bool (*forward)(const FewRowsForward&);
   bool (*backward)(const FewRowsBackward&);
 };

@@ -30,11 +30,6 @@ LK_INLINE void for_row(const Dense<T>& w, int64_t n, int64_t first, int64_t last
   for (; k < last; ++k) one(k, to_float(row + k));
 }
 
-// A weight of zeros.
-struct NoWeight {};
-template <class Chunk, class One>
-LK_INLINE void for_row(NoWeight, int64_t, int64_t, int64_t, Chunk, One) {}
-
 template <class F>
 void with_dense(const void* data, DType dtype, int64_t ld, F f) {
   with_type(dtype, [&](auto* type) {
@@ -44,11 +39,11 @@ void with_dense(const void* data, DType dtype, int64_t ld, F f) {
 }
 
 template <class F>
-bool with_weight(const Weight& w, F f) {
-  if (!w.dense) return f(w.nf4);
-  bool done = false;
-  with_dense(w.dense, w.dense_dtype, w.ld_dense, [&](const auto& weight) { done = f(weight); });
-  return done;
+void with_weight(const Weight& w, F f) {
+  if (w.dense)
+    with_dense(w.dense, w.dense_dtype, w.ld_dense, f);
+  else
+    f(w.nf4);
 }
 
 // The sums over the lanes of four vectors.
@@ -118,47 +113,73 @@ LK_INLINE void widen_row(const void* src, DType dtype, int64_t first, int64_t co
   });
 }
 
-template <int kRows, class W>
-bool layer_forward(const W& weight, const LayerForward& p) {
-  const int64_t N = p.N, K = p.K, R = round_up(p.R, kLanes);
-  const bool widen_b = p.R != R || p.lora_b_dtype != DType::kFloat32;
-  // Rows of zeros follow the last ones of x and h, and zeros the last columns of h and lora_b.
-  Buffer scratch(kRows * (K + R) + (widen_b ? N * R : 0));
+template <int kRows>
+bool layers_forward(const LayersForward& p) {
+  const int64_t K = p.K;
+  // A layer's h and lora_b in float32, zeros after their last columns; rows of zeros follow the last ones of x and h.
+  struct LowRank {
+    float *h, *b;
+    int64_t R;
+    bool widen_b;
+  } low_rank[kMaxLayers];
+  int64_t size = kRows * K, columns = 0;
+  for (int i = 0; i < p.count; ++i) {
+    const FewRowsLayer& layer = *p.layers[i];
+    const int64_t R = round_up(layer.R, kLanes);
+    low_rank[i] = {nullptr, nullptr, R, layer.R != R || layer.lora_b_dtype != DType::kFloat32};
+    size += kRows * R + (low_rank[i].widen_b ? layer.weight.N * R : 0);
+    columns += layer.weight.N;
+  }
+  Buffer scratch(size);
   if (!scratch.data) return false;
-  float *x = scratch.data, *h = x + kRows * K, *b = h + kRows * R;
-  memset(x + p.M * K, 0, ((kRows - p.M) * K + kRows * R) * sizeof(float));
+  float *x = scratch.data, *next = x + kRows * K;
+  memset(x + p.M * K, 0, (kRows - p.M) * K * sizeof(float));
   for (int64_t m = 0; m < p.M; ++m) widen_row(p.x, p.x_dtype, m * p.ld_x, K, x + m * K);
-  if (widen_b) {
-    memset(b, 0, N * R * sizeof(float));
-    for (int64_t n = 0; n < N; ++n) widen_row(p.lora_b, p.lora_b_dtype, n * p.R, p.R, b + n * R);
-  } else {
-    b = (float*)p.lora_b;
+
+  for (int i = 0; i < p.count; ++i) {
+    const FewRowsLayer& layer = *p.layers[i];
+    auto& [h, b, R, widen_b] = low_rank[i];
+    h = next, next += kRows * R;
+    memset(h, 0, kRows * R * sizeof(float));
+    b = (float*)layer.lora_b;
+    if (widen_b) {
+      b = next, next += layer.weight.N * R;
+      memset(b, 0, layer.weight.N * R * sizeof(float));
+      for (int64_t n = 0; n < layer.weight.N; ++n)
+        widen_row(layer.lora_b, layer.lora_b_dtype, n * layer.R, layer.R, b + n * R);
+    }
+    with_dense(layer.lora_a, layer.lora_a_dtype, K, [&](const auto& lora_a) {
+      for (int64_t r = 0; r < layer.R; ++r) {
+        float sums[kLayerRows], e = 1;
+        dot_rows<kRows>(lora_a, r, x, K, nullptr, nullptr, 0, sums);
+        if (layer.lora_e) widen_row(layer.lora_e, layer.lora_e_dtype, r, 1, &e);
+        for (int64_t m = 0; m < p.M; ++m) {
+          if (p.h[i]) p.h[i][m * layer.R + r] = sums[m];
+          low_rank[i].h[m * low_rank[i].R + r] = layer.scaling * e * sums[m];
+        }
+      }
+    });
   }
 
-  with_dense(p.lora_a, p.lora_a_dtype, K, [&](const auto& lora_a) {
-    for (int64_t r = 0; r < p.R; ++r) {
-      float sums[kLayerRows];
-      dot_rows<kRows>(lora_a, r, x, K, nullptr, nullptr, 0, sums);
-      for (int64_t m = 0; m < p.M; ++m) {
-        p.h[m * p.R + r] = sums[m];
-        h[m * R + r] = p.scaling * (p.lora_e ? p.lora_e[r] * sums[m] : sums[m]);
-      }
-    }
-  });
-
-  const int threads = thread_count(p.num_threads, N, kRows * N * (p.weight ? K : R), kMinMultiplyAdds);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t n = 0; n < N; ++n) {
-    float sums[kLayerRows];
-    dot_rows<kRows>(weight, n, x, K, b + n * R, h, R, sums);
-    with_type(p.x_dtype, [&](auto* type) {
-      using T = __typeof__(*type);
-      for (int64_t m = 0; m < p.M; ++m) {
-        float value = sums[m];
-        if (!p.weight) value += ((const float*)p.y)[m * N + n];
-        if (p.column_scale) value *= p.column_scale[n];
-        if (p.bias) value += p.bias[n];
-        from_float((T*)p.y + m * N + n, value);
+  const int threads = thread_count(p.num_threads, columns, kRows * columns * K, kMinMultiplyAdds);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (int i = 0; i < p.count; ++i) {
+    const FewRowsLayer& layer = *p.layers[i];
+    const LowRank& low = low_rank[i];
+    const int64_t N = layer.weight.N;
+    with_weight(layer.weight, [&](const auto& weight) {
+#pragma omp for schedule(static) nowait
+      for (int64_t n = 0; n < N; ++n) {
+        float sums[kLayerRows];
+        dot_rows<kRows>(weight, n, x, K, low.b + n * low.R, low.h, low.R, sums);
+        with_type(p.x_dtype, [&](auto* type) {
+          using T = __typeof__(*type);
+          const float bias = layer.bias ? to_float((const T*)layer.bias + n) : 0.0f;
+          for (int64_t m = 0; m < p.M; ++m) {
+            const float value = layer.column_scale ? layer.column_scale[n] * sums[m] : sums[m];
+            from_float((T*)p.y[i] + m * N + n, value + bias);
+          }
+        });
       }
     });
   }
@@ -288,27 +309,28 @@ bool backward(const W& weight, const FewRowsBackward& p) {
 }
 
 // With the smallest number of rows that covers M.
-bool few_rows_layer_forward(const LayerForward& p) {
-  auto run = [&](const auto& weight) {
-    return p.M <= 1   ? layer_forward<1>(weight, p)
-           : p.M <= 2 ? layer_forward<2>(weight, p)
-           : p.M <= 4 ? layer_forward<4>(weight, p)
-                      : layer_forward<kLayerRows>(weight, p);
-  };
-  return p.weight ? with_weight(*p.weight, run) : run(NoWeight{});
+bool few_rows_layers_forward(const LayersForward& p) {
+  return p.M <= 1   ? layers_forward<1>(p)
+         : p.M <= 2 ? layers_forward<2>(p)
+         : p.M <= 4 ? layers_forward<4>(p)
+                    : layers_forward<kLayerRows>(p);
 }
 
 bool few_rows_forward(const FewRowsForward& p) {
-  return with_weight(p.weight, [&](const auto& weight) { return forward(weight, p); });
+  bool done = false;
+  with_weight(p.weight, [&](const auto& weight) { done = forward(weight, p); });
+  return done;
 }
 
 bool few_rows_backward(const FewRowsBackward& p) {
-  return with_weight(p.weight, [&](const auto& weight) { return backward(weight, p); });
+  bool done = false;
+  with_weight(p.weight, [&](const auto& weight) { done = backward(weight, p); });
+  return done;
 }
 
 }  // namespace
 
 extern const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA);
-const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA) = {few_rows_layer_forward, few_rows_forward, few_rows_backward};
+const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA) = {few_rows_layers_forward, few_rows_forward, few_rows_backward};
 
 }  // namespace lora_kernels::cpu

@@ -7,10 +7,10 @@ namespace lora_kernels::cpu {
 
 struct Nf4Weight {
   const uint8_t* packed;
-  const void* absmax;         // float [blocks], or uint8 [blocks] under double quantisation
-  const float* absmax_scale;  // [(blocks + 255) / 256], or null without double quantisation
-  const float* absmax_code;   // [256], the dynamic 8-bit code
-  float absmax_offset;
+  const void* absmax;          // float [blocks], or uint8 [blocks] under double quantisation
+  const float* absmax_scale;   // [(blocks + 255) / 256], or null without double quantisation
+  const float* absmax_code;    // [256], the dynamic 8-bit code
+  const float* absmax_offset;  // [1]
   int64_t block_size;
   int64_t N, K;
 };

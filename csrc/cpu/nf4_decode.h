@@ -71,7 +71,7 @@ LK_INLINE float scale_of(const Nf4Weight& w, int64_t block) {
   float scale = w.absmax_code[((const uint8_t*)w.absmax)[block]] * w.absmax_scale[block / kAbsmaxBlock];
   // The format rounds the product before the sum: hide it from the compiler, which would fuse the two.
   __asm__("" : "+m"(scale));
-  return scale + w.absmax_offset;
+  return scale + *w.absmax_offset;
 }
 
 // Calls chunk(k, vectors, scale) or one(k, value) for all columns k in [first, last) of row n, in order.
