@@ -64,6 +64,9 @@ _FEW_ROWS = (128, 16)
 # Elements of the float32 rows of dx that wait for the low-rank term.
 _BASE = 1 << 23
 
+# Rows and layers up to which `few_rows_layers` goes.
+LAYER_ROWS, MAX_LAYERS = (0, 0) if unavailable else (_C.LAYER_ROWS, _C.MAX_LAYERS)
+
 _buffers = threading.local()
 
 
@@ -254,7 +257,7 @@ def lora_linear_group_fwd(
     for layer in layers:
         _check(x, layer.lora_a, layer.lora_b, layer.lora_e)
     M = x.shape[0]
-    if M <= _C.LAYER_ROWS and not dropout_p and len(layers) <= _C.MAX_LAYERS and all(map(in_one_pass, layers)):
+    if M <= LAYER_ROWS and not dropout_p and len(layers) <= MAX_LAYERS and all(map(in_one_pass, layers)):
         hs = [torch.empty(M, layer.lora_a.shape[0], dtype=torch.float32) for layer in layers]
         return list(zip(few_rows_layers(x, [few_rows_layer(layer) for layer in layers], hs), hs, strict=True))
     native = x.dtype == torch.bfloat16 and native_bfloat16()
@@ -316,7 +319,7 @@ def few_rows_layer(layer: Projection) -> _C.FewRowsLayer:
 
 
 def few_rows_layers(x: Tensor, layers: Sequence[_C.FewRowsLayer], hs: Sequence[Tensor] = ()) -> list[Tensor]:
-    """y [..., N] of each layer for x [..., K] of up to LAYER_ROWS rows; writes h [M, R] to `hs` where they are given."""
+    """y [..., N] of each layer for x [..., K] of up to LAYER_ROWS rows; writes h [M, R] to `hs` where given."""
     *shape, K = x.shape
     ys = [torch.empty(*shape, layer.N, dtype=x.dtype) for layer in layers]
     # Not by _launch, which takes as long as the kernel for a small layer.

@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lora_kernels import cpu, use_backend
 from lora_kernels.nn import INITS, FusedLoRALinear
 from lora_kernels.testing import assert_close_to_reference
 
@@ -248,3 +250,116 @@ def test_from_linear_refuses_other_layers():
     for module in (nn.Embedding(3, 4), Scaled(3, 4)):
         with pytest.raises(TypeError, match="nn.Linear"):
             FusedLoRALinear.from_linear(module, r=2, lora_alpha=4)
+
+
+@pytest.fixture
+def few_rows():
+    """x of so few rows that, without gradients, a layer is one call into C++, which a view of the layer is kept for."""
+    if cpu.unavailable:
+        pytest.skip(cpu.unavailable)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        yield torch.randn(2, 3, 24)
+
+
+def set_data(parameter, data):
+    parameter.data = data
+
+
+def scaled_state(layer):
+    return {key: 2 * value for key, value in layer.state_dict().items()}
+
+
+CHANGES = {
+    "scaling": lambda layer: setattr(layer, "scaling", 0.5),
+    "values": lambda layer: layer.lora_b.mul_(2),
+    "lora_a elsewhere": lambda layer: set_data(layer.lora_a, 2 * layer.lora_a),
+    "fewer ranks at the same address": lambda layer: (
+        set_data(layer.lora_a, layer.lora_a.data[:2]),
+        set_data(layer.lora_b, layer.lora_b.data[:, :2].contiguous()),
+    ),
+    "transposed at the same address": lambda layer: set_data(layer.lora_b, layer.lora_b.data.view(4, 40).t()),
+    "keep_ranks": lambda layer: layer.keep_ranks(torch.tensor([0, 3])),
+    "no ranks": lambda layer: layer.keep_ranks(torch.tensor([], dtype=torch.long)),
+    "load_state_dict": lambda layer: layer.load_state_dict(scaled_state(layer)),
+    "assigned": lambda layer: layer.load_state_dict(scaled_state(layer), assign=True),
+    "merged": lambda layer: layer.merge(),
+    "merged and back": lambda layer: (layer.merge(), layer.unmerge()),
+    "another weight": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight, requires_grad=False)),
+    "no bias": lambda layer: setattr(layer, "bias", None),
+    "lora_e": lambda layer: setattr(layer, "lora_e", nn.Parameter(torch.rand(layer.r))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_few_rows_follow_every_change_of_the_layer(few_rows, change):
+    layer = make().eval()
+    before = layer(few_rows)
+    assert layer._view[1] is not None
+    CHANGES[change](layer)
+    merged = layer.merged
+    got = layer(few_rows)
+    if merged:
+        layer.unmerge()
+    lora_b = layer.lora_b
+    if layer.lora_e is not None:
+        layer.lora_b = nn.Parameter(lora_b * layer.lora_e)
+    want, exact = (formula(layer, x) for x in (few_rows, few_rows.double()))
+    assert_close_to_reference(got, want, exact, "y")
+    assert torch.equal(got, before) == (change == "merged and back")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_few_rows_follow_a_change_of_dtype(few_rows, dtype):
+    layer = make().eval()
+    layer(few_rows)
+    layer.to(dtype)
+    x = few_rows.to(dtype)
+    assert_close_to_reference(layer(x), formula(layer, x), formula(layer, x.double()), "y")
+
+
+def test_few_rows_of_a_layer_with_dropout(few_rows):
+    layer = make(lora_dropout=0.5)
+    evaluated = layer.eval()(few_rows)
+    assert not torch.equal(layer.train()(few_rows), evaluated)
+    torch.testing.assert_close(evaluated, formula(layer, few_rows))
+
+
+def test_few_rows_take_the_usual_way_where_the_kernel_does_not_apply(few_rows):
+    layer = make().eval()
+    with use_backend("reference"):
+        layer(few_rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(few_rows).dtype == torch.bfloat16
+    layer(few_rows.transpose(0, 1))
+    layer(torch.randn(9, 24))
+    with torch.enable_grad():
+        assert layer(few_rows).requires_grad
+    assert layer._view[1] is None
+    assert make(use_dora=True).eval()(few_rows).shape == (2, 3, 40)
+    conv = FusedLoRALinear.from_linear(make_conv1d(), 4, 8).eval()
+    assert conv(few_rows).shape == (2, 3, 40)
+    assert conv._view[1] is None
+
+
+@pytest.mark.parametrize("shape", [(), (3, 23), (0,)])
+def test_few_rows_of_a_wrong_width_are_refused(few_rows, shape):
+    with pytest.raises(ValueError, match="x"):
+        make().eval()(torch.randn(shape))
+
+
+def test_a_layer_that_ran_on_few_rows_is_copied_and_pickled(few_rows):
+    layer = make().eval()
+    y = layer(few_rows)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other.lora_b.zero_()
+        assert not torch.equal(other(few_rows), y)
+    assert torch.equal(layer(few_rows), y)
+
+
+def test_few_rows_under_vmap_and_tracing(few_rows):
+    layer = make().eval()
+    y = layer(few_rows)
+    traced = torch.jit.trace(layer, few_rows, check_trace=False)
+    assert torch.equal(traced(2 * few_rows), layer(2 * few_rows))
+    torch.testing.assert_close(torch.vmap(layer)(few_rows), y)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels import cpu
 from lora_kernels.arguments import check_integer, check_number
 from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
-from lora_kernels.ops.lora_linear import frozen_linear, lora_linear, lora_linear_group
+from lora_kernels.ops.lora_linear import (
+    few_rows_projection,
+    frozen_linear,
+    lora_linear,
+    lora_linear_group,
+    takes_few_rows,
+)
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 from lora_kernels.reference import Projection
 
@@ -61,10 +69,10 @@ class ProjectionGroup:
         source, results = self._waiting
         if source is not x or layer not in results:
             self.idle = self.idle or bool(results)
-            first = self.layers[0]
-            ys = lora_linear_group(
-                x, [each.projection() for each in self.layers], first.lora_dropout if first.training else 0.0
-            )
+            ys = _few_rows(self.layers, x)
+            if ys is None:
+                dropout_p = layer.lora_dropout if layer.training else 0.0
+                ys = lora_linear_group(x, [each.projection() for each in self.layers], dropout_p)
             results = dict(zip(self.layers, ys, strict=True))
             self._waiting = (x, results)
         return results.pop(layer)
@@ -73,6 +81,24 @@ class ProjectionGroup:
         self.idle = self.idle or bool(self._waiting[1])
         for layer in self.layers:
             layer.group = None
+
+
+def _few_rows(layers: Sequence[FusedLoRALinear], x: Tensor) -> list[Tensor] | None:
+    """y of each layer where the op would do nothing but call `cpu.few_rows_layers`, as in generation; else None.
+
+    The op's checks of its arguments take longer than a small layer. Here they are made once for each state of a layer.
+    """
+    first = layers[0]
+    if torch.is_grad_enabled() or x.numel() > cpu.LAYER_ROWS * first.in_features or not takes_few_rows(x):
+        return None
+    if x.shape[-1:] != (first.in_features,) or (first.training and first.lora_dropout) or len(layers) > cpu.MAX_LAYERS:
+        return None
+    views = [layer.few_rows_view(x) for layer in layers]
+    return None if None in views else cpu.few_rows_layers(x, views)
+
+
+def _place(t: Tensor) -> tuple:
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
 def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
@@ -232,6 +258,7 @@ class FusedLoRALinear(nn.Module):
         self.scaling = lora_scaling(r, lora_alpha, use_rslora)
         self.adapters_enabled = True
         self.group: ProjectionGroup | None = None
+        self._view: tuple[tuple | None, Any] = (None, None)
         # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as
         # a parameter: it must not show up in state_dict or parameters() under a second name.
         self.__dict__["_unmerged_weight"] = None
@@ -299,12 +326,34 @@ class FusedLoRALinear(nn.Module):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         return Projection(weight, self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The view is of these tensors in this process.
+        return {**self.__dict__, "_view": (None, None)}
+
+    def few_rows_view(self, x: Tensor) -> Any | None:
+        """The layer as `cpu.few_rows_layers` takes it for x, or None; made anew when a tensor has moved."""
+        if self.lora_magnitude is not None or self.fan_in_fan_out:
+            return None
+        weight, lora_a, lora_b, lora_e, bias = self.weight, self.lora_a, self.lora_b, self.lora_e, self.bias
+        state = (
+            x.dtype,
+            self.scaling,
+            *(None if t is None else _place(t) for t in (lora_a, lora_b, lora_e, bias)),
+            weight.addresses() if isinstance(weight, NF4Weight) else _place(weight),
+        )
+        if self._view[0] != state:
+            layer = few_rows_projection(x, self.projection())
+            self._view = (state, None if layer is None else cpu.few_rows_layer(layer))
+        return self._view[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
         weight = self.weight
         if self.group is not None:
             return self.group(self, x)
         if self.adapters_enabled and not self.merged and self.r:
+            if (ys := _few_rows((self,), x)) is not None:
+                return ys[0]
             return lora_linear(
                 x,
                 weight.t() if self.fan_in_fan_out else weight,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import backends, cpu, reference, strategy
+from lora_kernels.ops.decoder import is_fused
 from lora_kernels.ops.nf4 import NF4Weight
 from lora_kernels.reference import NF4, Projection
 
@@ -329,7 +330,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
 
 def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
     """Whether `_Group` takes these layers."""
-    if not x.is_cpu or not x.numel() or torch.is_autocast_enabled("cpu") or backends.resolve(x, True) is not cpu:
+    if not is_fused(x):
         return False
     for weight, lora_a, lora_b, _, bias, lora_e, column_scale in layers:
         dense = None if isinstance(weight, NF4Weight) else weight
@@ -338,6 +339,22 @@ def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
         if any(t is not None and t.requires_grad for t in (dense, bias)):
             return False
     return True
+
+
+def takes_few_rows(x: Tensor) -> bool:
+    """Whether x, of up to LAYER_ROWS rows and without a gradient, may go to `cpu.few_rows_layers` without the op."""
+    return x.is_contiguous() and is_fused(x) and _unwatched(x)
+
+
+def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
+    """The layer checked as `lora_linear` does and as `cpu.few_rows_layer` takes it, or None where it can't."""
+    weight, lora_a, lora_b, _, bias, lora_e, _ = layer
+    _check_layer(x, weight, lora_a, lora_b, bias, lora_e)
+    dense = None if isinstance(weight, NF4Weight) else weight
+    given = [t for t in (dense, lora_a, lora_b, bias, lora_e) if t is not None]
+    if not _unwatched(*given) or not all(t.is_contiguous() for t in given):
+        return None
+    return layer if dense is not None else layer._replace(weight=weight.tensors())
 
 
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:

@@ -69,6 +69,12 @@ class NF4Weight(nn.Module):
         parts = (buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"])
         return NF4(*parts, self.block_size, tuple(self.shape))
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors lie."""
+        buffers = self._buffers
+        parts = (buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"])
+        return tuple(0 if part is None else part.data_ptr() for part in parts)
+
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The dense weight [N, K]: code · scale in float32, rounded once, bit for bit what bitsandbytes' format means.
 
