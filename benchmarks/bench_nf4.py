@@ -12,7 +12,7 @@ SETTINGS = Settings(torch.float32, quick=True)
 def run(benchmark, case, contender: str) -> None:
     if contender in case.skipped:
         pytest.skip(case.skipped[contender])
-    benchmark(case.steps()[contender])
+    benchmark(case.steps[contender]())
 
 
 @pytest.mark.parametrize("contender", ["ours", "bnb"])

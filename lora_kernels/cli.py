@@ -356,8 +356,8 @@ def bench(
 ) -> None:
     """Time every op and whole training steps on the CPU beside their peers and the frozen model.
 
-    Peers that are not installed are skipped, and the report says so: pip install 'lora-kernels[bench]'. What times a
-    GPU is benchmarks/gpu_check.py.
+    Peers that are not installed are skipped, and the report says so: pip install 'lora-kernels[bench]'. Where a case or
+    a contender fails, the others go on, and the exit code is 1. What times a GPU is benchmarks/gpu_check.py.
     """
     from lora_kernels.bench.cases import Settings
     from lora_kernels.bench.report import read_rows, regressions
@@ -377,15 +377,16 @@ def bench(
     settings = Settings(
         resolve_dtype(dtype), threads, rounds or (5 if quick else 11), budget or (2.0 if quick else 20.0), quick
     )
-    rows = run_bench(suite or list(SUITES), settings, output_dir, only, typer.echo)
+    rows, failed = run_bench(suite or list(SUITES), settings, output_dir, only, typer.echo)
     typer.echo(f"results.json, .csv, .md and .png: {output_dir}")
+    slower = []
     if earlier is not None:
         slower = regressions(rows, earlier)
         for line in slower:
             typer.secho(f"slower: {line}", fg=typer.colors.RED, err=True)
         typer.echo(f"{len(slower)} regressions against {compare}")
-        if slower:
-            raise typer.Exit(1)
+    if slower or failed:
+        raise typer.Exit(1)
 
 
 @app.command()

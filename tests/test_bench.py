@@ -60,6 +60,20 @@ def test_contenders_compute_the_same():
     torch.testing.assert_close(grads["ours-dora"][0], grads["bare"][0])
 
 
+@pytest.mark.parametrize("M", [2, 33])
+def test_contenders_of_a_group_compute_the_same(M):
+    sizes = {"M": M, "N": (48, 16), "K": 64, "R": 4, "dropout_p": 0.0, "dtype": torch.float32}
+    results = {name: lora_linear.group_step(name, **sizes)() for name in lora_linear.GROUP if "peft" not in name}
+    for name in ("ours", "ours-nf4"):
+        for one, apart in zip(results[name], results[f"{name}-apart"], strict=True):
+            torch.testing.assert_close(one, apart)
+    if M > lora_linear.FEW_ROWS:
+        assert [len(grads) for grads in results.values()] == [1, 5, 5, 5, 5]
+    if not cases.missing("peft"):
+        # Their B starts at zero.
+        torch.testing.assert_close(lora_linear.group_step("peft", **sizes)()[0], results["bare"][0])
+
+
 def test_few_rows_are_a_forward_without_gradients():
     y = lora_linear.make_step("ours", 2, 48, 64, 4, 0.1, torch.float32)()
     assert y.shape == (2, 48) and not y.requires_grad
@@ -159,13 +173,42 @@ def test_a_case_that_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypatc
     from lora_kernels.bench import adamw
 
     def broken(contender, layers, R):
-        raise RuntimeError("out of luck")
+        if contender in unlucky:
+            raise RuntimeError("out of luck")
+        return make_step(contender, layers, R)
 
+    make_step = adamw.make_step
     monkeypatch.setattr(adamw, "make_step", broken)
+    unlucky = ("foreach",)
     code, output = bench("--suite", "ops", "--only", "adamw|dequantize-into", "--output-dir", tmp_path)
-    assert "adamw" in output and "out of luck" in output
+    assert code == 1 and "foreach: failed: RuntimeError: out of luck" in output
     found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found["failed"].values()) == ["RuntimeError: out of luck"] and len(found["results"]) == 1
+    assert list(found["failed"].values()) == ["RuntimeError: out of luck"]
+    assert "ours" in found["results"][0]["contenders"] and set(found["results"][1]["contenders"]) == {"ours", "fused"}
+    assert "Failed: foreach: RuntimeError: out of luck." in (tmp_path / "results.md").read_text()
+
+    unlucky = ("ours",)
+    code, output = bench("--suite", "ops", "--only", "adamw|dequantize-into", "--output-dir", tmp_path)
+    assert code == 1 and "adamw" in output and "ours: RuntimeError: out of luck" in output
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [name.split()[0] for name in found["failed"]] == ["adamw"] and len(found["results"]) == 1
+
+
+def test_a_contender_in_a_process_that_fails_leaves_the_others():
+    def worker(function):
+        return lambda: Worker(f"test_bench:{function}", 1, **({"mib": 8} if function == "allocate" else {}))
+
+    steps = {name: worker(name) for name in ("allocate", "break_off")}
+    row = cases.Case("w", {}, steps, base="allocate", processes=True).run(cases.Settings(rounds=1))
+    assert set(row["contenders"]) == {"allocate"} and "the reason" in row["failed"]["break_off"]
+
+
+def test_no_model_is_made_for_a_case_that_does_not_run(monkeypatch, tmp_path):
+    from lora_kernels.bench import train
+
+    monkeypatch.setattr(train, "make_model", lambda *_: pytest.fail("a model was made"))
+    code, output = bench("--suite", "train", "--only", "nothing-like-it", "--output-dir", tmp_path)
+    assert code == 2 and "no case of train has such a name" in output
 
 
 @pytest.mark.parametrize("contender", ["frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "trl-lora"])

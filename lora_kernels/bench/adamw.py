@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -46,7 +47,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield Case(
         "adamw",
         {"tensors": 2 * layers * len(LINEARS), "elements": elements},
-        lambda: {name: make_step(name, layers, R) for name in CONTENDERS},
+        {name: functools.partial(make_step, name, layers, R) for name in CONTENDERS},
         base="ours",
         # Parameter, gradient and two moments are read, the first and the moments written, all in float32; the norm
         # reads the gradient once more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -42,16 +43,16 @@ class Settings:
 class Case:
     """Contenders for one piece of work.
 
-    work: its name; what: its sizes and options, which together with `work` name the row; steps: makes {contender:
-    step}, or {contender: Worker} with processes=True; base: the contender that ratios divide by; flops: operations that
-    the work takes at least, and nbytes: bytes that it must move at least, 0 for not stated; skipped: {contender: why it
-    does not run}; tokens: how many a step handles, 0 for not stated; timed: False where only the memory of processes is
-    looked at.
+    work: its name; what: its sizes and options, which together with `work` name the row; steps: {contender: a function
+    that makes its step, or its Worker with processes=True}; base: the contender that ratios divide by; flops:
+    operations that the work takes at least, and nbytes: bytes that it must move at least, 0 for not stated; skipped:
+    {contender: why it does not run}; tokens: how many a step handles, 0 for not stated; timed: False where only the
+    memory of processes is looked at.
     """
 
     work: str
     what: dict[str, Any]
-    steps: Callable[[], Mapping[str, Any]]
+    steps: Mapping[str, Callable[[], Any]]
     base: str
     flops: float = 0.0
     nbytes: float = 0.0
@@ -65,26 +66,42 @@ class Case:
         return name_of(self.work, self.what)
 
     def run(self, settings: Settings) -> dict[str, Any]:
-        """The row: {"work", "what", "base", "floor_ms", "contenders": {name: times and rates}, "skipped"}.
+        """The row: {"work", "what", "base", "floor_ms", "contenders": {name: times and rates}, "skipped", "failed"}.
 
         A contender has what `interleave` gives, and, where the case states them, gflop_per_s, gb_per_s,
         percent_of_floor (floor over median: 100 is as fast as this machine can) and tokens_per_s; one in a process of
-        its own also `peak_mib` and `above_mib` of a step.
+        its own also `peak_mib` and `above_mib` of a step. One whose first step fails is in "failed", {name: why}, and
+        the others go on. Raises RuntimeError where that is the base.
         """
-        contenders: dict[str, dict[str, float]] = {}
+        contenders: dict[str, dict[str, float]] = {name: {} for name in self.steps}
+        failed: dict[str, str] = {}
         with ExitStack() as stack:
-            steps = self.steps()
+
+            def each(action: Callable[[str], Any]) -> dict[str, Any]:
+                done = {}
+                for name in (name for name in self.steps if name not in failed):
+                    try:
+                        done[name] = action(name)
+                    except Exception as error:
+                        failed[name] = f"{type(error).__name__}: {error}"
+                return done
+
+            steps = each(lambda name: self.steps[name]())
             if self.processes:
                 for worker in steps.values():
                     stack.enter_context(worker)
                 # All at once; the first to run must not share the cores with one that still imports.
-                for worker in steps.values():
-                    worker.ready()
-                contenders = {name: worker.memory() for name, worker in steps.items()}
+                each(lambda name: steps[name].ready())
+                contenders = each(lambda name: steps[name].memory())
+            else:
+                each(lambda name: steps[name]())
+            if self.base in failed:
+                raise RuntimeError(f"{self.base}: {failed[self.base]}")
             if self.timed:
                 timer = Worker.seconds if self.processes else None
-                times = interleave(steps, settings.rounds, self.base, timer, settings.budget_s)
-                contenders = {name: contenders.get(name, {}) | row for name, row in times.items()}
+                left = {name: step for name, step in steps.items() if name not in failed}
+                times = interleave(left, settings.rounds, self.base, timer, settings.budget_s)
+                contenders = {name: contenders[name] | row for name, row in times.items()}
         floor = floor_ms(self, settings.dtype)
         if self.timed:
             for row in contenders.values():
@@ -96,6 +113,7 @@ class Case:
             "floor_ms": floor,
             "contenders": contenders,
             "skipped": self.skipped,
+            "failed": failed,
         }
 
     def _rates(self, median_ms: float, floor: float | None) -> dict[str, float]:
@@ -126,11 +144,15 @@ def split(reasons: Mapping[str, str | None]) -> tuple[list[str], dict[str, str]]
 
 
 def workers(
-    function: str, names: Iterable[str], settings: Settings, **arguments: Any
-) -> Callable[[], dict[str, Worker]]:
-    """`steps` of a case with processes=True: `function` makes the step of each contender; see `Worker`."""
-    common = {**arguments, "dtype": settings.dtype_name}
-    return lambda: {name: Worker(function, settings.threads, contender=name, **common) for name in names}
+    function: str, names: Iterable[str], settings: Settings, arguments: Callable[[], Mapping[str, Any]]
+) -> dict[str, Callable[[], Worker]]:
+    """`steps` of a case with processes=True: `function` makes the step of each contender; see `Worker`. Its arguments
+    are asked for when the case runs."""
+
+    def worker(name: str) -> Worker:
+        return Worker(function, settings.threads, contender=name, dtype=settings.dtype_name, **arguments())
+
+    return {name: functools.partial(worker, name) for name in names}
 
 
 def floor_ms(case: Case, dtype: torch.dtype) -> float | None:

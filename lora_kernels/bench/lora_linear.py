@@ -1,4 +1,5 @@
-"""Cases of lora_linear: one LoRA layer over a frozen weight, dense or NF4, and what it costs as each size grows."""
+"""Cases of lora_linear: one LoRA layer over a frozen weight, dense or NF4, what it costs as each size grows, and layers
+that share their input, as q/k/v and gate/up do."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lora_kernels import FusedLoRALinear, lora_linear, quantize_nf4
+from lora_kernels import FusedLoRALinear, Projection, lora_linear, lora_linear_group, quantize_nf4
 from lora_kernels.bench.cases import DROPOUT_P, LAYERS, SCALING, Case, Settings, missing, split
 from lora_kernels.bench.measure import Step
 from lora_kernels.bench.peers import AddmmLoRA, eager_lora, peft_layer, peft_nf4_layer
@@ -19,6 +20,13 @@ from lora_kernels.testing import lora_inputs
 # dtype of x. ours-nf4 and peft-nf4 have an NF4 weight.
 CONTENDERS = ("bare", "ours", "eager", "compile", "addmm", "peft", "ours-nf4", "peft-nf4")
 DORA = ("bare", "ours-dora", "peft-dora")
+# ours: one call for all layers; ours-apart: a call for each.
+GROUP = ("bare", "ours", "ours-apart", "peft", "ours-nf4", "ours-nf4-apart")
+# model -> (out of each layer, in) of q/k/v and of gate/up
+GROUPS = {
+    "SmolLM2-135M": [((576, 192, 192), 576), ((1536, 1536), 576)],
+    "Llama-3.2-1B": [((2048, 512, 512), 2048), ((8192, 8192), 2048)],
+}
 # Rows up to which a step is a forward without dropout, as in generation; from there on forward and backward.
 FEW_ROWS = 16
 M, R = 512, 16
@@ -58,6 +66,37 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dropout_p: float, 
     return lambda: torch.autograd.grad(forward(), [x, *adapters], dy)
 
 
+def group_step(
+    contender: str, M: int, N: tuple[int, ...], K: int, R: int, dropout_p: float, dtype: torch.dtype
+) -> Step:
+    """`make_step` for layers of out_features N over one x."""
+    train = M > FEW_ROWS
+    x = lora_inputs(M, 1, K, 1, dtype)["x"].requires_grad_(train)
+    inputs = [lora_inputs(1, n, K, R, dtype, adapter_dtype=torch.float32, seed=seed) for seed, n in enumerate(N)]
+    weights = [tensors["weight"] for tensors in inputs]
+    adapters = [[tensors[name].requires_grad_(train) for name in ("lora_a", "lora_b")] for tensors in inputs]
+    if "nf4" in contender:
+        weights = [quantize_nf4(weight) for weight in weights]
+    layers: list[torch.nn.Module] = []
+    if contender == "peft":
+        layers = [peft_layer(weight, R, lora_dropout=dropout_p).train(train) for weight in weights]
+        adapters = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+    elif contender == "bare":
+        adapters = []
+    projections = [Projection(w, *ab, SCALING) for w, ab in zip(weights, adapters, strict=False)]
+    forward = {
+        "bare": lambda: [F.linear(x, weight) for weight in weights],
+        "peft": lambda: [layer(x) for layer in layers],
+        "ours": lambda: lora_linear_group(x, projections, dropout_p),
+        "ours-apart": lambda: [lora_linear(x, *p[:4], dropout_p=dropout_p) for p in projections],
+    }[contender.replace("-nf4", "")]
+    if not train:
+        return torch.no_grad()(forward)
+    generator = torch.Generator().manual_seed(1)
+    dys = [torch.randn(M, n, generator=generator).to(dtype) for n in N]
+    return lambda: torch.autograd.grad(forward(), [x, *(t for pair in adapters for t in pair)], dys)
+
+
 def memory_step(contender: str, dtype: str, **sizes: Any) -> Step:
     """make_step for a process of its own, libraries warmed up at another size."""
     make_step(contender, **(sizes | {"M": 64, "N": 64, "K": 64}), dtype=getattr(torch, dtype))()
@@ -88,10 +127,27 @@ def case(
     return Case(
         "lora_linear" if contenders is CONTENDERS else "DoRA",
         {"pass": "forward+backward" if train else "forward", **sizes},
-        lambda: {name: make_step(name, **sizes, dtype=settings.dtype) for name in names},
+        {name: functools.partial(make_step, name, **sizes, dtype=settings.dtype) for name in names},
         base="bare",
         flops=2.0 * passes * M * N * K,
         nbytes=float(passes * itemsize * (N * K + M * (N + K))),
+        skipped=skipped,
+    )
+
+
+def group_case(M: int, N: tuple[int, ...], K: int, settings: Settings) -> Case:
+    """The case of layers over one x, whose floor is that of the frozen layers, x read and dx written once."""
+    train = M > FEW_ROWS
+    names, skipped = split({name: why_not(name, K, settings) for name in GROUP})
+    sizes = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT_P if train else 0.0}
+    passes, total = 1 + train, sum(N)
+    return Case(
+        "lora_linear_group",
+        {"pass": "forward+backward" if train else "forward", **sizes, "N": "+".join(map(str, N))},
+        {name: functools.partial(group_step, name, **sizes, dtype=settings.dtype) for name in names},
+        base="bare",
+        flops=2.0 * passes * M * total * K,
+        nbytes=float(passes * settings.dtype.itemsize * (total * K + M * (total + K))),
         skipped=skipped,
     )
 
@@ -103,6 +159,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         for N, K in small:
             yield case(M, N, K, R, DROPOUT_P, settings)
         yield case(1, *small[0], R, 0.0, settings)
+        yield group_case(M, *GROUPS["SmolLM2-135M"][0], settings)
         return
     for layers in LAYERS.values():
         for N, K in layers:
@@ -114,3 +171,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield case(M, N, K, rank, DROPOUT_P, settings)
         yield case(M, N, K, R, 0.0, settings)
         yield case(M, N, K, R, 0.0, settings, DORA)
+    for groups in GROUPS.values():
+        for N, K in groups:
+            for rows in (1, 64, M, 2048):
+                yield group_case(rows, N, K, settings)

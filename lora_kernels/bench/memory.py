@@ -72,7 +72,7 @@ def answer_length(prompts: list[Any], responses: list[str]) -> list[float]:
 def cases(settings: Settings) -> Iterator[Case]:
     def case(work: str, what: dict[str, Any], function: str, reasons: dict[str, str | None], **arguments: Any) -> Case:
         names, skipped = split(reasons)
-        steps = workers(function, names, settings, **arguments)
+        steps = workers(function, names, settings, lambda: arguments)
         return Case(work, what, steps, base=names[0], skipped=skipped, processes=True, timed=False)
 
     small, large = LAYERS["SmolLM2-135M"], LAYERS["Llama-3.2-1B"]

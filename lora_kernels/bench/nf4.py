@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -20,30 +21,24 @@ SHAPES = [*LAYERS["SmolLM2-135M"][::2], LAYERS["Llama-3.2-1B"][0], LAYERS["Llama
 PACKED_BYTES = 0.5 + 4 / 64
 
 
-def codec_case(work: str, N: int, K: int, settings: Settings) -> Case:
+def codec_step(contender: str, work: str, N: int, K: int, dtype: torch.dtype) -> Step:
     """work: quantize, dequantize, or dequantize-into a given tensor, which bitsandbytes can't on a CPU."""
-    dtype = settings.dtype
+    weight = lora_inputs(1, N, K, 1, dtype)["weight"]
+    if contender == "bnb":
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        quantize = functools.partial(quantize_4bit, weight, quant_type="nf4")
+        return quantize if work == "quantize" else functools.partial(dequantize_4bit, *quantize())
+    if work == "quantize":
+        return functools.partial(quantize_nf4, weight)
+    out = torch.empty(N, K, dtype=dtype) if work == "dequantize-into" else None
+    return functools.partial(quantize_nf4(weight).dequantize, out=out)
+
+
+def codec_case(work: str, N: int, K: int, settings: Settings) -> Case:
     names, skipped = split({"ours": None, "bnb": missing("bitsandbytes")})
-
-    def steps() -> dict[str, Step]:
-        weight = lora_inputs(1, N, K, 1, dtype)["weight"]
-        made: dict[str, Step] = {}
-        ours, out = quantize_nf4(weight), torch.empty(N, K, dtype=dtype)
-        made["ours"] = {
-            "quantize": lambda: quantize_nf4(weight),
-            "dequantize": ours.dequantize,
-            "dequantize-into": lambda: ours.dequantize(out=out),
-        }[work]
-        if "bnb" in names:
-            from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-            packed, state = quantize_4bit(weight, quant_type="nf4")
-            made["bnb"] = {"quantize": lambda: quantize_4bit(weight, quant_type="nf4")}.get(
-                work, lambda: dequantize_4bit(packed, state)
-            )
-        return made
-
-    nbytes = N * K * (PACKED_BYTES + dtype.itemsize)
+    steps = {name: functools.partial(codec_step, name, work, N, K, settings.dtype) for name in names}
+    nbytes = N * K * (PACKED_BYTES + settings.dtype.itemsize)
     return Case(f"nf4-{work}", {"N": N, "K": K}, steps, base="ours", nbytes=nbytes, skipped=skipped)
 
 
@@ -109,7 +104,7 @@ def linear_case(M: int, N: int, K: int, settings: Settings) -> Case:
     return Case(
         "nf4-linear",
         {"pass": "forward+dx" if passes == 2 else "forward", "M": M, "N": N, "K": K},
-        lambda: {name: linear_step(name, M, N, K, settings.dtype) for name in names},
+        {name: functools.partial(linear_step, name, M, N, K, settings.dtype) for name in names},
         base="dense",
         flops=2.0 * passes * M * N * K,
         nbytes=passes * (PACKED_BYTES * N * K + itemsize * M * (N + K)),

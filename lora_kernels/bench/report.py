@@ -55,8 +55,13 @@ def markdown(rows: Sequence[Row]) -> str:
                     values["quartiles"] = f"{values['low_ms']:.4g} - {values['high_ms']:.4g}"
                 cells = [form.format(values[field]) if field in values else "" for field, _, form in columns]
                 lines.append("| " + " | ".join([*shared, contender, *cells]) + " |")
-        reasons = dict.fromkeys(f"{who}: {why}" for row in group for who, why in row.get("skipped", {}).items())
-        lines += ["", *(f"Skipped: {reason}." for reason in reasons), ""] if reasons else [""]
+        reasons = dict.fromkeys(
+            f"{title}: {who}: {why}."
+            for title in ("Skipped", "Failed")
+            for row in group
+            for who, why in row.get(title.lower(), {}).items()
+        )
+        lines += ["", *reasons, ""] if reasons else [""]
     return "\n".join(lines)
 
 

@@ -30,12 +30,12 @@ def bench(
     output_dir: Path,
     only: str | None = None,
     show: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
-    """Run the suites and write results.json, .csv, .md and .png, and growth.png, to output_dir; returns the rows.
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Run the suites and write results.json, .csv, .md and .png, and growth.png, to output_dir.
 
-    only: a regular expression; cases whose name it does not match are left out. A case that fails is reported and
-    left out of the rows, and the others go on. Raises ValueError for an unknown suite, or where `only` is no regular
-    expression or matches no case.
+    Returns the rows, and what failed: {case, or "case, contender": why}. The others go on. only: a regular expression;
+    cases whose name it does not match are left out. Raises ValueError for an unknown suite, or where `only` is no
+    regular expression or matches no case.
     """
     try:
         wanted = re.compile(only or "")
@@ -60,12 +60,16 @@ def bench(
             for case in make(settings):
                 if not wanted.search(case.name):
                     continue
+                now: dict[str, str] = {}
                 try:
                     rows.append(case.run(settings))
                     show(_line(rows[-1]))
+                    now = {f"{case.name}, {name}": why for name, why in rows[-1].get("failed", {}).items()}
                 except Exception as error:
-                    failed[case.name] = f"{type(error).__name__}: {error}"
-                    show(f"{case.name}: failed: {failed[case.name]}")
+                    now = {case.name: f"{type(error).__name__}: {error}"}
+                for name, why in now.items():
+                    show(f"{name}: failed: {why}")
+                failed |= now
                 # Kept after each case, for a run that is killed.
                 write_report(output_dir / RESULTS, rows, **said, failed=failed)
     if not rows and not failed:
@@ -76,7 +80,7 @@ def bench(
         f"{settings.dtype_name}, {settings.threads} threads, medians of up to {settings.rounds} interleaved rounds"
     )
     report.write(rows, output_dir, f"# Benchmark\n\n{options}. Machine: {about}; {rates}.")
-    return rows
+    return rows, failed
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -202,11 +202,11 @@ def generate_step(contender: str, directory: str, batch: int, prompt: int, new_t
 
 def _case(
     work: str, what: dict[str, Any], make: Callable[..., Step], contenders: tuple[str, ...], base: str, tokens: int,
-    settings: Settings, **arguments: Any,
+    settings: Settings, arguments: Callable[[], dict[str, Any]],
 ) -> Case:  # fmt: skip
     needs = {"peft-lora": ["peft"], "peft-qlora": ["peft", "bitsandbytes"], "trl-lora": ["peft", "trl"]}
     names, skipped = split({name: missing(*needs.get(name, [])) for name in contenders})
-    steps = workers(f"{__name__}:{make.__name__}", names, settings, **arguments)
+    steps = workers(f"{__name__}:{make.__name__}", names, settings, arguments)
     return Case(work, what, steps, base, skipped=skipped, tokens=tokens, processes=True)
 
 
@@ -217,20 +217,23 @@ def cases(settings: Settings) -> Iterator[Case]:
     layers, batch, length = (2, 1, 128) if settings.quick else (30, 4, 512)
     with tempfile.TemporaryDirectory() as root:
 
+        @functools.cache
+        def directory(layers: int) -> str:
+            return make_model(f"{root}/{layers}", layers)
+
         def training(layers: int, batch: int, length: int, contenders: tuple[str, ...]) -> Case:
-            directory = f"{root}/{layers}"
-            if not Path(directory).exists():
-                make_model(directory, layers)
-            what = {"layers": layers, "batch": batch, "length": length}
-            sizes = {"directory": directory, "batch": batch, "length": length}
-            return _case("sft-step", what, train_step, contenders, "frozen", batch * length, settings, **sizes)
+            sizes = {"batch": batch, "length": length}
+            return _case(
+                "sft-step", {"layers": layers, **sizes}, train_step, contenders, "frozen", batch * length, settings,
+                lambda: {"directory": directory(layers), **sizes},
+            )  # fmt: skip
 
         yield training(layers, batch, length, TRAIN)
         for rows in (1,) if settings.quick else (1, 8):
             sizes = {"batch": rows, "prompt": 16, "new_tokens": 8 if settings.quick else 48}
             yield _case(
                 "generate", {"layers": layers, **sizes}, generate_step, GENERATE, "ours-lora",
-                rows * sizes["new_tokens"], settings, directory=f"{root}/{layers}", **sizes,
+                rows * sizes["new_tokens"], settings, lambda sizes=sizes: {"directory": directory(layers), **sizes},
             )  # fmt: skip
         if not settings.quick:
             for fewer in (2, 4, 8):
