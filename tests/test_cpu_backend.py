@@ -165,6 +165,24 @@ def test_group_matches_float64(isa, monkeypatch, dtype, adapter_dtype, native, d
         assert_close_to_reference(a, p, e, f"result {index}")
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+def test_few_rows_read_every_element_of_nf4(isa, M, block_size, double_quant):
+    """A row of the identity picks a column of W, bit for bit; rows of 192 begin and end inside blocks of 128."""
+    N, K = 7, 192
+    inputs = lora_inputs(K, N, K, 3, FP32)
+    weight = quantize_nf4(inputs["weight"], block_size, double_quant)
+    layer = Projection(weight.tensors(), inputs["lora_a"], torch.zeros(N, 3), 1.0)
+    few_rows_layer, x = cpu.few_rows_layer(layer), torch.eye(K)
+    y = torch.cat([cpu.few_rows_layers(x[m : m + M], [few_rows_layer])[0] for m in range(0, K, M)])
+    assert torch.equal(y, weight.dequantize(FP32).T)
+    x = inputs["x"][:M]
+    (y,) = cpu.few_rows_layers(x, [few_rows_layer])
+    dense = weight.dequantize(FP32)
+    assert_close_to_reference(y, x @ dense.T, x.double() @ dense.double().T, "y")
+
+
 def test_group_is_one_call(monkeypatch):
     """One pass over x either way; the other backends compute the layers one by one, from the same mask."""
     case = group_case(140, FP32, FP32, False)

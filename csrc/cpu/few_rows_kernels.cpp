@@ -38,6 +38,17 @@ void with_dense(const void* data, DType dtype, int64_t ld, F f) {
   });
 }
 
+// f(weight, whether x must be in the order of kStretchOrder)
+template <class F>
+void with_any_order(const Weight& w, F f) {
+  if (w.dense)
+    with_dense(w.dense, w.dense_dtype, w.ld_dense, [&](const auto& weight) { f(weight, false); });
+  else if (Stretches::fit(w.nf4))
+    f(Stretches{w.nf4}, true);
+  else
+    f(w.nf4, false);
+}
+
 template <class F>
 void with_weight(const Weight& w, F f) {
   if (w.dense)
@@ -123,18 +134,26 @@ bool layers_forward(const LayersForward& p) {
     bool widen_b;
   } low_rank[kMaxLayers];
   int64_t size = kRows * K, columns = 0;
+  bool turned = false;
   for (int i = 0; i < p.count; ++i) {
     const FewRowsLayer& layer = *p.layers[i];
     const int64_t R = round_up(layer.R, kLanes);
     low_rank[i] = {nullptr, nullptr, R, layer.R != R || layer.lora_b_dtype != DType::kFloat32};
     size += kRows * R + (low_rank[i].widen_b ? layer.weight.N * R : 0);
     columns += layer.weight.N;
+    turned |= !layer.weight.dense && Stretches::fit(layer.weight.nf4);
   }
-  Buffer scratch(size);
+  Buffer scratch(size + turned * kRows * K);
   if (!scratch.data) return false;
   float *x = scratch.data, *next = x + kRows * K;
   memset(x + p.M * K, 0, (kRows - p.M) * K * sizeof(float));
   for (int64_t m = 0; m < p.M; ++m) widen_row(p.x, p.x_dtype, m * p.ld_x, K, x + m * K);
+  float* const turned_x = next;
+  if (turned) {
+    next += kRows * K;
+    for (int64_t k = 0; k < kRows * K; k += kStretch)
+      for (int i = 0; i < kStretch; ++i) turned_x[k + i] = x[k + kStretchOrder.element[i]];
+  }
 
   for (int i = 0; i < p.count; ++i) {
     const FewRowsLayer& layer = *p.layers[i];
@@ -167,11 +186,11 @@ bool layers_forward(const LayersForward& p) {
     const FewRowsLayer& layer = *p.layers[i];
     const LowRank& low = low_rank[i];
     const int64_t N = layer.weight.N;
-    with_weight(layer.weight, [&](const auto& weight) {
+    with_any_order(layer.weight, [&](const auto& weight, bool turn) {
 #pragma omp for schedule(static) nowait
       for (int64_t n = 0; n < N; ++n) {
         float sums[kLayerRows];
-        dot_rows<kRows>(weight, n, x, K, low.b + n * low.R, low.h, low.R, sums);
+        dot_rows<kRows>(weight, n, turn ? turned_x : x, K, low.b + n * low.R, low.h, low.R, sums);
         with_type(p.x_dtype, [&](auto* type) {
           using T = __typeof__(*type);
           const float bias = layer.bias ? to_float((const T*)layer.bias + n) : 0.0f;
