@@ -203,7 +203,7 @@ def generate(
     from lora_kernels.backends import backend_option
     from lora_kernels.train.generate import generate as generate_texts
 
-    network, tokenizer = _load(model, adapter, dtype, chat_template, quantize, double_quant)
+    network, tokenizer = _load(model, adapter, dtype, chat_template, quantize, double_quant, fuse=True)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     with backend_option(backend):
@@ -451,9 +451,11 @@ def _load(
     chat_template: str | None,
     quantize: str | None,
     double_quant: bool,
+    fuse: bool = False,
 ) -> tuple[Any, Any]:
     from lora_kernels.io.adapters import is_model_directory, load_adapter
     from lora_kernels.io.models import load_model
+    from lora_kernels.nn.fused_decoder import fuse_decoder
 
     if double_quant and not quantize:
         raise ValueError("--double-quant needs --quantize nf4")
@@ -471,6 +473,8 @@ def _load(
     if model is None:
         raise ValueError("give --model, --adapter, or both")
     network, tokenizer = load_model(model, dtype, quantize, double_quant)
+    if fuse:
+        fuse_decoder(network)
     if adapter is not None:
         load_adapter(network, adapter)
         # What the adapter was trained with, where that was not the model's own.

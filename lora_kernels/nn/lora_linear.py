@@ -80,7 +80,7 @@ class ProjectionGroup:
     def close(self) -> None:
         self.idle = self.idle or bool(self._waiting[1])
         for layer in self.layers:
-            layer.group = None
+            layer.__dict__["group"] = None
 
 
 def _few_rows(layers: Sequence[FusedLoRALinear], x: Tensor) -> list[Tensor] | None:
@@ -95,10 +95,6 @@ def _few_rows(layers: Sequence[FusedLoRALinear], x: Tensor) -> list[Tensor] | No
         return None
     views = [layer.few_rows_view(x) for layer in layers]
     return None if None in views else cpu.few_rows_layers(x, views)
-
-
-def _place(t: Tensor) -> tuple:
-    return t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
 def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
@@ -117,7 +113,8 @@ def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
         return None
     group = ProjectionGroup(layers)
     for layer in layers:
-        layer.group = group
+        # Not layer.group: nn.Module's __setattr__ would take longer than all of this.
+        layer.__dict__["group"] = group
     return group
 
 
@@ -334,12 +331,13 @@ class FusedLoRALinear(nn.Module):
         """The layer as `cpu.few_rows_layers` takes it for x, or None; made anew when a tensor has moved."""
         if self.lora_magnitude is not None or self.fan_in_fan_out:
             return None
-        weight, lora_a, lora_b, lora_e, bias = self.weight, self.lora_a, self.lora_b, self.lora_e, self.bias
+        # Not self.lora_a: nn.Module's __getattr__ would take longer than all of this.
+        tensors = self._parameters
         state = (
             x.dtype,
             self.scaling,
-            *(None if t is None else _place(t) for t in (lora_a, lora_b, lora_e, bias)),
-            weight.addresses() if isinstance(weight, NF4Weight) else _place(weight),
+            *(None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors.values()),
+            None if "weight" in tensors else self._modules["weight"].addresses(),
         )
         if self._view[0] != state:
             layer = few_rows_projection(x, self.projection())
