@@ -59,8 +59,9 @@ else:
 # Elements of a panel of the weight: large enough for torch's products, small enough to stay in a cache.
 _PANEL = 1 << 20
 # Rows of x up to which an NF4 or 16-bit weight is converted to float32 in cache, inside the product; the second number
-# is for bfloat16 where the processor could multiply that instead.
-_FEW_ROWS = (128, 16)
+# is for bfloat16 where the processor could multiply that instead, the third for the forward pass of a dense float32
+# weight, where there is nothing to convert but torch is slower.
+_FEW_ROWS = (128, 16, 32)
 # Elements of the float32 rows of dx that wait for the low-rank term.
 _BASE = 1 << 23
 
@@ -188,11 +189,15 @@ def _panels(
         yield part, panel
 
 
-def _few_rows(weight: Tensor | NF4, M: int, native: bool) -> bool:
-    """Whether the product converts the weight in cache: never for a float32 one, nor a dense one of another layout."""
-    if not isinstance(weight, NF4) and (weight.dtype == torch.float32 or weight.stride(1) != 1):
-        return False
-    return _FEW_ROWS[native] >= M
+def few_rows_limit(weight: Tensor | NF4, native: bool, forward: bool = True) -> int:
+    """Rows of x, or of dy, up to which the product reads the weight by small pieces, as it is stored."""
+    if isinstance(weight, NF4):
+        return _FEW_ROWS[native]
+    if weight.stride(1) != 1:
+        return 0
+    if weight.dtype == torch.float32:
+        return _FEW_ROWS[2] if forward else 0
+    return _FEW_ROWS[native]
 
 
 def _low_rank_fwd(
@@ -269,7 +274,7 @@ def lora_linear_group_fwd(
         bias32 = None if bias is None else bias.float()
         y = x.new_empty(M, weight.shape[0])
         results.append((y, h))
-        few_rows = _few_rows(weight, M, native)
+        few_rows = few_rows_limit(weight, native) >= M
         if native and not few_rows:
             wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
             for cols, panel in _panels([weight], x.dtype, by_columns=False, extra=scaling * lora_b.float()):
@@ -488,7 +493,7 @@ def _lora_a_bwd(
     weights = [layer.weight for layer in layers]
     (M, K), R = x.shape, lora_a.shape[0]
     native = x.dtype == torch.bfloat16 and native_bfloat16()
-    native_dx = need_x and native and not any(_few_rows(weight, M, native) for weight in weights)
+    native_dx = need_x and native and all(few_rows_limit(weight, native, False) < M for weight in weights)
     dx = x.new_empty(M, K) if need_x else None
     if native_dx:
         wide_dy = torch.cat([*dys, dh.to(x.dtype)], dim=1)
@@ -540,7 +545,7 @@ def _base_of_dx(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4], dx: Tens
     base = dx if dx.dtype == torch.float32 else _buffer("base", torch.float32, M, K)
     for index, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         dy32 = dy.float()
-        if _few_rows(weight, M, native):
+        if few_rows_limit(weight, native, forward=False) >= M:
             term = _buffer("term", torch.float32, M, K) if index else base
             _launch("few_rows_backward", weight=_weight(weight), dy=dy32.contiguous(), dx=term, M=M)
             if index:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_kernels import NF4Weight, Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
+from lora_kernels.ops.lora_linear import frozen_linear
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
@@ -75,7 +76,7 @@ def assert_case(case):
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
-    for few_rows in {(0, 0), (0, 1024)} if native else {(0, 0), (1024, 0)}:
+    for few_rows in ((0, 0, 0), (0, 1024, 0) if native else (1024, 0, 1024)):
         monkeypatch.setattr(cpu, "_FEW_ROWS", few_rows)
         assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
@@ -85,7 +86,7 @@ def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, 
 @pytest.mark.parametrize("sizes", SIZES[::2], ids=lambda s: "x".join(map(str, s)))
 def test_column_scale_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
-    for few_rows in {(0, 0), (0, 1024)} if native else {(0, 0), (1024, 0)}:
+    for few_rows in ((0, 0, 0), (0, 1024, 0) if native else (1024, 0, 1024)):
         monkeypatch.setattr(cpu, "_FEW_ROWS", few_rows)
         for extras in (False, True):
             assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p, extras, column_scale=True))
@@ -181,6 +182,30 @@ def test_few_rows_read_every_element_of_nf4(isa, M, block_size, double_quant):
     (y,) = cpu.few_rows_layers(x, [few_rows_layer])
     dense = weight.dequantize(FP32)
     assert_close_to_reference(y, x @ dense.T, x.double() @ dense.double().T, "y")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("M", [1, 8, 30])
+def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, M):
+    inputs = lora_inputs(M, 1030, 1024, 1, dtype, bias=True)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    plain = torch.nn.functional.linear(x, weight, bias)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    torchs = []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: torchs.append(args) or plain)
+    with torch.no_grad():
+        y = frozen_linear(x.view(M, 1, 1024), weight, bias)
+        assert not torchs and y.shape == (M, 1, 1030)
+        assert_close_to_reference(y.view(M, 1030), plain, exact, "y")
+        # Small, many rows, of another layout, on another backend.
+        frozen_linear(x[:, :64].contiguous(), weight[:64, :64].contiguous())
+        frozen_linear(x.expand(200, M, 1024).contiguous(), weight)
+        frozen_linear(x[:, :1000].contiguous(), weight[:, :1000])
+        with use_backend("reference"):
+            frozen_linear(x, weight)
+        assert len(torchs) == 4
+    frozen_linear(x, weight)
+    assert len(torchs) == 5
 
 
 def test_group_is_one_call(monkeypatch):

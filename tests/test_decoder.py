@@ -127,7 +127,7 @@ def test_no_second_derivative() -> None:
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Olmo2"]
 # RMSNorms, attentions and MLPs; of those of Gemma only the projections are fused, since the activation is another.
-FUSED = {"Llama": 9, "Qwen2": 9, "Qwen3": 13, "Mistral": 9, "Gemma": 9, "Gemma2": 13, "Olmo2": 13}
+FUSED = {"Llama": 10, "Qwen2": 10, "Qwen3": 14, "Mistral": 10, "Gemma": 10, "Gemma2": 14, "Olmo2": 14}
 
 
 def pair(kind: str, dtype: torch.dtype = torch.float32, **lora) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -195,7 +195,7 @@ def test_what_is_something_else_is_left_alone() -> None:
             return super().forward(x) + 1e-3
 
     assert fuse_decoder(torch.nn.Sequential(OddRMSNorm(8, eps=1e-6))) == 0
-    assert fuse_decoder(tiny_model("gpt2")) == 0
+    assert fuse_decoder(tiny_model("gpt2")) == 1  # the output embeddings
 
 
 def test_dropout_and_checkpointing() -> None:

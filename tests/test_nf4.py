@@ -224,7 +224,7 @@ def test_lora_linear_matches_float64(backend, monkeypatch, sizes, dtype, path):
     if backend is reference or (path == "native" and dtype != BF16):
         pytest.skip("one case is enough")
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: path == "native")
-    monkeypatch.setattr(cpu, "_FEW_ROWS", (1024, 0) if path == "few rows" else (0, 0))
+    monkeypatch.setattr(cpu, "_FEW_ROWS", (1024, 0, 0) if path == "few rows" else (0, 0, 0))
     monkeypatch.setattr(cpu, "_PANEL", 1 << 12)
     monkeypatch.setattr(cpu, "_BASE", 1)
     M, N, K, R = sizes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_kernels import reference
 from lora_kernels.nn.lora_linear import is_linear, open_group
 from lora_kernels.ops import decoder
+from lora_kernels.ops.lora_linear import frozen_linear
 
 # Linear layers of one module that read the same x.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -21,7 +22,8 @@ _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 def fuse_decoder(model: nn.Module) -> int:
     """Compute the RMSNorms and SwiGLUs of a Llama-like transformers model by `lora_kernels.ops.decoder`, and adapted
-    layers that read the same x (query, key and value; gate and up) by one `lora_linear_group`, with one dropout.
+    layers that read the same x (query, key and value; gate and up) by one `lora_linear_group`, with one dropout, and
+    the output embeddings by `frozen_linear`.
 
     An RMSNorm is a module named so, with `weight` [K] alone, whose own result on a probe is that of the formula, with
     Gemma's offset or without; a SwiGLU is a module of gate_proj, up_proj, down_proj and a SiLU act_fn, whose result is
@@ -49,6 +51,10 @@ def fuse_decoder(model: nn.Module) -> int:
             if forward is type(module).forward:
                 continue
             module.forward = MethodType(forward, module)
+        count += 1
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is nn.Linear and "forward" not in vars(head):
+        head.forward = MethodType(_head_forward, head)
         count += 1
     if count:
         for stack in filter(_is_stack, own):
@@ -135,6 +141,10 @@ def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     if not decoder.is_fused(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
     return decoder.rms_norm(hidden_states, self.weight, _norm_eps(self), self.lora_kernels_offset)
+
+
+def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
+    return frozen_linear(x, self.weight, self.bias)
 
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:

@@ -360,14 +360,28 @@ def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias of a frozen weight [N, K], dense or NF4, for x [..., K]; differentiable in x (and bias).
 
-    An NF4 weight is decoded inside the kernel, as in `lora_linear`. Raises as `lora_linear` does.
+    An NF4 weight is decoded inside the kernel, as in `lora_linear`; a dense one is torch's affair, but for the few rows
+    of generation on a CPU, which torch takes two to five times as long for. Raises as `lora_linear` does.
     """
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, NF4Weight) and not _dense_few_rows(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
     _check_shapes(x, weight, bias)
     N, K = weight.shape
     return _call(x, weight, x.new_empty(0, K), x.new_empty(N, 0), 1.0, bias, None, 0.0, None)
+
+
+# Elements of a dense weight below which torch has the product before the op has its checks.
+_DENSE_SIZE = 1 << 20
+
+
+def _dense_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the CPU's own kernel takes these, and is the faster one."""
+    if torch.is_grad_enabled() or weight.numel() < _DENSE_SIZE or weight.dtype != x.dtype or not takes_few_rows(x):
+        return False
+    native = x.dtype == torch.bfloat16 and cpu.native_bfloat16()
+    rows = max(cpu.LAYER_ROWS, cpu.few_rows_limit(weight, native))
+    return x.numel() <= rows * weight.shape[-1] and weight.is_contiguous() and _unwatched(weight, bias)
 
 
 def _under_autocast(x: Tensor, *others: Tensor | NF4Weight | None) -> tuple:
