@@ -363,25 +363,36 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     An NF4 weight is decoded inside the kernel, as in `lora_linear`; a dense one is torch's affair, but for the few rows
     of generation on a CPU, which torch takes two to five times as long for. Raises as `lora_linear` does.
     """
-    if not isinstance(weight, NF4Weight) and not _dense_few_rows(x, weight, bias):
+    dense = not isinstance(weight, NF4Weight)
+    few_rows = _frozen_few_rows(x, weight, bias)
+    if dense and not few_rows:
         return torch.nn.functional.linear(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
     _check_shapes(x, weight, bias)
     N, K = weight.shape
-    return _call(x, weight, x.new_empty(0, K), x.new_empty(N, 0), 1.0, bias, None, 0.0, None)
+    lora_a, lora_b = x.new_empty(0, K), x.new_empty(N, 0)
+    if few_rows and x.numel() <= cpu.LAYER_ROWS * K:
+        layer = Projection(weight if dense else weight.tensors(), lora_a, lora_b, 1.0, bias)
+        return cpu.few_rows_layers(x, [cpu.few_rows_layer(layer)])[0]
+    return _call(x, weight, lora_a, lora_b, 1.0, bias, None, 0.0, None)
 
 
-# Elements of a dense weight below which torch has the product before the op has its checks.
-_DENSE_SIZE = 1 << 20
+# Elements of a dense weight below which torch has the product before the checks are made.
+_DENSE_SIZE = 1 << 19
 
 
-def _dense_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the CPU's own kernel takes these, and is the faster one."""
-    if torch.is_grad_enabled() or weight.numel() < _DENSE_SIZE or weight.dtype != x.dtype or not takes_few_rows(x):
+def _frozen_few_rows(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> bool:
+    """Whether the CPU's own kernel may be called past the op, for so few rows that it is the faster one."""
+    if torch.is_grad_enabled() or not takes_few_rows(x) or not _unwatched(bias):
+        return False
+    if bias is not None and not bias.is_contiguous():
+        return False
+    if isinstance(weight, NF4Weight):
+        return True
+    if weight.numel() < _DENSE_SIZE or weight.dtype != x.dtype or not weight.is_contiguous() or not _unwatched(weight):
         return False
     native = x.dtype == torch.bfloat16 and cpu.native_bfloat16()
-    rows = max(cpu.LAYER_ROWS, cpu.few_rows_limit(weight, native))
-    return x.numel() <= rows * weight.shape[-1] and weight.is_contiguous() and _unwatched(weight, bias)
+    return x.numel() <= weight.shape[-1] * max(cpu.LAYER_ROWS, cpu.few_rows_limit(weight, native))
 
 
 def _under_autocast(x: Tensor, *others: Tensor | NF4Weight | None) -> tuple:
