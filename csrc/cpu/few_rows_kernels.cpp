@@ -133,7 +133,7 @@ bool layers_forward(const LayersForward& p) {
     int64_t R;
     bool widen_b;
   } low_rank[kMaxLayers];
-  int64_t size = kRows * K, columns = 0;
+  int64_t size = kRows * K, columns = 0, work = 0;
   bool turned = false;
   for (int i = 0; i < p.count; ++i) {
     const FewRowsLayer& layer = *p.layers[i];
@@ -141,6 +141,8 @@ bool layers_forward(const LayersForward& p) {
     low_rank[i] = {nullptr, nullptr, R, layer.R != R || layer.lora_b_dtype != DType::kFloat32};
     size += kRows * R + (low_rank[i].widen_b ? layer.weight.N * R : 0);
     columns += layer.weight.N;
+    // Decoding an element takes as long as two multiplications.
+    work += (kRows + (layer.weight.dense ? 0 : 2)) * layer.weight.N * K;
     turned |= !layer.weight.dense && Stretches::fit(layer.weight.nf4);
   }
   Buffer scratch(size + turned * kRows * K);
@@ -180,7 +182,7 @@ bool layers_forward(const LayersForward& p) {
     });
   }
 
-  const int threads = thread_count(p.num_threads, columns, kRows * columns * K, kMinMultiplyAdds);
+  const int threads = thread_count(p.num_threads, columns, work, kMinMultiplyAdds);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int i = 0; i < p.count; ++i) {
     const FewRowsLayer& layer = *p.layers[i];
