@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import FusedLoRALinear, Projection, lora_linear, lora_linear_group, quantize_nf4
+from lora_kernels import FusedLoRALinear
 from lora_kernels.bench.cases import DROPOUT_P, LAYERS, SCALING, Case, Settings, missing, split
 from lora_kernels.bench.measure import Step
 from lora_kernels.bench.peers import AddmmLoRA, eager_lora, peft_layer, peft_nf4_layer
+from lora_kernels.nn.lora_linear import open_group
 from lora_kernels.testing import lora_inputs
 
 # bare: F.linear with a frozen weight, which no adapter can beat. addmm has no dropout in any case, and adapters in the
 # dtype of x. ours-nf4 and peft-nf4 have an NF4 weight.
 CONTENDERS = ("bare", "ours", "eager", "compile", "addmm", "peft", "ours-nf4", "peft-nf4")
 DORA = ("bare", "ours-dora", "peft-dora")
-# ours: one call for all layers; ours-apart: a call for each.
+# ours: one call for all layers, as `fuse_decoder` has it; ours-apart: a call for each.
 GROUP = ("bare", "ours", "ours-apart", "peft", "ours-nf4", "ours-nf4-apart")
 # model -> (out of each layer, in) of q/k/v and of gate/up
 GROUPS = {
@@ -41,9 +43,6 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dropout_p: float, 
     layer = None
     if contender == "bare":
         forward, adapters = functools.partial(F.linear, x, weight), []
-    elif contender in ("ours", "ours-nf4"):
-        frozen = quantize_nf4(weight) if contender == "ours-nf4" else weight
-        forward = functools.partial(lora_linear, x, frozen, *adapters, SCALING, dropout_p=dropout_p)
     elif contender in ("eager", "compile"):
         function = torch.compile(eager_lora, dynamic=False) if contender == "compile" else eager_lora
         forward = functools.partial(function, x, weight, *adapters, dropout_p)
@@ -54,9 +53,7 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dropout_p: float, 
     elif contender.startswith("peft"):
         layer = peft_layer(weight, R, lora_dropout=dropout_p, use_dora=contender == "peft-dora")
     else:
-        linear = torch.nn.Linear(K, N, bias=False, device="meta")
-        linear.weight = torch.nn.Parameter(weight)
-        layer = FusedLoRALinear.from_linear(linear, R, SCALING * R, dropout_p, use_dora=True)
+        layer = _our_layer(contender, inputs, dropout_p)
     if layer is not None:
         layer.train(train)
         forward, adapters = functools.partial(layer, x), [p for p in layer.parameters() if p.requires_grad]
@@ -64,6 +61,17 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dropout_p: float, 
         return torch.no_grad()(forward)
     dy = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
     return lambda: torch.autograd.grad(forward(), [x, *adapters], dy)
+
+
+def _our_layer(contender: str, inputs: dict[str, Tensor | None], dropout_p: float) -> FusedLoRALinear:
+    (N, K), (R, _) = inputs["weight"].shape, inputs["lora_a"].shape
+    linear = torch.nn.Linear(K, N, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(inputs["weight"])
+    quantize, use_dora = "nf4" if "nf4" in contender else None, contender == "ours-dora"
+    layer = FusedLoRALinear.from_linear(linear, R, SCALING * R, dropout_p, quantize=quantize, use_dora=use_dora)
+    if not use_dora:
+        layer.lora_a.data, layer.lora_b.data = inputs["lora_a"], inputs["lora_b"]
+    return layer
 
 
 def group_step(
@@ -74,27 +82,28 @@ def group_step(
     x = lora_inputs(M, 1, K, 1, dtype)["x"].requires_grad_(train)
     inputs = [lora_inputs(1, n, K, R, dtype, adapter_dtype=torch.float32, seed=seed) for seed, n in enumerate(N)]
     weights = [tensors["weight"] for tensors in inputs]
-    adapters = [[tensors[name].requires_grad_(train) for name in ("lora_a", "lora_b")] for tensors in inputs]
-    if "nf4" in contender:
-        weights = [quantize_nf4(weight) for weight in weights]
-    layers: list[torch.nn.Module] = []
-    if contender == "peft":
-        layers = [peft_layer(weight, R, lora_dropout=dropout_p).train(train) for weight in weights]
-        adapters = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-    elif contender == "bare":
+    if contender == "bare":
+        layers = [functools.partial(F.linear, weight=weight) for weight in weights]
         adapters = []
-    projections = [Projection(w, *ab, SCALING) for w, ab in zip(weights, adapters, strict=False)]
-    forward = {
-        "bare": lambda: [F.linear(x, weight) for weight in weights],
-        "peft": lambda: [layer(x) for layer in layers],
-        "ours": lambda: lora_linear_group(x, projections, dropout_p),
-        "ours-apart": lambda: [lora_linear(x, *p[:4], dropout_p=dropout_p) for p in projections],
-    }[contender.replace("-nf4", "")]
+    else:
+        if contender == "peft":
+            layers = [peft_layer(weight, R, lora_dropout=dropout_p) for weight in weights]
+        else:
+            layers = [_our_layer(contender, tensors, dropout_p) for tensors in inputs]
+        adapters = [p for layer in layers for p in layer.train(train).parameters() if p.requires_grad]
+
+    def forward() -> list[Tensor]:
+        group = open_group(layers) if contender in ("ours", "ours-nf4") else None
+        ys = [layer(x) for layer in layers]
+        if group is not None:
+            group.close()
+        return ys
+
     if not train:
         return torch.no_grad()(forward)
     generator = torch.Generator().manual_seed(1)
     dys = [torch.randn(M, n, generator=generator).to(dtype) for n in N]
-    return lambda: torch.autograd.grad(forward(), [x, *(t for pair in adapters for t in pair)], dys)
+    return lambda: torch.autograd.grad(forward(), [x, *adapters], dys)
 
 
 def memory_step(contender: str, dtype: str, **sizes: Any) -> Step:
