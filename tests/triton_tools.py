@@ -169,7 +169,8 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
     row = _compile(chip, kernel, signature, constants, attrs, options)
     # Dequantisation's code · scale + offset must round twice.
     row["contracted"] = row["fma"] and variant["kernel"] == "dequantize"
-    return {"kernel": variant["label"], "matrix_kernel": "low_rank" in variant and variant["kernel"] != "reduce"} | row
+    about = {"kernel": variant["label"], "matrix_kernel": "low_rank" in variant and variant["kernel"] != "reduce"}
+    return {**about, "config": config} | row
 
 
 def compile_adamw(chip: int | str, variant: dict) -> dict:
@@ -225,7 +226,8 @@ def _read_amdgcn(text: str) -> dict:
 
     # Scalar registers spill into lanes of vector registers; if that reached memory the private segment would show it.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return {"registers": number("vgpr_count"), "spills": spills, **binaries.amdgcn_facts(text)}
+    return {"registers": number("vgpr_count"), "spills": spills, **binaries.amdgcn_facts(text),
+            "loop": binaries.main_loop(*binaries.amdgcn_loops(text))}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
@@ -250,12 +252,15 @@ def main() -> None:
     parser.add_argument("--chips", nargs="*", help="some of " + " ".join(map(str, configs.families())))
     parser.add_argument("--kernel", default="", help="only variants whose name contains this")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--loops", action="store_true", help="in the JSON, the instructions of each main loop")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     options = parser.parse_args()
     chips = [chip for chip in configs.families() if not options.chips or str(chip) in options.chips]
     work = [(chip, v) for chip in chips for v in variants(options.full, options.dtypes) if options.kernel in v["label"]]
     with ProcessPoolExecutor(options.workers) as pool:
         rows = list(pool.map(compile_variant, *zip(*work, strict=True)))
+    if not options.loops:
+        rows = [{name: value for name, value in row.items() if name != "loop"} for row in rows]
     print(json.dumps(rows) if options.json else table(rows))
 
 

@@ -1,4 +1,4 @@
-"""Reads GPU binaries: registers, spills, static shared memory, matrix instructions in loops, widths of loads."""
+"""Reads GPU binaries: registers, spills, static shared memory, the main loop, its matrix instructions, load widths."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nvidia_kernels(binary: Path) -> dict[tuple[str, str], dict]:
             rows[arch, name] = {"registers": number["REG"], "spills": spills, "static_shared": number["SHARED"]}
     for arch, text in _dump("-sass", binary):
         for part in text.split("Function : ")[1:]:
-            rows[arch, part.split()[0]] |= sass_facts(part)
+            rows[arch, part.split()[0]] |= {**sass_facts(part), "loop": main_loop(*sass_loops(part))}
     return rows
 
 
@@ -52,8 +52,8 @@ def _dump(option: str, binary: Path) -> Iterator[tuple[str, str]]:
     return zip(parts[::2], parts[1::2], strict=True) if parts else iter([("", only)])
 
 
-def sass_facts(text: str) -> dict:
-    """Matrix instructions, those inside loops, and widths of global loads in the SASS of one kernel."""
+def sass_loops(text: str) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
+    """The instructions (address, text) of one kernel's SASS, and the first and last address of each loop."""
     code = [(int(at, 16), line) for at, line in re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", text, re.M)]
     loops = []
     for at, line in code:
@@ -61,6 +61,40 @@ def sass_facts(text: str) -> dict:
         # The last branch of a kernel is to itself.
         if target and int(target[1], 16) < at:
             loops.append((int(target[1], 16), at))
+    return code, loops
+
+
+def amdgcn_loops(text: str) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
+    """The same for AMD's assembly of one kernel, with line numbers for addresses."""
+    code = list(enumerate(text.splitlines()))
+    labels = {label[1]: at for at, line in code if (label := re.match(r"(\.?LBB\w+):", line))}
+    branches = [(at, re.search(r"\bs_c?branch\w*\s+(\.?LBB\w+)", line)) for at, line in code]
+    return code, [(labels[branch[1]], at) for at, branch in branches if branch and labels[branch[1]] <= at]
+
+
+def main_loop(code: list[tuple[int, str]], loops: list[tuple[int, int]]) -> list[str]:
+    """The instructions of the loop with most matrix instructions, the inner one where loops nest; of kernels without
+    them, of the longest innermost loop. All instructions where there is no loop."""
+
+    def inside(loop: tuple[int, int]) -> list[str]:
+        return [line for at, line in code if loop[0] <= at <= loop[1]]
+
+    # A wait moved behind the end of the kernel jumps back into the middle of a loop. That is no loop of its own.
+    own = [loop for loop in loops if not any(first < loop[0] <= last < loop[1] for first, last in loops)]
+    inner = [loop for loop in own if not any(loop[0] <= other[0] and other[1] < loop[1] for other in own)]
+
+    def weight(loop: tuple[int, int]) -> tuple[int, int]:
+        matrix = sum(bool(MATRIX.search(line)) for line in inside(loop))
+        # Of loops with the same products the shorter one, of loops without any the longer.
+        return matrix, loop[0] - loop[1] if matrix else loop[1] - loop[0]
+
+    candidates = own if any(weight(loop)[0] for loop in own) else inner
+    return inside(max(candidates, key=weight)) if candidates else [line for _, line in code]
+
+
+def sass_facts(text: str) -> dict:
+    """Matrix instructions, those inside loops, and widths of global loads in the SASS of one kernel."""
+    code, loops = sass_loops(text)
     loads = [
         next((_SASS_BYTES[word] for word in load[1].split(".") if word in _SASS_BYTES), 4)
         for _, line in code
@@ -71,10 +105,7 @@ def sass_facts(text: str) -> dict:
 
 def amdgcn_facts(text: str) -> dict:
     """The same for AMD's assembly of one kernel."""
-    code = list(enumerate(text.splitlines()))
-    labels = {label[1]: at for at, line in code if (label := re.match(r"(\.?LBB\w+):", line))}
-    branches = [(at, re.search(r"\bs_c?branch\w*\s+(\.?LBB\w+)", line)) for at, line in code]
-    loops = [(labels[branch[1]], at) for at, branch in branches if branch and labels[branch[1]] <= at]
+    code, loops = amdgcn_loops(text)
     loads = [
         _AMD_BYTES.get(load[1], 1 if "byte" in load[1] else 2) for _, line in code if (load := _AMD_LOAD.search(line))
     ]
