@@ -129,8 +129,8 @@ _SPECIAL = ("MUFU", "F2F", "F2I", "I2F", "I2FP", "FRND", "POPC", "FLO", "BREV")
 # Multiplies, and additions and moves written as multiplies, go through half of the FP32 lanes.
 _MULTIPLY = "IMAD"
 _CONTROL = ("ACQBULK", "BAR", "BRA", "BREAK", "BSSY", "BSYNC", "CALL", "CCTL", "CS2R", "DEPBAR", "ELECT", "ERRBAR",
-            "EXIT", "FENCE", "LDC", "LDCU", "LDGDEPBAR", "LDTM", "MEMBAR", "NANOSLEEP", "NOP", "R2P", "R2UR", "REDUX", "RET",
-            "S2R", "S2UR", "STTM", "SYNCS", "VOTE", "WARPGROUP", "WARPSYNC", "YIELD")  # fmt: skip
+            "EXIT", "FENCE", "LDC", "LDCU", "LDGDEPBAR", "LDTM", "MEMBAR", "NANOSLEEP", "NOP", "R2P", "R2UR", "REDUX",
+            "RET", "S2R", "S2UR", "STTM", "SYNCS", "VOTE", "WARPGROUP", "WARPSYNC", "YIELD")  # fmt: skip
 _MEMORY = ("LD", "LDS", "LDSM", "LDG", "LDGSTS", "LDL", "ST", "STS", "STSM", "STG", "STL", "ATOMS", "ATOMG", "RED")
 
 
