@@ -21,7 +21,7 @@ def test_codec(benchmark, work: str, contender: str) -> None:
     run(benchmark, nf4.codec_case(work, 192, 192, SETTINGS), contender)
 
 
-@pytest.mark.parametrize("contender", ["dense", "ours", "bnb", "grouped"])
+@pytest.mark.parametrize("contender", ["dense", "ours", "ours-dense", "bnb", "grouped"])
 @pytest.mark.parametrize("M", [1, 64])
 def test_linear(benchmark, contender: str, M: int) -> None:
     run(benchmark, nf4.linear_case(M, 192, 192, SETTINGS), contender)

@@ -43,7 +43,7 @@ def codec_case(work: str, N: int, K: int, settings: Settings) -> Case:
 
 
 def linear_step(contender: str, M: int, N: int, K: int, dtype: torch.dtype) -> Step:
-    """Forward, and dx where M is not in FEW, of the frozen layer."""
+    """Forward, and dx where M is not in FEW, of the frozen layer; dense: torch's, ours-dense: `frozen_linear`."""
     inputs = lora_inputs(M, N, K, 1, dtype)
     x, weight = inputs["x"].requires_grad_(M not in FEW), inputs["weight"]
     dy = torch.ones(M, N, dtype=dtype)
@@ -69,10 +69,10 @@ def linear_step(contender: str, M: int, N: int, K: int, dtype: torch.dtype) -> S
         def forward(x: Tensor) -> Tensor:
             return frozen_linear(x, ours)
     else:
-        dense = ours.dequantize()
+        dense, linear = ours.dequantize(), F.linear if contender == "dense" else frozen_linear
 
         def forward(x: Tensor) -> Tensor:
-            return F.linear(x, dense)
+            return linear(x, dense)
 
     if M in FEW:
         return torch.no_grad()(lambda: forward(x))
@@ -98,7 +98,8 @@ def linear_case(M: int, N: int, K: int, settings: Settings) -> Case:
     grouped = missing("cpu_grouped") and "not installed: grouped-nf4-gemm"
     if settings.dtype != torch.float32 or K % 64:
         grouped = "it takes float32 and K in blocks of 64"
-    reasons = {"dense": None, "ours": None, "bnb": missing("bitsandbytes"), "grouped": grouped}
+    many = None if M in FEW else "with a gradient it is dense"
+    reasons = {"dense": None, "ours": None, "ours-dense": many, "bnb": missing("bitsandbytes"), "grouped": grouped}
     names, skipped = split(reasons)
     passes, itemsize = 1 + (M not in FEW), settings.dtype.itemsize
     return Case(
