@@ -156,6 +156,19 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
         assert torch.equal(t, second[name]), f"{name} depends on the order of programs"
 
 
+@pytest.mark.parametrize(("dtype", "K"), [(BF16, 256), (FP32, 300)])
+def test_the_blocks_for_few_rows(monkeypatch, dtype, K):
+    monkeypatch.setattr(configs, "_gemm_table", lambda family, kernel, rows: configs._SKINNY_GEMM[kernel])
+    Case(5, 70, K, 2, dtype=dtype, dropout_p=0.2, bias=True, column_scale=True).check()
+
+
+def test_few_rows_have_blocks_of_their_own():
+    def block_m(rows):
+        return configs.lookup("sm90", "gemm", 16, False, 4096, rows)["BLOCK_M"]
+
+    assert block_m(configs.SKINNY_ROWS) == 16 and block_m(configs.SKINNY_ROWS + 1) == 128
+
+
 class OperatorLog(TorchDispatchMode):
     def __init__(self):
         super().__init__()

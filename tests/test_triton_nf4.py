@@ -145,8 +145,14 @@ def test_forward_and_backward_against_float64(case):
 
 @pytest.mark.parametrize("K", [512, 576])
 def test_the_blocks_for_few_rows(monkeypatch, K):
-    monkeypatch.setattr(configs, "_gemm_table", lambda family, kernel, rows: configs._NF4_SKINNY[kernel])
+    monkeypatch.setattr(configs, "_gemm_table", lambda family, kernel, rows: configs._SKINNY_GEMM[kernel])
     Nf4Case(5, 20, K, 2, double_quant=True, bias=True).check()
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm86", "sm90"])
+def test_the_blocks_for_many_rows(monkeypatch, family):
+    monkeypatch.setattr(configs, "_gemm_table", lambda _, kernel, rows: configs._NF4_GEMM[family])
+    Nf4Case(130, 70, 128, 2, dtype=BF16, double_quant=True, dropout_p=0.2, bias=True).check()
 
 
 @pytest.mark.parametrize("K", [64, 65])

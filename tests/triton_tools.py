@@ -59,6 +59,10 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
             if row["low_rank"] == "y"
         ]
 
+    def skinny(rows: list[dict]) -> list[dict]:
+        """The large products with few rows."""
+        return [{**row, "label": f"{row['label']} M<=16", "rows": 16} for row in gemms(rows)]
+
     def column_scale(dtype: str) -> list[dict]:
         flags = {"HAS_BIAS": True, "NEED_DSCALE": True}
         kernel = "column_scale_bwd"
@@ -93,13 +97,17 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
             for kernel in [*kernels, "dequantize"]
         ]  # fmt: skip
 
-    chosen = some("bf16", 16) + scaled(some("bf16", 16)) + column_scale("bf16")
+    chosen = some("bf16", 16) + skinny(some("bf16", 16)) + scaled(some("bf16", 16)) + column_scale("bf16")
     chosen += nf4("bf16") + nf4("bf16", rows=16, double=True)
     chosen += codec("bf16", 64, double=True) + adamw("fp32", "fp32")
     if dtypes:
         chosen += some("fp16", 16) + some("fp32", 16)
     if full:
         chosen += scaled(some("bf16", 64, even=False, conv1d=True)) + scaled(some("fp32", 16)) + scaled(nf4("bf16"))
+        chosen += (
+            skinny(some("bf16", 64, even=False, conv1d=True)) + skinny(some("fp32", 16)) + skinny(some("fp16", 16))
+        )
+        chosen += scaled(skinny(some("bf16", 16))) + skinny(some("bf16", 16, dropout=False))
         chosen += scaled(nf4("fp32", rows=16)) + column_scale("fp32") + column_scale("fp16")
         chosen += adamw("fp32", "fp32", aligned=False) + adamw("bf16", "bf16") + adamw("fp16", "fp16")
         chosen += some("bf16", 32) + some("bf16", 64) + some("fp16", 16) + some("fp32", 16) + some("fp32", 64)

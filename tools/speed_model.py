@@ -334,7 +334,7 @@ def triton_work(kernel: str, m: int, weight: float, config: dict, chip: Chip) ->
 # Name, variant of tests/triton_tools.py, M, bytes of one element of the weight.
 TRITON = [
     *((f"{name}, M={m}", f"{name} bf16 R16", m, DENSE) for name, m in (("y", 4096), ("dx", 4096))),
-    *((f"{name}, M={m}", f"{name} bf16 R16", m, DENSE) for name in ("y", "dx") for m in (1, 16)),
+    *((f"{name}, M={m}", f"{name} bf16 R16 M<=16", m, DENSE) for name in ("y", "dx") for m in (1, 16)),
     *((f"{name} NF4, M={m}", f"nf4 {name} bf16 R16 bs64", m, NF4) for name, m in (("y", 4096), ("dx", 4096))),
     *((f"{name} NF4, M={m}", f"nf4 {name} bf16 R16 bs64 double M<=16", m, NF4_DOUBLE)
       for name in ("y", "dx") for m in (1, 8, 16)),

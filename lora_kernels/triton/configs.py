@@ -37,20 +37,23 @@ _GEMM = {
 }
 
 # The same with an NF4 weight, whose tile all warps decode between two products: small enough for two blocks on a
-# multiprocessor of Hopper or Blackwell, which take turns at decoding and multiplying.
+# multiprocessor, which take turns at decoding and multiplying (docs/speed_model.md). An accumulator of 128 x 64 leaves
+# registers for that: 128 a thread with 8 warps, or 255 with 4.
 _NF4_GEMM = {
-    "sm80": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
-    "sm86": (_gemm(128, 128, 32, 8, 3), _gemm(64, 64, 32, 4, 3)),
-    "sm90": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
+    "sm80": (_gemm(128, 64, 64, 4, 3), _gemm(64, 64, 32, 8, 3)),
+    "sm86": (_gemm(128, 64, 32, 4, 3), _gemm(64, 64, 32, 4, 3)),
+    "sm90": (_gemm(128, 64, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
     "sm100": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
     "gfx9": (_gemm(128, 128, 32, 8, 2), _gemm(64, 64, 32, 8, 2)),
 }
 
-# Up to SKINNY_ROWS rows the 4-bit weight is all the traffic: many small programs, each with a deep queue of loads.
+# Up to SKINNY_ROWS rows the weight is all the traffic: no more rows of products than tensor cores must have, and many
+# small programs, each with a deep queue of loads, so that every multiprocessor reads.
 SKINNY_ROWS = 16
-_NF4_SKINNY = {
+_SKINNY_GEMM = {
+    "gemm": (_gemm(16, 32, 128, 4, 4, 1), _gemm(16, 32, 64, 4, 3, 1)),
     "nf4_rows": (_gemm(16, 16, 256, 4, 3, 1), _gemm(16, 16, 128, 4, 3, 1)),
-    "nf4_cols": (_gemm(16, 64, 64, 4, 3, 1), _gemm(16, 64, 32, 4, 3, 1)),
+    "nf4_cols": (_gemm(16, 32, 128, 4, 3, 1), _gemm(16, 32, 64, 4, 3, 1)),
 }
 # Where rows don't start at a block, bytes and scales are addressed one by one.
 _NF4_RAGGED = (_gemm(64, 64, 32, 4, 2, 2), _gemm(64, 64, 32, 8, 2, 1))
@@ -91,11 +94,13 @@ def block_r(kernel: str, rank: int, is_float32: bool) -> int:
 
 
 def _gemm_table(family: str, kernel: str, rows: int) -> tuple[dict[str, int], dict[str, int]]:
-    if kernel == "gemm" or family == "interpreter":
+    if family == "interpreter":
         return _GEMM[family]
     if kernel == "nf4_ragged":
         return _NF4_RAGGED
-    return _NF4_SKINNY[kernel] if rows <= SKINNY_ROWS else _NF4_GEMM[family]
+    if rows <= SKINNY_ROWS:
+        return _SKINNY_GEMM[kernel]
+    return _GEMM[family] if kernel == "gemm" else _NF4_GEMM[family]
 
 
 def lookup(
