@@ -1,8 +1,6 @@
 // Conversions, guarded loads of eight elements, and the dropout mask.
 #pragma once
 
-#include <type_traits>
-
 #include "dtype.cuh"
 #include "launch.cuh"
 
@@ -38,16 +36,9 @@ template <class T>
 __device__ __forceinline__ uint32_t pack(T low, T high) {
   return bits_of(low) | bits_of(high) << 16;
 }
-// Both converted by one instruction: sm_100 and sm_120 convert single elements at a quarter of the rate.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return pack(pair.x, pair.y);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return pack(pair.x, pair.y);
-  }
+  return pack(from_float<T>(low), from_float<T>(high));
 }
 template <class T>
 __device__ __forceinline__ void unpack(float& low, float& high, uint32_t pair);
