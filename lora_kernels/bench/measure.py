@@ -188,10 +188,20 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2e-9 * n**3 / min(times)
 
 
+def _cpu_model() -> str:
+    """Name, family, model and stepping as Linux has them: virtual machines name several generations alike."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    found = [fields.get(key) for key in ("model name", "cpu family", "model", "stepping")]
+    return "{} family {} model {} stepping {}".format(*found) if all(found) else ""
+
+
 def machine() -> dict[str, str | int]:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
-        "cpu": capabilities.get("cpu_name", platform.processor()),
+        "cpu": _cpu_model() or capabilities.get("cpu_name", platform.processor()),
         "cores": os.cpu_count() or 0,
         "isa": "none" if cpu.unavailable else cpu._C.get_isa(),
         "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
