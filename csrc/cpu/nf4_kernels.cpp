@@ -4,6 +4,60 @@
 namespace lora_kernels::cpu {
 namespace {
 
+// Where a code ends and the next one begins: the code of v is the number of them that v is above.
+constexpr float threshold(int t) { return (kCode[t] + kCode[t + 1]) / 2; }
+
+// The code of each lane, of a value scaled to [-1, 1]; 0 for NaN.
+#if defined(__AVX2__) && (LK_LANES == 8 || (defined(__AVX512F__) && LK_LANES == 16))
+LK_INLINE vf pick(const float* table, vi32 index) {
+#if LK_LANES == 8
+  return (vf)_mm256_permutevar8x32_ps(load_raw<__m256>(table), (__m256i)index);
+#else
+  return (vf)_mm512_permutexvar_ps((__m512i)index, load_raw<__m512>(table));
+#endif
+}
+
+// A binary search: a permutation picks each lane's next threshold.
+LK_INLINE vi32 codes_of(vf v) {
+  constexpr float kSecond[kLanes] = {threshold(3), threshold(11)};
+  constexpr float kThird[kLanes] = {threshold(1), threshold(5), threshold(9), threshold(13)};
+  constexpr float kFourth[kLanes] = {threshold(0), threshold(2),  threshold(4),  threshold(6),
+                                     threshold(8), threshold(10), threshold(12), threshold(14)};
+  vi32 code = -(vi32)(v > splat(threshold(7)));
+  code = code + code - (vi32)(v > pick(kSecond, code));
+  code = code + code - (vi32)(v > pick(kThird, code));
+  return code + code - (vi32)(v > pick(kFourth, code));
+}
+
+LK_INLINE void pack_codes(const vi32 (&codes)[kChunkVecs], uint8_t* packed) {
+#if LK_LANES == 8
+  const __m256i first = _mm256_packus_epi32((__m256i)codes[0], (__m256i)codes[1]);
+  const __m256i second = _mm256_packus_epi32((__m256i)codes[2], (__m256i)codes[3]);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order);
+#else
+  const __m256i bytes =
+      _mm256_setr_m128i(_mm512_cvtepi32_epi8((__m512i)codes[0]), _mm512_cvtepi32_epi8((__m512i)codes[1]));
+#endif
+  // The first of two goes to the upper half of a byte.
+  const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
+  store_raw(packed, _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+#else
+LK_INLINE vi32 codes_of(vf v) {
+  vi32 code = {};
+#pragma GCC unroll 15
+  for (int t = 0; t < 15; ++t) code -= (vi32)(v > splat(threshold(t)));
+  return code;
+}
+
+LK_INLINE void pack_codes(const vi32 (&codes)[kChunkVecs], uint8_t* packed) {
+  int32_t each[kChunk];
+  memcpy(each, codes, sizeof(each));
+  for (int j = 0; j < kChunk / 2; ++j) packed[j] = (uint8_t)(each[2 * j] << 4 | each[2 * j + 1]);
+}
+#endif
+
 template <class T>
 float quantize_block(const T* weight, int64_t size, uint8_t* packed) {
   // Largest magnitude by bits: NaN is above infinity, which is above all others.
@@ -11,13 +65,13 @@ float quantize_block(const T* weight, int64_t size, uint8_t* packed) {
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     const vi32 bits = (vi32)load(weight + i) & 0x7fffffff;
-    most = (vi32)select((vu32)(bits > most), (vu32)bits, (vu32)most);
+    most = bits > most ? bits : most;
   }
   T tail[kLanes] = {};
   if (i < size) {
     memcpy(tail, weight + i, (size - i) * sizeof(T));
     const vi32 bits = (vi32)load(tail) & 0x7fffffff;
-    most = (vi32)select((vu32)(bits > most), (vu32)bits, (vu32)most);
+    most = bits > most ? bits : most;
   }
   int32_t largest = 0;
   for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
@@ -25,28 +79,20 @@ float quantize_block(const T* weight, int64_t size, uint8_t* packed) {
   memcpy(&absmax, &largest, 4);
   const vf inverse = splat(1.0f / (absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax));
 
-  auto codes_of = [&](vf v, uint8_t* codes) {
-    const vf scaled = v * inverse;
-    vi32 code = {};
-#pragma GCC unroll 15
-    for (int t = 0; t < 15; ++t) code -= (vi32)(scaled > splat((kCode[t] + kCode[t + 1]) / 2));
-    typedef uint8_t vu8 __attribute__((vector_size(kLanes)));
-    store_raw(codes, __builtin_convertvector(code, vu8));
+  auto chunk = [&](const T* from, uint8_t* to) {
+    vi32 codes[kChunkVecs];
+    for (int v = 0; v < kChunkVecs; ++v) codes[v] = codes_of(load(from + v * kLanes) * inverse);
+    pack_codes(codes, to);
   };
-  for (int64_t first = 0; first < size; first += kChunk) {
-    uint8_t codes[kChunk];
-    const int64_t count = min64(kChunk, size - first);
-    if (count == kChunk) {
-      for (int v = 0; v < kChunkVecs; ++v) codes_of(load(weight + first + v * kLanes), codes + v * kLanes);
-    } else {
-      // Zeros follow the last element, as in the other implementations: an odd size leaves half a byte.
-      T rest[kChunk] = {};
-      memcpy(rest, weight + first, count * sizeof(T));
-      for (int v = 0; v < kChunkVecs; ++v) codes_of(load(rest + v * kLanes), codes + v * kLanes);
-    }
+  int64_t first = 0;
+  for (; first + kChunk <= size; first += kChunk) chunk(weight + first, packed + first / 2);
+  if (first < size) {
+    // Zeros follow the last element, as in the other implementations: an odd size leaves half a byte.
+    T rest[kChunk] = {};
     uint8_t bytes[kChunk / 2];
-    for (int j = 0; j < kChunk / 2; ++j) bytes[j] = (uint8_t)(codes[2 * j] << 4 | codes[2 * j + 1]);
-    memcpy(packed + first / 2, bytes, (count + 1) / 2);
+    memcpy(rest, weight + first, (size - first) * sizeof(T));
+    chunk(rest, bytes);
+    memcpy(packed + first / 2, bytes, (size - first + 1) / 2);
   }
   return absmax;
 }
