@@ -139,7 +139,7 @@ def _widest(row: dict) -> int:
     return max(row["loads"], default=0)
 
 
-def _table(head: list, rows: list[list]) -> str:
+def markdown_table(head: list, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -157,7 +157,7 @@ def cuda_table(rows: list[dict]) -> str:
         matrix = _range([row["matrix_in_loops"] for row in own])
         lines.append([f"`{kernel}`", instances, *registers, spills, matrix, _range([_widest(row) for row in own])])
     head = ["kernel", "instances", *archs, "spilled bytes", "HMMA in loops", "widest load, bytes"]
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def triton_table(rows: list[dict]) -> str:
@@ -171,7 +171,17 @@ def triton_table(rows: list[dict]) -> str:
         spills = max(row["spills"] for row in own)
         lines.append([kernel, *cells, spills, _range([_widest(row) for row in own])])
     head = ["kernel", *(f"sm_{chip}" if chip.isdigit() else chip for chip in chips), "spills", "widest load, bytes"]
-    return _table(head, lines)
+    return markdown_table(head, lines)
+
+
+def write_document(text: str, path: Path | None) -> None:
+    """Put it into the file, whole or not at all; print it where there is none."""
+    if path is None:
+        print(text)
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def main() -> None:
@@ -184,12 +194,7 @@ def main() -> None:
     tables = {"cuda": cuda_table(cuda), "triton": triton_table(triton)}
     text = DOCUMENT.format(**tables, variants=len({row["kernel"] for row in triton}))
     problems = cuda_problems(cuda) + triton_problems(triton)
-    if options.output and not problems:
-        temporary = options.output.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, options.output)
-    else:
-        print(text)
+    write_document(text, None if problems else options.output)
     if problems:
         raise SystemExit("\n".join(problems))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -411,7 +410,7 @@ def _number(value: float) -> str:
 def table(found: list[dict], cell) -> str:
     names, cells = dict.fromkeys(row["name"] for row in found), {(row["name"], row["chip"]): cell(row) for row in found}
     lines = [[name, *(cells.get((name, chip), "") for chip in CHIPS)] for name in names]
-    return kernel_report._table(["kernel and problem", *(chip.name for chip in CHIPS)], lines)
+    return kernel_report.markdown_table(["kernel and problem", *(chip.name for chip in CHIPS)], lines)
 
 
 def chip_table() -> str:
@@ -422,7 +421,7 @@ def chip_table() -> str:
         [chip.name, chip.arch, *(f"{getattr(chip, key)}{' ?' * (key in chip.unsure)}" for key in columns), chip.source]
         for chip in CHIPS
     ]
-    return kernel_report._table(["chip", "arch", *columns.values(), "source"], lines)
+    return kernel_report.markdown_table(["chip", "arch", *columns.values(), "source"], lines)
 
 
 def document(found: list[dict]) -> str:
@@ -448,13 +447,7 @@ def main() -> None:
     found += cuda_predictions(kernel_report.cuda_rows(options.cuda or kernel_report.build_cuda()))
     if low := [row for row in found if row["time"] < row["floor"] * (1 - 1e-9)]:
         raise SystemExit("\n".join(f"{row['name']} on {row['chip'].name} is below the roofline" for row in low))
-    text = document(found)
-    if options.output:
-        temporary = options.output.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, options.output)
-    else:
-        print(text)
+    kernel_report.write_document(document(found), options.output)
 
 
 if __name__ == "__main__":

@@ -38,23 +38,23 @@ void with_dense(const void* data, DType dtype, int64_t ld, F f) {
   });
 }
 
-// f(weight, whether x must be in the order of kStretchOrder)
-template <class F>
-void with_any_order(const Weight& w, F f) {
-  if (w.dense)
-    with_dense(w.dense, w.dense_dtype, w.ld_dense, [&](const auto& weight) { f(weight, false); });
-  else if (Stretches::fit(w.nf4))
-    f(Stretches{w.nf4}, true);
-  else
-    f(w.nf4, false);
-}
-
 template <class F>
 void with_weight(const Weight& w, F f) {
   if (w.dense)
     with_dense(w.dense, w.dense_dtype, w.ld_dense, f);
   else
     f(w.nf4);
+}
+
+// Whether `with_any_order` gives the weight in the order of kStretchOrder, which x must have then.
+LK_INLINE bool is_turned(const Weight& w) { return !w.dense && Stretches::fit(w.nf4); }
+
+template <class F>
+void with_any_order(const Weight& w, F f) {
+  if (is_turned(w))
+    f(Stretches{w.nf4});
+  else
+    with_weight(w, f);
 }
 
 // The sums over the lanes of four vectors.
@@ -143,7 +143,7 @@ bool layers_forward(const LayersForward& p) {
     columns += layer.weight.N;
     // Decoding an element takes as long as two multiplications.
     work += (kRows + (layer.weight.dense ? 0 : 2)) * layer.weight.N * K;
-    turned |= !layer.weight.dense && Stretches::fit(layer.weight.nf4);
+    turned |= is_turned(layer.weight);
   }
   Buffer scratch(size + turned * kRows * K);
   if (!scratch.data) return false;
@@ -188,11 +188,12 @@ bool layers_forward(const LayersForward& p) {
     const FewRowsLayer& layer = *p.layers[i];
     const LowRank& low = low_rank[i];
     const int64_t N = layer.weight.N;
-    with_any_order(layer.weight, [&](const auto& weight, bool turn) {
+    const float* const own_x = is_turned(layer.weight) ? turned_x : x;
+    with_any_order(layer.weight, [&](const auto& weight) {
 #pragma omp for schedule(static) nowait
       for (int64_t n = 0; n < N; ++n) {
         float sums[kLayerRows];
-        dot_rows<kRows>(weight, n, turn ? turned_x : x, K, low.b + n * low.R, low.h, low.R, sums);
+        dot_rows<kRows>(weight, n, own_x, K, low.b + n * low.R, low.h, low.R, sums);
         with_type(p.x_dtype, [&](auto* type) {
           using T = __typeof__(*type);
           const float bias = layer.bias ? to_float((const T*)layer.bias + n) : 0.0f;

@@ -36,14 +36,13 @@ def interleave(
 
     By step: median_ms, min_ms; low_ms and high_ms, the quartiles; ratio, the median of its time over that of `base` in
     the same round, so that a busy machine slows both; ratio_of_min. Without a timer the clock of the CPU is used, each
-    step runs twice beforehand, and one that takes less than a millisecond is run several times in a row. Once budget_s
-    seconds have gone by, no round begins after the third.
+    step, which must have run before, runs once more first, and one that takes less than a millisecond is run several
+    times in a row. Once budget_s seconds have gone by, no round begins after the third.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     repeats = {}
     if timer is None:
         for name, step in steps.items():
-            step()
             repeats[name] = max(1, min(20, int(1e-3 / _seconds(step))))
     order = list(steps)
     start = time.perf_counter()
