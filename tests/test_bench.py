@@ -203,6 +203,13 @@ def test_a_contender_in_a_process_that_fails_leaves_the_others():
     assert set(row["contenders"]) == {"allocate"} and "the reason" in row["failed"]["break_off"]
 
 
+def test_a_worker_whose_process_has_ended_says_why():
+    with Worker("test_bench:break_off", 1) as worker:
+        worker._process.wait()
+        with pytest.raises(RuntimeError, match="the reason"):
+            worker.ready()
+
+
 def test_no_model_is_made_for_a_case_that_does_not_run(monkeypatch, tmp_path):
     from lora_kernels.bench import train
 

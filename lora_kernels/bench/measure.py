@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -99,11 +100,9 @@ class Worker:
         self._ask("ready")
 
     def _ask(self, command: str) -> Any:
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
         answer = self._process.stdout.readline()
         if not answer:
             self._process.wait()
@@ -125,7 +124,9 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         for file in (self._process.stdin, self._process.stdout, self._errors):
-            file.close()
+            # What was asked of a process that has ended is still in its buffer, and can't leave it.
+            with contextlib.suppress(BrokenPipeError):
+                file.close()
         self._process.wait()
 
 
