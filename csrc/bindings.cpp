@@ -6,6 +6,7 @@
 #include <atomic>
 #include <new>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -221,20 +222,19 @@ PYBIND11_MODULE(_C, m) {
         });
 
   m.def(
-      "few_rows_forward",
-      [](const Weight& weight, uintptr_t x, uintptr_t y, int64_t M, int num_threads) {
-        launch(&Isa::few_rows, &FewRowsKernels::forward,
-               FewRowsForward{weight, pointer<float>(x), pointer<float>(y), M, num_threads});
+      "product",
+      // A term: (weight, in, ld, scale).
+      [](const std::vector<std::tuple<Weight, uintptr_t, int64_t, float>>& terms, bool transposed,
+         uintptr_t column_scale, uintptr_t bias, uintptr_t out, int out_dtype, int64_t ld_out, int64_t M, int64_t J,
+         int num_threads) {
+        std::vector<ProductTerm> list;
+        for (const auto& [weight, in, ld, scale] : terms) list.push_back({weight, pointer<float>(in), ld, scale});
+        launch(&Isa::product, &ProductKernels::product,
+               Product{list.data(), (int)list.size(), transposed, pointer<float>(column_scale), pointer<float>(bias),
+                       pointer(out), DType(out_dtype), ld_out, M, J, num_threads});
       },
-      py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("y"), py::arg("M"), py::arg("num_threads"));
-
-  m.def(
-      "few_rows_backward",
-      [](const Weight& weight, uintptr_t dy, uintptr_t dx, int64_t M, int num_threads) {
-        launch(&Isa::few_rows, &FewRowsKernels::backward,
-               FewRowsBackward{weight, pointer<float>(dy), pointer<float>(dx), M, num_threads});
-      },
-      py::kw_only(), py::arg("weight"), py::arg("dy"), py::arg("dx"), py::arg("M"), py::arg("num_threads"));
+      py::kw_only(), py::arg("terms"), py::arg("transposed"), py::arg("column_scale"), py::arg("bias"), py::arg("out"),
+      py::arg("out_dtype"), py::arg("ld_out"), py::arg("M"), py::arg("J"), py::arg("num_threads"));
 
   m.def(
       "rms_norm_fwd",

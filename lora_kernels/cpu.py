@@ -1,20 +1,21 @@
-"""The CPU backend: torch's matrix products for the frozen weight, C++ kernels for everything low-rank and for NF4.
+"""The CPU backend: C++ kernels for everything low-rank, for NF4, and for products where torch's are slower.
 
-Per layer, forward and backward, the kernels read x twice and dy once, and add the low-rank terms to y and dx in place
-while a block of rows is in cache. Dropout is drawn inside, in registers, from (seed, offset).
+Per layer, forward and backward, the kernels read x twice and dy once. Dropout is drawn inside, in registers, from
+(seed, offset).
 
 y and dx must be rounded once, after the low-rank term is in: a bfloat16 sum loses a term that is smaller than half a
-unit of its last place. So the base product runs
+unit of its last place. So the product with the frozen weight runs
 
-- in float32, in place, for float32;
-- in bfloat16 where this processor has it in hardware, with the low-rank term inside the same product:
+- in float32 by our own kernel, which converts or decodes the weight in cache, a piece at a time, and takes the low-rank
+  term (without dropout that of dx too) as a continuation of the sum;
+- in bfloat16 by torch where this processor has it in hardware, with the low-rank term inside the same product:
   y = [x, h] [W, scaling · lora_b]ᵀ, and dx likewise;
-- otherwise in float32, to be rounded with the low-rank term. torch's own bfloat16 and float16 products are several
-  times slower there.
+- in float32 by torch where its product may be faster than ours (`own_rows`), in place for float32; a kernel then adds
+  the low-rank term while a block of rows is in cache.
 
 The weight comes to torch in panels: W itself where it is dense and of the right dtype, else some rows of it (columns,
-for dx) at a time, converted or decoded into a buffer that is kept. With few rows in x, as in generation, a kernel of
-our own converts or decodes it in cache instead; with up to 8 and no dropout one call does the rest of the layer too.
+for dx) at a time, converted or decoded into a buffer that is kept. With up to 8 rows in x, as in generation, and no
+dropout one call of C++ does the whole layer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,10 +59,6 @@ else:
 
 # Elements of a panel of the weight: large enough for torch's products, small enough to stay in a cache.
 _PANEL = 1 << 20
-# Rows of x up to which an NF4 or 16-bit weight is converted to float32 in cache, inside the product; the second number
-# is for bfloat16 where the processor could multiply that instead, the third for the forward pass of a dense float32
-# weight, where there is nothing to convert but torch is slower.
-_FEW_ROWS = (128, 16, 32)
 # Elements of the float32 rows of dx that wait for the low-rank term.
 _BASE = 1 << 23
 
@@ -69,6 +66,24 @@ _BASE = 1 << 23
 LAYER_ROWS, MAX_LAYERS = (0, 0) if unavailable else (_C.LAYER_ROWS, _C.MAX_LAYERS)
 
 _buffers = threading.local()
+
+
+class OwnRows(NamedTuple):
+    """Rows of x, or of dy, up to which our own product is taken instead of torch's."""
+
+    converted: int  # an NF4 or 16-bit weight
+    native: int  # the same, where x is bfloat16 and the processor could multiply that
+    forward: int  # a dense float32 weight
+    backward: int
+
+
+# Where it was measured, and for the other instruction sets what can't be far off.
+_OWN_ROWS = {"avx2": OwnRows(1 << 62, 16, 1 << 62, 1 << 62)}
+_OWN_ROWS_ELSEWHERE = OwnRows(128, 16, 32, 0)
+
+
+def own_rows() -> OwnRows:
+    return _OWN_ROWS.get(_C.get_isa(), _OWN_ROWS_ELSEWHERE)
 
 
 @cache
@@ -189,15 +204,42 @@ def _panels(
         yield part, panel
 
 
-def few_rows_limit(weight: Tensor | NF4, native: bool, forward: bool = True) -> int:
-    """Rows of x, or of dy, up to which the product reads the weight by small pieces, as it is stored."""
+def own_rows_limit(weight: Tensor | NF4, native: bool, forward: bool = True) -> int:
+    """Rows of x, or of dy, up to which `_product` takes this weight."""
+    limits = own_rows()
     if isinstance(weight, NF4):
-        return _FEW_ROWS[native]
+        return limits.native if native else limits.converted
     if weight.stride(1) != 1:
         return 0
     if weight.dtype == torch.float32:
-        return _FEW_ROWS[2] if forward else 0
-    return _FEW_ROWS[native]
+        return limits.forward if forward else limits.backward
+    return limits.native if native else limits.converted
+
+
+def _product(
+    terms: Sequence[tuple[Tensor | NF4, Tensor, float]],
+    out: Tensor,
+    transposed: bool = False,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """out = column_scale ∘ Σ factor · x Wᵀ + bias over the terms (W, x, factor), rounded once; `transposed` x W.
+
+    x, column_scale and bias are float32; the rows of W, x and out are contiguous. NF4 takes a factor of 1.
+    """
+    M, J = out.shape
+    _launch(
+        "product",
+        terms=[(_weight(weight), x.data_ptr(), x.stride(0), factor) for weight, x, factor in terms],
+        transposed=transposed,
+        column_scale=column_scale,
+        bias=bias,
+        out=out,
+        out_dtype=_DTYPES[out.dtype],
+        ld_out=out.stride(0),
+        M=M,
+        J=J,
+    )
 
 
 def _low_rank_fwd(
@@ -274,8 +316,8 @@ def lora_linear_group_fwd(
         bias32 = None if bias is None else bias.float()
         y = x.new_empty(M, weight.shape[0])
         results.append((y, h))
-        few_rows = few_rows_limit(weight, native) >= M
-        if native and not few_rows:
+        own = own_rows_limit(weight, native) >= M
+        if native and not own:
             wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
             for cols, panel in _panels([weight], x.dtype, by_columns=False, extra=scaling * lora_b.float()):
                 if bias is None or column_scale is not None:
@@ -287,10 +329,11 @@ def lora_linear_group_fwd(
             continue
 
         x32 = x.float() if x32 is None else x32
-        if few_rows:
-            base = y if y.dtype == torch.float32 else _buffer("base", torch.float32, *y.shape)
-            _launch("few_rows_forward", weight=_weight(weight), x=x32.contiguous(), y=base, M=M)
-            _low_rank_fwd(base, bias32, he, lora_b, scaling, y, column_scale)
+        if own:
+            terms = [(weight, x32, 1.0)]
+            if lora_b.shape[1]:
+                terms.append((lora_b, he, scaling))
+            _product(terms, y, False, column_scale, bias32)
             continue
         for cols, panel in _panels([weight], torch.float32, by_columns=False):
             base = y[:, cols] if y.dtype == torch.float32 else _buffer("base", torch.float32, M, panel.shape[0])
@@ -492,16 +535,21 @@ def _lora_a_bwd(
     lora_a = _side_by_side([layer.lora_a for layer in layers], 0)
     weights = [layer.weight for layer in layers]
     (M, K), R = x.shape, lora_a.shape[0]
+    threshold = dropout_threshold(dropout_p)
     native = x.dtype == torch.bfloat16 and native_bfloat16()
-    native_dx = need_x and native and all(few_rows_limit(weight, native, False) < M for weight in weights)
+    limits = [own_rows_limit(weight, native, forward=False) for weight in weights]
+    own = min(limits) >= M
+    native_dx = need_x and native and max(limits) < M
     dx = x.new_empty(M, K) if need_x else None
-    if native_dx:
+    finish_dx = need_x
+    if need_x and own and not threshold:
+        _product(_terms_of_dx(dys, weights) + ([(lora_a, dh, 1.0)] if R else []), dx, transposed=True)
+        finish_dx = False
+    elif native_dx:
         wide_dy = torch.cat([*dys, dh.to(x.dtype)], dim=1)
         for cols, panel in _panels(weights, x.dtype, True, extra=dropout_scale(dropout_p) * lora_a.float()):
             torch.mm(wide_dy, panel, out=dx[:, cols])
-    threshold = dropout_threshold(dropout_p)
-    # Without dropout, native's dx is complete.
-    finish_dx = need_x and not (native_dx and not threshold)
+        finish_dx = threshold > 0
     if not (finish_dx or need_a):
         return dx, None
 
@@ -509,7 +557,7 @@ def _lora_a_bwd(
     for rows in _steps(M, max(512, _BASE // K) if finish_dx and x.dtype != torch.float32 else M):
         base = None
         if finish_dx:
-            base = dx[rows] if native_dx else _base_of_dx([dy[rows] for dy in dys], weights, dx[rows], native)
+            base = dx[rows] if native_dx else _base_of_dx([dy[rows] for dy in dys], weights, dx[rows], own)
         if R == 0 and base is not None and base.dtype == dx.dtype:
             continue
         block = torch.empty(R, K, dtype=torch.float32) if need_a else None
@@ -539,18 +587,18 @@ def _lora_a_bwd(
     return dx, dlora_a
 
 
-def _base_of_dx(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4], dx: Tensor, native: bool) -> Tensor:
+def _terms_of_dx(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4]) -> list[tuple[Tensor | NF4, Tensor, float]]:
+    return [(weight, dy.float(), 1.0) for weight, dy in zip(weights, dys, strict=True)]
+
+
+def _base_of_dx(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4], dx: Tensor, own: bool) -> Tensor:
     """Σ dy W in float32: in dx itself if that is float32, else in a buffer."""
-    M, K = dx.shape
-    base = dx if dx.dtype == torch.float32 else _buffer("base", torch.float32, M, K)
+    base = dx if dx.dtype == torch.float32 else _buffer("base", torch.float32, *dx.shape)
+    if own:
+        _product(_terms_of_dx(dys, weights), base, transposed=True)
+        return base
     for index, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         dy32 = dy.float()
-        if few_rows_limit(weight, native, forward=False) >= M:
-            term = _buffer("term", torch.float32, M, K) if index else base
-            _launch("few_rows_backward", weight=_weight(weight), dy=dy32.contiguous(), dx=term, M=M)
-            if index:
-                base += term
-            continue
         for cols, panel in _panels([weight], torch.float32, by_columns=True):
             out = base[:, cols]
             if index:

@@ -76,8 +76,8 @@ def assert_case(case):
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
-    for few_rows in ((0, 0, 0), (0, 1024, 0) if native else (1024, 0, 1024)):
-        monkeypatch.setattr(cpu, "_FEW_ROWS", few_rows)
+    for limit in (0, 1024):
+        monkeypatch.setattr(cpu, "own_rows", lambda limit=limit: cpu.OwnRows(*[limit] * 4))
         assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
 
@@ -86,8 +86,8 @@ def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, 
 @pytest.mark.parametrize("sizes", SIZES[::2], ids=lambda s: "x".join(map(str, s)))
 def test_column_scale_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
-    for few_rows in ((0, 0, 0), (0, 1024, 0) if native else (1024, 0, 1024)):
-        monkeypatch.setattr(cpu, "_FEW_ROWS", few_rows)
+    for limit in (0, 1024):
+        monkeypatch.setattr(cpu, "own_rows", lambda limit=limit: cpu.OwnRows(*[limit] * 4))
         for extras in (False, True):
             assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p, extras, column_scale=True))
 
@@ -193,6 +193,7 @@ def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, M):
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     torchs = []
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: torchs.append(args) or plain)
+    monkeypatch.setattr(cpu, "own_rows", lambda: cpu.OwnRows(128, 16, 32, 0))
     with torch.no_grad():
         y = frozen_linear(x.view(M, 1, 1024), weight, bias)
         assert not torchs and y.shape == (M, 1, 1030)
@@ -259,6 +260,46 @@ def test_several_blocks_of_rows_and_columns(isa, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_BASE", 1)
     assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False))
     assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False, column_scale=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("M, J, P", [(1, 1, 1), (13, 17, 255), (203, 300, 600), (1100, 40, 300), (35, 530, 257)])
+def test_product(isa, transposed, dtype, M, J, P):
+    """Blocks of rows, columns and depth, whole and not; terms of several types; any number of threads."""
+    make = torch.Generator().manual_seed(3)
+
+    def normal(*shape, dtype=FP32):
+        return torch.randn(*shape, generator=make).to(dtype)
+
+    def term(depth, dtype, factor):
+        wide = normal(M, depth + 5)
+        return normal(*((depth, J) if transposed else (J, depth)), dtype=dtype), wide[:, 2 : depth + 2], factor
+
+    terms = [term(P, dtype, 1.0), term(9, FP32, -1.5), term(33, BF16, 0.25)]
+    nf4 = quantize_nf4(normal(*((P, J) if transposed else (J, P))), 64)
+    terms.append((nf4.tensors(), normal(M, P), 1.0))
+    scale, bias = normal(J), normal(J)
+
+    def formula(dtype):
+        dense = [weight for weight, *_ in terms[:-1]] + [nf4.dequantize(FP32)]
+        pairs = zip(dense, terms, strict=True)
+        total = sum(f * x.to(dtype) @ (w if transposed else w.T).to(dtype) for w, (_, x, f) in pairs)
+        return scale.to(dtype) * total + bias.to(dtype)
+
+    out = torch.full((M, J + 3), torch.nan, dtype=dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            cpu._product(terms, out[:, 1 : J + 1], transposed, scale, bias)
+            assert out[:, 0].isnan().all() and out[:, J + 1 :].isnan().all()
+            if count == 1:
+                first = out[:, 1 : J + 1].clone()
+            assert torch.equal(out[:, 1 : J + 1], first)
+    finally:
+        torch.set_num_threads(threads)
+    assert_close_to_reference(first, formula(FP32).to(dtype), formula(torch.float64), "out")
 
 
 def test_strided_rows_and_transposed_weight(isa):

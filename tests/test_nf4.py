@@ -217,14 +217,15 @@ def eager(parts, inputs, dy, dropout_p):
     return {"y": y.detach(), "h": h.detach().float(), **dict(zip(GRADIENTS, grads, strict=False))}
 
 
-@pytest.mark.parametrize("path", ["few rows", "panels", "native"])
+@pytest.mark.parametrize("path", ["own", "panels", "native"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_lora_linear_matches_float64(backend, monkeypatch, sizes, dtype, path):
     if backend is reference or (path == "native" and dtype != BF16):
         pytest.skip("one case is enough")
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: path == "native")
-    monkeypatch.setattr(cpu, "_FEW_ROWS", (1024, 0, 0) if path == "few rows" else (0, 0, 0))
+    limit = 1024 if path == "own" else 0
+    monkeypatch.setattr(cpu, "own_rows", lambda: cpu.OwnRows(*[limit] * 4))
     monkeypatch.setattr(cpu, "_PANEL", 1 << 12)
     monkeypatch.setattr(cpu, "_BASE", 1)
     M, N, K, R = sizes

@@ -2,36 +2,9 @@
 // registers or in cache.
 #pragma once
 
-#include "nf4.h"
+#include "weight.h"
 
 namespace lora_kernels::cpu {
-
-// W [N,K]: `nf4`, unless `dense` is given, whose rows are ld_dense elements apart.
-struct Weight {
-  Nf4Weight nf4;
-  const void* dense;
-  DType dense_dtype;
-  int64_t ld_dense;
-  int64_t N, K;
-};
-
-// y = x Wᵀ: x [M,K], y [M,N] contiguous.
-struct FewRowsForward {
-  Weight weight;
-  const float* x;
-  float* y;
-  int64_t M;
-  int num_threads;
-};
-
-// dx = dy W: dy [M,N], dx [M,K] contiguous.
-struct FewRowsBackward {
-  Weight weight;
-  const float* dy;
-  float* dx;
-  int64_t M;
-  int num_threads;
-};
 
 // Rows up to which LayersForward holds all their sums in registers.
 constexpr int kLayerRows = 8;
@@ -68,8 +41,6 @@ struct LayersForward {
 // One instruction set's build. Each returns false when memory ran out.
 struct FewRowsKernels {
   bool (*layers_forward)(const LayersForward&);
-  bool (*forward)(const FewRowsForward&);
-  bool (*backward)(const FewRowsBackward&);
 };
 
 }  // namespace lora_kernels::cpu

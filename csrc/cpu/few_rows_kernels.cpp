@@ -2,49 +2,11 @@
 //
 // A small piece of the weight is converted into cache and used for every row of x or dy before the next one: the weight
 // is read once, in the form it is stored in, and never exists as a float32 [N, K].
-#include <utility>
-
 #include "few_rows.h"
-#include "nf4_decode.h"
-#include "tile.h"
+#include "weight_rows.h"
 
 namespace lora_kernels::cpu {
 namespace {
-
-template <class T>
-struct Dense {
-  const T* data;
-  int64_t ld;
-};
-
-// As for an NF4 weight, with a scale of 1.
-template <class T, class Chunk, class One>
-LK_INLINE void for_row(const Dense<T>& w, int64_t n, int64_t first, int64_t last, Chunk chunk, One one) {
-  const T* row = w.data + n * w.ld;
-  int64_t k = first;
-  for (; k + kChunk <= last; k += kChunk) {
-    vf values[kChunkVecs];
-    for (int v = 0; v < kChunkVecs; ++v) values[v] = load(row + k + v * kLanes);
-    chunk(k, values, splat(1.0f));
-  }
-  for (; k < last; ++k) one(k, to_float(row + k));
-}
-
-template <class F>
-void with_dense(const void* data, DType dtype, int64_t ld, F f) {
-  with_type(dtype, [&](auto* type) {
-    using T = __typeof__(*type);
-    f(Dense<T>{(const T*)data, ld});
-  });
-}
-
-template <class F>
-void with_weight(const Weight& w, F f) {
-  if (w.dense)
-    with_dense(w.dense, w.dense_dtype, w.ld_dense, f);
-  else
-    f(w.nf4);
-}
 
 // Whether `with_any_order` gives the weight in the order of kStretchOrder, which x must have then.
 LK_INLINE bool is_turned(const Weight& w) { return !w.dense && Stretches::fit(w.nf4); }
@@ -208,128 +170,6 @@ bool layers_forward(const LayersForward& p) {
   return true;
 }
 
-// A piece of kTileCols rows of the weight, decoded and turned round, fits the first cache.
-constexpr int64_t kPieceK = 256;
-// One cache line more than a power of two: the rows of a piece must not fall into one cache set.
-constexpr int64_t kPieceStride = kPieceK + 16;
-
-// Half of the lanes of a and half of b's: those whose number has bit kStep clear, or set when kHigh, side by side.
-template <int kStep, bool kHigh, size_t... kLane>
-LK_INLINE vf exchange(vf a, vf b, std::index_sequence<kLane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b,
-                                 (int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
-                                       : kLane & kStep ? kLane - kStep + kLanes
-                                                       : kLane)...);
-#else
-  return __builtin_shuffle(a, b,
-                           vi32{(int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
-                                      : kLane & kStep ? kLane - kStep + kLanes
-                                                      : kLane)...});
-#endif
-}
-
-// Lane i of v[j] and lane j of v[i] change places.
-template <int kStep = 1>
-LK_INLINE void transpose(vf (&v)[kLanes]) {
-  if constexpr (kStep < kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & kStep)) {
-        const vf a = v[i], b = v[i + kStep];
-        v[i] = exchange<kStep, false>(a, b, std::make_index_sequence<kLanes>());
-        v[i + kStep] = exchange<kStep, true>(a, b, std::make_index_sequence<kLanes>());
-      }
-    transpose<2 * kStep>(v);
-  }
-}
-
-// panel [K, kTileCols] = rows [kTileCols, K] turned round; up to kLanes - 1 rows more are written.
-LK_INLINE void turn_round(const float* rows, int64_t K, float* panel) {
-  for (int64_t k = 0; k < K; k += kLanes)
-    for (int part = 0; part < kVecs; ++part) {
-      vf v[kLanes];
-      for (int i = 0; i < kLanes; ++i) v[i] = load(rows + (part * kLanes + i) * kPieceStride + k);
-      transpose(v);
-      for (int i = 0; i < kLanes; ++i) store(panel + (k + i) * kTileCols + part * kLanes, v[i]);
-    }
-}
-
-// out[m, :width] (+)= Σ_p a[m, p] b[p, :]: the tile product of both directions.
-LK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t M, const float* b, int64_t ldb, int64_t P,
-                              bool first, float* out, int64_t ld_out, int64_t width) {
-  for_row_tiles(M, [&](auto tile, int64_t m) {
-    constexpr int kRows = decltype(tile)::value;
-    vf acc[kRows][kVecs];
-    multiply<kRows, kVecs, false>(a + m * lda, lda, b, ldb, P, acc);
-    for (int i = 0; i < kRows; ++i) {
-      float* o = out + (m + i) * ld_out;
-      float sums[kTileCols];
-      for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, acc[i][v]);
-      if (width == kTileCols)
-        for (int c = 0; c < kTileCols; ++c) o[c] = first ? sums[c] : o[c] + sums[c];
-      else
-        for (int64_t c = 0; c < width; ++c) o[c] = first ? sums[c] : o[c] + sums[c];
-    }
-  });
-}
-
-template <class W>
-bool forward(const W& weight, const FewRowsForward& p) {
-  const int64_t N = p.weight.N, K = p.weight.K, tiles = (N + kTileCols - 1) / kTileCols;
-  const int threads = thread_count(p.num_threads, tiles, p.M * N * K, kMinMultiplyAdds);
-  constexpr int64_t kRowsSize = kTileCols * kPieceStride, kPanelSize = kPieceK * kTileCols;
-  Buffer pieces(threads * (kRowsSize + kPanelSize));
-  if (!pieces.data) return false;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
-    float* rows = pieces.data + part * (kRowsSize + kPanelSize);
-    float* panel = rows + kRowsSize;
-    memset(rows, 0, kRowsSize * sizeof(float));
-    const int64_t last = min64(N, tiles * (part + 1) / threads * kTileCols);
-    // All rows of the weight for one piece of K before the next: these columns of x stay in cache.
-    for (int64_t k = 0; k < K; k += kPieceK) {
-      const int64_t size = min64(kPieceK, K - k);
-      for (int64_t n = tiles * part / threads * kTileCols; n < last; n += kTileCols) {
-        const int64_t width = min64(kTileCols, last - n);
-        for (int64_t j = 0; j < width; ++j) decode_row(weight, n + j, k, k + size, rows + j * kPieceStride);
-        turn_round(rows, size, panel);
-        multiply_panel(p.x + k, K, p.M, panel, kTileCols, size, k == 0, p.y + n, N, width);
-      }
-    }
-  }
-  return true;
-}
-
-constexpr int64_t kSlabCols = 128;
-constexpr int64_t kSlabRows = 48;
-
-template <class W>
-bool backward(const W& weight, const FewRowsBackward& p) {
-  const int64_t N = p.weight.N, K = p.weight.K, tiles = (K + kTileCols - 1) / kTileCols;
-  const int threads = thread_count(p.num_threads, tiles, p.M * N * K, kMinMultiplyAdds);
-  Buffer slabs(threads * kSlabRows * kSlabCols);
-  if (!slabs.data) return false;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
-    float* slab = slabs.data + part * kSlabRows * kSlabCols;
-    // Columns past K are zero and stay so; those of an earlier slab may remain in them, and are not stored.
-    memset(slab, 0, kSlabRows * kSlabCols * sizeof(float));
-    const int64_t last = min64(K, tiles * (part + 1) / threads * kTileCols);
-    for (int64_t k = tiles * part / threads * kTileCols; k < last; k += kSlabCols) {
-      const int64_t cols = min64(kSlabCols, last - k);
-      for (int64_t n = 0; n < N; n += kSlabRows) {
-        const int64_t rows = min64(kSlabRows, N - n);
-        for (int64_t i = 0; i < rows; ++i) decode_row(weight, n + i, k, k + cols, slab + i * kSlabCols);
-        for (int64_t j = 0; j < cols; j += kTileCols)
-          multiply_panel(p.dy + n, N, p.M, slab + j, kSlabCols, rows, n == 0, p.dx + k + j, K,
-                         min64(kTileCols, cols - j));
-      }
-    }
-  }
-  return true;
-}
-
 // With the smallest number of rows that covers M.
 bool few_rows_layers_forward(const LayersForward& p) {
   return p.M <= 1   ? layers_forward<1>(p)
@@ -338,21 +178,9 @@ bool few_rows_layers_forward(const LayersForward& p) {
                     : layers_forward<kLayerRows>(p);
 }
 
-bool few_rows_forward(const FewRowsForward& p) {
-  bool done = false;
-  with_weight(p.weight, [&](const auto& weight) { done = forward(weight, p); });
-  return done;
-}
-
-bool few_rows_backward(const FewRowsBackward& p) {
-  bool done = false;
-  with_weight(p.weight, [&](const auto& weight) { done = backward(weight, p); });
-  return done;
-}
-
 }  // namespace
 
 extern const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA);
-const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA) = {few_rows_layers_forward, few_rows_forward, few_rows_backward};
+const FewRowsKernels LK_CONCAT(few_rows_, LK_ISA) = {few_rows_layers_forward};
 
 }  // namespace lora_kernels::cpu

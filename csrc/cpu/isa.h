@@ -6,6 +6,7 @@
 #include "few_rows.h"
 #include "lora_linear.h"
 #include "nf4.h"
+#include "product.h"
 
 namespace lora_kernels::cpu {
 
@@ -16,6 +17,7 @@ struct Isa {
   const FewRowsKernels* few_rows;
   const LoraLinearKernels* lora_linear;
   const Nf4Kernels* nf4;
+  const ProductKernels* product;
 };
 
 constexpr int kMaxIsas = 4;

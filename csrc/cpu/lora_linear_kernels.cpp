@@ -229,19 +229,6 @@ struct Scratch {
   LK_INLINE uint8_t* bits(float* base) const { return (uint8_t*)(h_out(base) + h_size()); }
 };
 
-// src [N], or null, with zeros up to whole tiles.
-struct PaddedColumns {
-  Buffer buffer;
-  const float* data;
-  PaddedColumns(const float* src, int64_t N)
-      : buffer(src ? round_up(N, kTileCols) : 0), data(src ? buffer.data : nullptr) {
-    if (!data) return;
-    memcpy(buffer.data, src, N * sizeof(float));
-    memset(buffer.data + N, 0, (round_up(N, kTileCols) - N) * sizeof(float));
-  }
-  LK_INLINE const float* at(int64_t col) const { return data ? data + col : nullptr; }
-};
-
 bool lora_a_fwd(const LoraAFwd& p) {
   const int threads = product_threads(p.num_threads, p.M, p.K, p.R);
   const Panels a_shape{p.K, p.R};

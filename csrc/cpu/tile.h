@@ -45,5 +45,18 @@ LK_INLINE void for_row_tiles(int64_t rows, F f) {
   for (; i < rows; ++i) f(Int<1>{}, i);
 }
 
+// src [N], or null, with zeros up to whole tiles.
+struct PaddedColumns {
+  Buffer buffer;
+  const float* data;
+  PaddedColumns(const float* src, int64_t N)
+      : buffer(src ? round_up(N, kTileCols) : 0), data(src ? buffer.data : nullptr) {
+    if (!data) return;
+    memcpy(buffer.data, src, N * sizeof(float));
+    memset(buffer.data + N, 0, (round_up(N, kTileCols) - N) * sizeof(float));
+  }
+  LK_INLINE const float* at(int64_t col) const { return data ? data + col : nullptr; }
+};
+
 }  // namespace
 }  // namespace lora_kernels::cpu

@@ -395,7 +395,7 @@ def _frozen_few_rows(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None)
     if weight.numel() < _DENSE_SIZE or weight.dtype != x.dtype:
         return False
     native = x.dtype == torch.bfloat16 and cpu.native_bfloat16()
-    return x.numel() <= weight.shape[-1] * max(cpu.LAYER_ROWS, cpu.few_rows_limit(weight, native))
+    return x.numel() <= weight.shape[-1] * max(cpu.LAYER_ROWS, cpu.own_rows_limit(weight, native))
 
 
 def _under_autocast(x: Tensor, *others: Tensor | NF4Weight | None) -> tuple:

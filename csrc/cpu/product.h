@@ -1,0 +1,36 @@
+// Products of any number of rows with frozen weights, which are decoded or converted in cache.
+#pragma once
+
+#include "weight.h"
+
+namespace lora_kernels::cpu {
+
+// scale · in Wᵀ, of `in` [M,K]; in a transposed product scale · in W, of `in` [M,N]. Rows of `in` are ld apart.
+// An NF4 weight has the scale 1.
+struct ProductTerm {
+  Weight weight;
+  const float* in;
+  int64_t ld;
+  float scale;
+};
+
+// out [M,J] = column_scale ∘ Σ terms + bias, rounded once.
+struct Product {
+  const ProductTerm* terms;
+  int count;
+  bool transposed;
+  const float* column_scale;  // [J] or null
+  const float* bias;          // [J] or null
+  void* out;
+  DType out_dtype;
+  int64_t ld_out;
+  int64_t M, J;
+  int num_threads;
+};
+
+// One instruction set's build. Returns false when memory ran out.
+struct ProductKernels {
+  bool (*product)(const Product&);
+};
+
+}  // namespace lora_kernels::cpu

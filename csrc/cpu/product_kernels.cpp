@@ -1,0 +1,260 @@
+// The products of product.h, built once per instruction set (LK_ISA, LK_LANES; see setup.py).
+//
+// For some columns of the result, a piece of the weight is converted into panels [depth, kTileCols] that the register
+// tile reads from cache, and is used for up to kBlockRows rows of the input before the next one. So the weight is read
+// once for that many rows, in the form it is stored in, and never exists as a float32 [N, K].
+#include <utility>
+
+#include "product.h"
+#include "tile.h"
+#include "weight_rows.h"
+
+namespace lora_kernels::cpu {
+namespace {
+
+// Depth of a piece: its panel of kTileCols columns takes half of the first cache.
+constexpr int64_t kPieceDepth = 256;
+// One cache line more than a power of two: rows, or panels, of a piece must not fall into one cache set.
+constexpr int64_t kPieceStride = kPieceDepth + 16;
+constexpr int64_t kBlockCols = 256;
+constexpr int64_t kBlockTiles = kBlockCols / kTileCols;
+// Rows of the input whose piece stays in the second cache, and those whose sums wait for the next piece: whole tiles,
+// so that a row is in a tile of the same size however the rows are shared out, and its result has the same bits.
+constexpr int64_t kInnerRows = 192;
+constexpr int64_t kBlockRows = 5 * kInnerRows;
+static_assert(kInnerRows % kTileRows == 0);
+// Rows of the input that take as long as converting the weight.
+constexpr int64_t kConvertRows = 16;
+
+constexpr int64_t kPanelSize = kPieceStride * kTileCols;
+
+// Half of the lanes of a and half of b's: those whose number has bit kStep clear, or set when kHigh, side by side.
+template <int kStep, bool kHigh, size_t... kLane>
+LK_INLINE vf exchange(vf a, vf b, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b,
+                                 (int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
+                                       : kLane & kStep ? kLane - kStep + kLanes
+                                                       : kLane)...);
+#else
+  return __builtin_shuffle(a, b,
+                           vi32{(int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
+                                      : kLane & kStep ? kLane - kStep + kLanes
+                                                      : kLane)...});
+#endif
+}
+
+// Lane i of v[j] and lane j of v[i] change places.
+template <int kStep = 1>
+LK_INLINE void transpose(vf (&v)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & kStep)) {
+        const vf a = v[i], b = v[i + kStep];
+        v[i] = exchange<kStep, false>(a, b, std::make_index_sequence<kLanes>());
+        v[i + kStep] = exchange<kStep, true>(a, b, std::make_index_sequence<kLanes>());
+      }
+    transpose<2 * kStep>(v);
+  }
+}
+
+// panel [depth, kTileCols] = rows [kTileCols, depth] turned round; up to kLanes - 1 rows more are written.
+LK_INLINE void turn_round(const float* rows, int64_t depth, float* panel) {
+  for (int64_t p = 0; p < depth; p += kLanes)
+    for (int part = 0; part < kVecs; ++part) {
+      vf v[kLanes];
+      for (int i = 0; i < kLanes; ++i) v[i] = load(rows + (part * kLanes + i) * kPieceStride + p);
+      transpose(v);
+      for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * kTileCols + part * kLanes, v[i]);
+    }
+}
+
+// Columns [first, first + count) of row n.
+LK_INLINE void convert_row(const Nf4Weight& w, float, int64_t n, int64_t first, int64_t count, float* out) {
+  decode_row(w, n, first, first + count, out);
+}
+template <class T>
+LK_INLINE void convert_row(const Dense<T>& w, float scale, int64_t n, int64_t first, int64_t count, float* out) {
+  const T* row = w.data + n * w.ld + first;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, scale * load(row + i));
+  for (; i < count; ++i) out[i] = scale * to_float(row + i);
+}
+
+// Panels, kPanelSize apart, of `depth` steps from p0 on and `cols` columns of the result from j0 on. What is in the
+// last one beyond these columns is not used. `rows` has room for kTileCols rows of a piece.
+template <class W>
+LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_t p0, int64_t depth, int64_t j0,
+                           int64_t cols, float* rows, float* panels) {
+  const int64_t tiles = (cols + kTileCols - 1) / kTileCols;
+  if (!transposed) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = tile * kTileCols, width = min64(kTileCols, cols - first);
+      for (int64_t j = 0; j < width; ++j)
+        convert_row(weight, scale, j0 + first + j, p0, depth, rows + j * kPieceStride);
+      turn_round(rows, depth, panels + tile * kPanelSize);
+    }
+    return;
+  }
+  for (int64_t p = 0; p < depth; ++p) {
+    convert_row(weight, scale, p0 + p, j0, cols, rows);
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int v = 0; v < kVecs; ++v)
+        store(panels + tile * kPanelSize + p * kTileCols + v * kLanes, load(rows + tile * kTileCols + v * kLanes));
+  }
+}
+
+// Of the first column of a tile; null where there is none.
+struct Epilogue {
+  const float *column_scale, *bias;
+};
+
+// out [M, :width] (+)= a panel over one piece; `sums` [M, kTileCols] holds what the pieces have given so far.
+template <class T>
+LK_INLINE void multiply_piece(const float* a, int64_t lda, int64_t M, const float* panel, int64_t depth, bool first,
+                              bool last, float* sums, Epilogue epilogue, T* out, int64_t ld_out, int64_t width) {
+  for_row_tiles(M, [&](auto tile, int64_t m) {
+    constexpr int kRows = decltype(tile)::value;
+    vf acc[kRows][kVecs];
+    float* const so_far = sums + m * kTileCols;
+    multiply<kRows, kVecs, false>(a + m * lda, lda, panel, kTileCols, depth, acc);
+    if (!first)
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) acc[i][v] += load(so_far + (i * kVecs + v) * kLanes);
+    if (!last) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) store(so_far + (i * kVecs + v) * kLanes, acc[i][v]);
+      return;
+    }
+    auto finish = [&](int i, T* to) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        vf value = acc[i][v];
+        if (epilogue.column_scale) value *= load(epilogue.column_scale + v * kLanes);
+        if (epilogue.bias) value += load(epilogue.bias + v * kLanes);
+        store(to + v * kLanes, value);
+      }
+    };
+    T* const to = out + m * ld_out;
+    if (width == kTileCols) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) finish(i, to + i * ld_out);
+    } else {
+      for (int i = 0; i < kRows; ++i) {
+        T whole[kTileCols];
+        finish(i, whole);
+        memcpy(to + i * ld_out, whole, width * sizeof(T));
+      }
+    }
+  });
+}
+
+// Rows and columns of a grid of threads.
+struct Grid {
+  int rows, cols;
+};
+
+// The grid with the least work for the busiest thread.
+Grid make_grid(int threads, int64_t M, int64_t tiles) {
+  Grid best{1, 1};
+  int64_t least = INT64_MAX;
+  for (int rows = 1; rows <= threads; ++rows) {
+    const int cols = (int)min64(threads / rows, tiles);
+    const int64_t own_rows = round_up((M + rows - 1) / rows, kTileRows) + kConvertRows;
+    const int64_t work = own_rows * ((tiles + cols - 1) / cols);
+    if (work < least) least = work, best = {rows, cols};
+  }
+  return best;
+}
+
+struct Range {
+  int64_t first, last;
+};
+LK_INLINE Range share(int64_t size, int64_t unit, int part, int parts) {
+  const int64_t units = (size + unit - 1) / unit;
+  return {min64(size, units * part / parts * unit), min64(size, units * (part + 1) / parts * unit)};
+}
+
+// The rows and columns of one thread.
+template <class T>
+void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedColumns& bias, Range rows, Range cols,
+              float* work) {
+  float *const line = work, *const panels = line + kTileCols * kPieceStride;
+  float* const sums = panels + kBlockTiles * kPanelSize;
+  memset(line, 0, kTileCols * kPieceStride * sizeof(float));
+  for (int64_t m0 = rows.first; m0 < rows.last; m0 += kBlockRows) {
+    const int64_t m1 = min64(m0 + kBlockRows, rows.last);
+    for (int64_t j0 = cols.first; j0 < cols.last; j0 += kBlockCols) {
+      const int64_t block_cols = min64(kBlockCols, cols.last - j0);
+      for (int t = 0; t < p.count; ++t) {
+        const ProductTerm& term = p.terms[t];
+        const int64_t P = p.transposed ? term.weight.N : term.weight.K;
+        const int64_t pieces = (P + kPieceDepth - 1) / kPieceDepth, step = round_up((P + pieces - 1) / pieces, kLanes);
+        for (int64_t p0 = 0; p0 < P; p0 += step) {
+          const int64_t depth = min64(step, P - p0);
+          const bool first = t == 0 && p0 == 0, last = t == p.count - 1 && p0 + depth == P;
+          with_weight(term.weight, [&](const auto& weight) {
+            make_panels(weight, term.scale, p.transposed, p0, depth, j0, block_cols, line, panels);
+          });
+          for (int64_t m = m0; m < m1; m += kInnerRows)
+            for (int64_t j = 0; j < block_cols; j += kTileCols) {
+              const int64_t tile = j / kTileCols;
+              multiply_piece(term.in + m * term.ld + p0, term.ld, min64(kInnerRows, m1 - m), panels + tile * kPanelSize,
+                             depth, first, last, sums + (tile * kBlockRows + m - m0) * kTileCols,
+                             {column_scale.at(j0 + j), bias.at(j0 + j)}, (T*)p.out + m * p.ld_out + j0 + j, p.ld_out,
+                             min64(kTileCols, block_cols - j));
+            }
+        }
+      }
+    }
+  }
+}
+
+// Kept by the thread that calls: freshly allocated, its pages would cost more than what is written to them.
+struct Kept {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Kept() { free(data); }
+  bool reserve(int64_t floats) {
+    if (floats <= size) return true;
+    free(data);
+    data = (float*)aligned_alloc(64, round_up(floats * sizeof(float), 64));
+    size = data ? floats : 0;
+    return data;
+  }
+};
+
+bool product(const Product& p) {
+  const PaddedColumns column_scale(p.column_scale, p.J), bias(p.bias, p.J);
+  if (!column_scale.buffer.data || !bias.buffer.data) return false;
+  int64_t depth = 0;
+  for (int t = 0; t < p.count; ++t) depth += p.transposed ? p.terms[t].weight.N : p.terms[t].weight.K;
+  const int64_t tiles = (p.J + kTileCols - 1) / kTileCols, row_tiles = (p.M + kTileRows - 1) / kTileRows;
+  const Grid grid =
+      make_grid(thread_count(p.num_threads, row_tiles * tiles, p.M * p.J * depth, kMinMultiplyAdds), p.M, tiles);
+  const int threads = grid.rows * grid.cols;
+  const int64_t size = kTileCols * kPieceStride + kBlockTiles * (kPanelSize + kBlockRows * kTileCols);
+  static thread_local Kept kept;
+  if (!kept.reserve(threads * size)) return false;
+  float* const work = kept.data;
+  with_type(p.out_dtype, [&](auto* type) {
+    using T = __typeof__(*type);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int part = 0; part < threads; ++part)
+      own_part<T>(p, column_scale, bias, share(p.M, kTileRows, part / grid.cols, grid.rows),
+                  share(p.J, kTileCols, part % grid.cols, grid.cols), work + part * size);
+  });
+  return true;
+}
+
+}  // namespace
+
+extern const ProductKernels LK_CONCAT(product_, LK_ISA);
+const ProductKernels LK_CONCAT(product_, LK_ISA) = {product};
+
+}  // namespace lora_kernels::cpu
