@@ -408,6 +408,8 @@ def _lora_a_fwd(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: 
             threshold=dropout_threshold(dropout_p),
             rng=rng,
         )
+    if len(layers) == 1:
+        return [h]
     return [part.contiguous() for part in h.split([layer.lora_a.shape[0] for layer in layers], dim=1)]
 
 
@@ -485,7 +487,8 @@ def lora_linear_group_bwd(
         return None, [tuple(grad) for grad in grads]
     dx, dlora_a = _lora_a_bwd(dys, x, _side_by_side(dhs, 1), layers, dropout_p, rng, need_x, need_a)
     if need_a:
-        for grad, part, layer, (need, *_) in zip(grads, dlora_a.split(ranks), layers, needs, strict=True):
+        parts = [dlora_a] if len(layers) == 1 else dlora_a.split(ranks)
+        for grad, part, layer, (need, *_) in zip(grads, parts, layers, needs, strict=True):
             grad[0] = part.to(layer.lora_a.dtype) if need else None
     return dx, [tuple(grad) for grad in grads]
 

@@ -364,18 +364,19 @@ def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias of a frozen weight [N, K], dense or NF4, for x [..., K]; differentiable in x (and bias).
 
-    An NF4 weight is decoded inside the kernel, as in `lora_linear`; a dense one is torch's affair, but for the few rows
-    of generation on a CPU, which torch takes 1.2 to 5 times as long for. Raises as `lora_linear` does.
+    An NF4 weight is decoded inside the kernel, as in `lora_linear`; a dense one is torch's affair, but where no gradient
+    is taken, on a CPU on which our own product is the faster one (for the few rows of generation 1.2 to 5 times). Raises
+    as `lora_linear` does.
     """
     dense = not isinstance(weight, NF4Weight)
-    few_rows = _frozen_few_rows(x, weight, bias)
-    if dense and not few_rows:
+    past_the_op = _past_the_op(x, weight, bias)
+    if dense and not past_the_op:
         return torch.nn.functional.linear(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
     _check_shapes(x, weight, bias)
     N, K = weight.shape
     lora_a, lora_b = x.new_empty(0, K), x.new_empty(N, 0)
-    if few_rows and x.numel() <= cpu.LAYER_ROWS * K:
+    if past_the_op and x.numel() <= cpu.LAYER_ROWS * K:
         layer = Projection(weight if dense else weight.tensors(), lora_a, lora_b, 1.0, bias)
         return cpu.few_rows_layers(x, [cpu.few_rows_layer(layer)])[0]
     return _call(x, weight, lora_a, lora_b, 1.0, bias, None, 0.0, None)
@@ -385,8 +386,8 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
 _DENSE_SIZE = 1 << 19
 
 
-def _frozen_few_rows(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> bool:
-    """Whether the CPU's own kernel may be called past the op, for so few rows that it is the faster one."""
+def _past_the_op(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> bool:
+    """Whether our own product may be called past the op, and is the faster one."""
     dense = None if isinstance(weight, NF4Weight) else weight
     if torch.is_grad_enabled() or not takes_few_rows(x) or not _plain(dense, bias):
         return False

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear import frozen_linear
+
 IGNORE_INDEX = -100
 _LOGITS_PER_CHUNK = 1 << 24
 
@@ -18,8 +20,7 @@ def _nll(
 ) -> tuple[Tensor, Tensor | None]:
     """-log softmax(softcap(scale * (rows @ weightᵀ + bias)))[target] [m, 1] and, if needed, its gradient with respect
     to `rows @ weightᵀ + bias` [m, V], both in float32 (float64 for float64 inputs)."""
-    logits = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
-    logits = logits.to(_accumulator(rows))
+    logits = frozen_linear(rows, weight, bias).to(_accumulator(rows))
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
     slope = None
