@@ -169,6 +169,10 @@ def _steps(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
+def _part(t: Tensor, rows: slice) -> Tensor:
+    return t if rows == slice(0, t.shape[0]) else t[rows]
+
+
 def _panels(
     weights: Sequence[Tensor | NF4], dtype: torch.dtype, by_columns: bool, extra: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -558,25 +562,26 @@ def _lora_a_bwd(
 
     dlora_a = None
     for rows in _steps(M, max(512, _BASE // K) if finish_dx and x.dtype != torch.float32 else M):
-        base = None
+        base = own_dx = None
         if finish_dx:
-            base = dx[rows] if native_dx else _base_of_dx([dy[rows] for dy in dys], weights, dx[rows], own)
+            own_dx = _part(dx, rows)
+            base = own_dx if native_dx else _base_of_dx([_part(dy, rows) for dy in dys], weights, own_dx, own)
         if R == 0 and base is not None and base.dtype == dx.dtype:
             continue
         block = torch.empty(R, K, dtype=torch.float32) if need_a else None
         _launch(
             "lora_a_bwd",
-            x=x[rows],
+            x=_part(x, rows),
             x_dtype=_DTYPES[x.dtype],
             ld_x=x.stride(0),
-            dh=dh[rows],
+            dh=_part(dh, rows),
             lora_a=lora_a,
             lora_a_dtype=_DTYPES[lora_a.dtype],
             dlora_a=block,
             base=base,
             base_dtype=_DTYPES[x.dtype if base is None else base.dtype],
             ld_base=0 if base is None else base.stride(0),
-            dx=dx[rows] if finish_dx else None,
+            dx=own_dx if finish_dx else None,
             ld_dx=K,
             M=rows.stop - rows.start,
             K=K,

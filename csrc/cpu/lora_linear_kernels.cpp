@@ -127,6 +127,18 @@ void load_block(const T* src, int64_t ld, int64_t rows, int64_t cols, Mask mask,
   }
 }
 
+// A float32 block that the tile reads: src itself, or what load_block makes of it. Its rows are ld apart.
+struct Block {
+  const float* data;
+  int64_t ld;
+};
+template <class T>
+LK_INLINE Block block_of(const T* src, int64_t ld, int64_t rows, int64_t cols, float* block) {
+  load_block(src, ld, rows, cols, {}, block);
+  return {block, kBlockStride};
+}
+LK_INLINE Block block_of(const float* src, int64_t ld, int64_t, int64_t, float*) { return {src, ld}; }
+
 // out = scale ∘ (base + keep ∘ Σ_r h[:, r] panel[r, :]) + bias over [rows, cols], where cols start at a panel's start.
 template <class TBase, class TOut>
 void rank_update(const float* h, int64_t R, const float* panels, int64_t rows, int64_t cols, Mask mask,
@@ -316,14 +328,13 @@ bool lora_b_bwd(const LoraBBwd& p) {
         if (p.dlora_b) pack_rows(p.h + row * p.R, h_shape, h);
         for (int64_t col = 0; col < p.N; col += kBlockCols) {
           const int64_t cols = min64(kBlockCols, p.N - col);
-          load_block((const T*)p.dy + row * p.ld_dy + col, p.ld_dy, rows, cols, {}, block);
+          const Block dy = block_of((const T*)p.dy + row * p.ld_dy + col, p.ld_dy, rows, cols, block);
           for (int64_t panel = 0; panel < b_shape.count(); ++panel) {
             const int width = b_shape.width(panel);
             const int64_t at = b_shape.start(panel) + col * width;
             if (p.dh)
-              accumulate<false>(block, kBlockStride, rows, b_panels.data + at, cols, width, dh + h_shape.start(panel));
-            if (p.dlora_b)
-              accumulate<true>(block, kBlockStride, cols, h + h_shape.start(panel), rows, width, partial + at);
+              accumulate<false>(dy.data, dy.ld, rows, b_panels.data + at, cols, width, dh + h_shape.start(panel));
+            if (p.dlora_b) accumulate<true>(dy.data, dy.ld, cols, h + h_shape.start(panel), rows, width, partial + at);
           }
         }
         if (p.dh) unpack_rows(dh, h_shape, p.dh + row * p.R);

@@ -181,6 +181,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = _fwd(*inputs)
         _setup_context(ctx, inputs, output)
+        # h has no gradient; zeros would be made for it.
+        ctx.set_materialize_grads(False)
         return output
 
     backward = staticmethod(_autograd)
