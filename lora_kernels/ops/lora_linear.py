@@ -181,8 +181,6 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = _fwd(*inputs)
         _setup_context(ctx, inputs, output)
-        # h has no gradient; zeros would be made for it.
-        ctx.set_materialize_grads(False)
         return output
 
     backward = staticmethod(_autograd)
@@ -366,9 +364,9 @@ def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias of a frozen weight [N, K], dense or NF4, for x [..., K]; differentiable in x (and bias).
 
-    An NF4 weight is decoded inside the kernel, as in `lora_linear`; a dense one is torch's affair, but where no gradient
-    is taken, on a CPU on which our own product is the faster one (for the few rows of generation 1.2 to 5 times). Raises
-    as `lora_linear` does.
+    An NF4 weight is decoded inside the kernel, as in `lora_linear`; a dense one is torch's affair, but where no
+    gradient is taken and our own product is the faster one on this CPU (for the few rows of generation 1.2 to 5 times).
+    Raises as `lora_linear` does.
     """
     dense = not isinstance(weight, NF4Weight)
     past_the_op = _past_the_op(x, weight, bias)
