@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "dtype.h"
+#include "scratch.h"
 #include "vec.h"
 
 #define LK_CONCAT_(a, b) a##b
@@ -25,11 +26,13 @@ struct Int {
 LK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 LK_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
+// Scratch memory; data is null where it ran out.
 struct Buffer {
-  explicit Buffer(int64_t floats) : data((float*)aligned_alloc(64, round_up(floats * 4 + 64, 64))) {}
-  ~Buffer() { free(data); }
+  explicit Buffer(int64_t floats) : floats(floats), data(take_scratch(floats)) {}
+  ~Buffer() { give_scratch(data, floats); }
   Buffer(const Buffer&) = delete;
-  float* data;
+  const int64_t floats;
+  float* const data;
 };
 
 LK_INLINE int thread_count(int requested, int64_t parts, int64_t work, int64_t min_work) {

@@ -180,15 +180,15 @@ LK_INLINE Range share(int64_t size, int64_t unit, int part, int parts) {
   return {min64(size, units * part / parts * unit), min64(size, units * (part + 1) / parts * unit)};
 }
 
-// The rows and columns of one thread.
+// The rows and columns of one thread, up to block_rows at a time.
 template <class T>
 void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedColumns& bias, Range rows, Range cols,
-              float* work) {
+              int64_t block_rows, float* work) {
   float *const line = work, *const panels = line + kTileCols * kPieceStride;
   float* const sums = panels + kBlockTiles * kPanelSize;
   memset(line, 0, kTileCols * kPieceStride * sizeof(float));
-  for (int64_t m0 = rows.first; m0 < rows.last; m0 += kBlockRows) {
-    const int64_t m1 = min64(m0 + kBlockRows, rows.last);
+  for (int64_t m0 = rows.first; m0 < rows.last; m0 += block_rows) {
+    const int64_t m1 = min64(m0 + block_rows, rows.last);
     for (int64_t j0 = cols.first; j0 < cols.last; j0 += kBlockCols) {
       const int64_t block_cols = min64(kBlockCols, cols.last - j0);
       for (int t = 0; t < p.count; ++t) {
@@ -205,7 +205,7 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
             for (int64_t j = 0; j < block_cols; j += kTileCols) {
               const int64_t tile = j / kTileCols;
               multiply_piece(term.in + m * term.ld + p0, term.ld, min64(kInnerRows, m1 - m), panels + tile * kPanelSize,
-                             depth, first, last, sums + (tile * kBlockRows + m - m0) * kTileCols,
+                             depth, first, last, sums + (tile * block_rows + m - m0) * kTileCols,
                              {column_scale.at(j0 + j), bias.at(j0 + j)}, (T*)p.out + m * p.ld_out + j0 + j, p.ld_out,
                              min64(kTileCols, block_cols - j));
             }
@@ -214,20 +214,6 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
     }
   }
 }
-
-// Kept by the thread that calls: freshly allocated, its pages would cost more than what is written to them.
-struct Kept {
-  float* data = nullptr;
-  int64_t size = 0;
-  ~Kept() { free(data); }
-  bool reserve(int64_t floats) {
-    if (floats <= size) return true;
-    free(data);
-    data = (float*)aligned_alloc(64, round_up(floats * sizeof(float), 64));
-    size = data ? floats : 0;
-    return data;
-  }
-};
 
 bool product(const Product& p) {
   const PaddedColumns column_scale(p.column_scale, p.J), bias(p.bias, p.J);
@@ -238,16 +224,16 @@ bool product(const Product& p) {
   const Grid grid =
       make_grid(thread_count(p.num_threads, row_tiles * tiles, p.M * p.J * depth, kMinMultiplyAdds), p.M, tiles);
   const int threads = grid.rows * grid.cols;
-  const int64_t size = kTileCols * kPieceStride + kBlockTiles * (kPanelSize + kBlockRows * kTileCols);
-  static thread_local Kept kept;
-  if (!kept.reserve(threads * size)) return false;
-  float* const work = kept.data;
+  const int64_t block_rows = min64(kBlockRows, round_up(p.M, kTileRows));
+  const int64_t size = kTileCols * kPieceStride + kBlockTiles * (kPanelSize + block_rows * kTileCols);
+  Buffer work(threads * size);
+  if (!work.data) return false;
   with_type(p.out_dtype, [&](auto* type) {
     using T = __typeof__(*type);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int part = 0; part < threads; ++part)
       own_part<T>(p, column_scale, bias, share(p.M, kTileRows, part / grid.cols, grid.rows),
-                  share(p.J, kTileCols, part % grid.cols, grid.cols), work + part * size);
+                  share(p.J, kTileCols, part % grid.cols, grid.cols), block_rows, work.data + part * size);
   });
   return true;
 }
