@@ -356,8 +356,8 @@ def bench(
 ) -> None:
     """Time every op and whole training steps on the CPU beside their peers and the frozen model.
 
-    Peers that are not installed are skipped, and the report says so: pip install 'lora-kernels[bench]'. Where a case or
-    a contender fails, the others go on, and the exit code is 1. What times a GPU is benchmarks/gpu_check.py.
+    Peers that are not installed are skipped, and the report says so: pip install 'lora-kernels\\[bench]'. Where a case
+    or a contender fails, the others go on, and the exit code is 1. What times a GPU is benchmarks/gpu_check.py.
     """
     from lora_kernels.bench.cases import Settings
     from lora_kernels.bench.report import read_rows, regressions

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels import recycling
 from lora_kernels.reference import (
     ABSMAX_BLOCK,
     NF4,
@@ -318,7 +319,7 @@ def lora_linear_group_fwd(
         weight, _, lora_b, scaling, bias, lora_e, column_scale = layer
         he = h if lora_e is None else h * lora_e.float()
         bias32 = None if bias is None else bias.float()
-        y = x.new_empty(M, weight.shape[0])
+        y = recycling.empty(M, weight.shape[0], dtype=x.dtype)
         results.append((y, h))
         own = own_rows_limit(weight, native) >= M
         if native and not own:
@@ -423,7 +424,7 @@ def column_scale_bwd(
     """dz = dy ∘ c and dc = Σ_m dy ∘ (y - bias) / c in one pass; see reference.column_scale_bwd. dc is float32."""
     _check(dy)
     M, N = dy.shape
-    dz = dy.new_empty(M, N)
+    dz = recycling.empty(M, N, dtype=dy.dtype)
     total = None if y is None else column_scale.new_empty(N)
     _launch(
         "column_scale_bwd",
@@ -547,7 +548,7 @@ def _lora_a_bwd(
     limits = [own_rows_limit(weight, native, forward=False) for weight in weights]
     own = min(limits) >= M
     native_dx = need_x and native and max(limits) < M
-    dx = x.new_empty(M, K) if need_x else None
+    dx = recycling.empty(M, K, dtype=x.dtype) if need_x else None
     finish_dx = need_x
     if need_x and own and not threshold:
         _product(_terms_of_dx(dys, weights) + ([(lora_a, dh, 1.0)] if R else []), dx, transposed=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels import cpu
+from lora_kernels import cpu, recycling
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """y [..., K] and rstd [...] of contiguous x [..., K] and weight [K] of one dtype; rstd is float32."""
     K = x.shape[-1]
-    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y, rstd = recycling.empty(*x.shape, dtype=x.dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
     cpu._launch(
         "rms_norm_fwd",
         x=x,
@@ -29,7 +29,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[
 
 def rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
     """dx [..., K]; dy and x are contiguous."""
-    dx = torch.empty_like(x)
+    dx = recycling.empty(*x.shape, dtype=x.dtype)
     cpu._launch(
         "rms_norm_bwd",
         dy=dy,
@@ -47,14 +47,14 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: fl
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """gate ∘ sigmoid(gate) ∘ up of contiguous tensors of one shape and dtype."""
-    y = torch.empty_like(gate)
+    y = recycling.empty(*gate.shape, dtype=gate.dtype)
     cpu._launch("swiglu_fwd", gate=gate, up=up, y=y, size=gate.numel(), dtype=cpu._DTYPES[gate.dtype])
     return y
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """dgate and dup; all contiguous."""
-    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    dgate, dup = (recycling.empty(*gate.shape, dtype=gate.dtype) for _ in range(2))
     cpu._launch(
         "swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup, size=gate.numel(), dtype=cpu._DTYPES[gate.dtype]
     )

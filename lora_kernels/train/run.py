@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from lora_kernels import recycling
 from lora_kernels.backends import backend_option
 from lora_kernels.io.adapters import save_adapter as save_to_directory
 from lora_kernels.io.files import replacing
@@ -125,11 +126,13 @@ def return_freed_memory() -> None:
     """Have glibc return a large tensor's memory when it is freed, unless MALLOC_MMAP_THRESHOLD_ is set; else nothing.
 
     glibc raises the size from which it does so to that of the largest tensor freed so far, up to 32 MiB. Activations
-    then come from one heap, whose gaps between small allocations stay with the process: as much again as it uses.
+    then come from one heap, whose gaps between small allocations stay with the process: as much again as it uses. The
+    large results of our own ops are recycled instead, since fresh pages for each of them would take longer.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        recycling.enable()
 
 
 def check_output_dir(config: TrainConfig) -> None:

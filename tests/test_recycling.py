@@ -1,0 +1,99 @@
+"""Blocks of memory for large results: used again when nothing refers to them, and never before."""
+
+import gc
+import random
+import threading
+
+import pytest
+import torch
+
+from lora_kernels import lora_linear, recycling
+from lora_kernels.recycling import Pool
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_is_used_again_when_the_last_reference_is_gone(dtype):
+    pool = Pool()
+    t = pool.empty(512, 3, 512, dtype=dtype)
+    assert t.shape == (512, 3, 512) and t.dtype == dtype and t.is_contiguous()
+    t.fill_(1)
+    address, view, parameter = t.data_ptr(), t[5:, 1], torch.nn.Parameter(t)
+    for name in ("t", "view", "parameter"):
+        other = pool.empty(512, 3, 512, dtype=dtype)
+        assert other.data_ptr() != address, name
+        del other
+        if name == "t":
+            del t
+        elif name == "view":
+            assert (view == 1).all()
+            del view
+    del parameter
+    gc.collect()
+    held = [pool.empty(512, 3, 512, dtype=dtype) for _ in range(2)]
+    assert address in {t.data_ptr() for t in held}
+
+
+def test_what_autograd_keeps_is_not_used_again():
+    pool = Pool()
+    x = torch.ones(512, 1024, requires_grad=True)
+    y = pool.empty(512, 1024, dtype=torch.float32).fill_(3)
+    z = (x * y).sum()
+    address = y.data_ptr()
+    del y
+    other = pool.empty(512, 1024, dtype=torch.float32).fill_(7)
+    assert other.data_ptr() != address
+    z.backward()
+    assert (x.grad == 3).all()
+
+
+def test_blocks_take_no_more_than_what_was_in_use_at_one_time():
+    """As when the lengths of the batches change from step to step."""
+    pool, choose, held, most = Pool(), random.Random(0), [], 0
+    for _ in range(400):
+        if held and choose.random() < 0.5:
+            held.pop(choose.randrange(len(held)))
+        elif len(held) < 12:
+            held.append(pool.empty(choose.randrange(MIB, 4 * MIB), dtype=torch.uint8))
+        used = sum(t.numel() for t in held)
+        most = max(most, used)
+        # A block may be 1.25 times its result, and the last one given up is given up whole.
+        assert used + pool.free_bytes() <= 1.25 * most + 5 * MIB
+    held.clear()
+    assert pool.free_bytes() > 0
+
+
+def test_threads_never_share_a_block():
+    pool, wrong = Pool(), []
+
+    def work(value):
+        for _ in range(200):
+            t = pool.empty(MIB // 4, dtype=torch.float32).fill_(value)
+            if not (t == value).all():
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_our_ops_take_blocks_only_where_enabled(monkeypatch):
+    assert recycling._pool is None, "a library must not turn it on by being imported"
+
+    def gradients():
+        torch.manual_seed(0)
+        x, weight = torch.randn(600, 512, requires_grad=True), torch.randn(640, 512)
+        adapters = [torch.randn(4, 512, requires_grad=True), torch.randn(640, 4, requires_grad=True)]
+        y = lora_linear(x, weight, *adapters, 2.0, dropout_p=0.1)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *adapters])]
+
+    expected = gradients()
+    monkeypatch.setattr(recycling, "_pool", Pool())
+    for _ in range(3):
+        for t, other in zip(gradients(), expected, strict=True):
+            assert torch.equal(t, other)
+    assert recycling._pool.free_bytes() > 0
