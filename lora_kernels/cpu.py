@@ -230,7 +230,8 @@ def _product(
 ) -> None:
     """out = column_scale ∘ Σ factor · x Wᵀ + bias over the terms (W, x, factor), rounded once; `transposed` x W.
 
-    x, column_scale and bias are float32; the rows of W, x and out are contiguous. NF4 takes a factor of 1.
+    x, column_scale and bias are float32; the rows of W, x and out are contiguous. NF4 takes a factor of 1. No size may
+    be 0.
     """
     M, J = out.shape
     _launch(
@@ -546,12 +547,19 @@ def _lora_a_bwd(
     threshold = dropout_threshold(dropout_p)
     native = x.dtype == torch.bfloat16 and native_bfloat16()
     limits = [own_rows_limit(weight, native, forward=False) for weight in weights]
+    # One weight that torch must multiply takes the others of its group along.
     own = min(limits) >= M
     native_dx = need_x and native and max(limits) < M
     dx = recycling.empty(M, K, dtype=x.dtype) if need_x else None
     finish_dx = need_x
+    # Of 16 bits, so many that their copies in float32 stay small.
+    rows_at_once = M if x.dtype == torch.float32 else max(512, _BASE // K)
     if need_x and own and not threshold:
-        _product(_terms_of_dx(dys, weights) + ([(lora_a, dh, 1.0)] if R else []), dx, transposed=True)
+        for rows in _steps(M, rows_at_once):
+            terms = _terms_of_dx([_part(dy, rows) for dy in dys], weights)
+            if R:
+                terms.append((lora_a, _part(dh, rows), 1.0))
+            _product(terms, _part(dx, rows), transposed=True)
         finish_dx = False
     elif native_dx:
         wide_dy = torch.cat([*dys, dh.to(x.dtype)], dim=1)
@@ -562,7 +570,7 @@ def _lora_a_bwd(
         return dx, None
 
     dlora_a = None
-    for rows in _steps(M, max(512, _BASE // K) if finish_dx and x.dtype != torch.float32 else M):
+    for rows in _steps(M, rows_at_once if finish_dx else M):
         base = own_dx = None
         if finish_dx:
             own_dx = _part(dx, rows)

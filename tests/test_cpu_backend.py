@@ -222,6 +222,24 @@ def test_group_is_one_call(monkeypatch):
     assert kernels.count("lora_a_fwd") == 1
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_group_of_weights_of_every_kind(isa, dropout_p):
+    x, layers, dys = group_case(65, FP32, FP32, False)
+    transposed = layers[1].weight.T.contiguous().T
+    layers = [
+        layers[0],
+        layers[1]._replace(weight=transposed),
+        layers[2]._replace(weight=quantize_nf4(layers[2].weight)),
+    ]
+    plain, exact = (group_results(one_by_one, x, layers, dys, dropout_p, dtype) for dtype in (FP32, torch.float64))
+    for limits in (cpu.own_rows(), cpu.OwnRows(1024, 1024, 1024, 1024)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "own_rows", lambda limits=limits: limits)
+            found = group_results(lora_linear_group, x, layers, dys, dropout_p)
+        for index, (t, rounded, wide) in enumerate(zip(found, plain, exact, strict=True)):
+            assert_close_to_reference(t, rounded, wide, str(index))
+
+
 def test_group_computes_what_is_asked_for():
     x, layers, dys = group_case(65, FP32, FP32, False)
     leaves = [x.requires_grad_(), layers[1].lora_e.requires_grad_(), layers[2].lora_a.requires_grad_()]
@@ -307,10 +325,11 @@ def test_strided_rows_and_transposed_weight(isa):
     plain = run(cpu, inputs, dy, *rest)
     wide_x, wide_dy = torch.full((65, 200), torch.nan), torch.full((65, 200), torch.nan)
     wide_x[:, 3:132], wide_dy[:, 5:68] = inputs["x"], dy
-    strided = inputs | {"x": wide_x[:, 3:132], "weight": inputs["weight"].T.contiguous().T}
-    for name, t in run(cpu, strided, wide_dy[:, 5:68], *rest).items():
-        # torch may sum a product in another order for another layout.
-        torch.testing.assert_close(t, plain[name], msg=name)
+    for weight in (inputs["weight"], inputs["weight"].T.contiguous().T):
+        strided = inputs | {"x": wide_x[:, 3:132], "weight": weight}
+        for name, t in run(cpu, strided, wide_dy[:, 5:68], *rest).items():
+            # torch may sum a product in another order for another layout.
+            torch.testing.assert_close(t, plain[name], msg=name)
 
 
 @pytest.mark.parametrize("needs", range(16))

@@ -38,7 +38,9 @@ def make_inputs(bias: bool):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bias", "softcap", "scale"), [(False, None, 1.0), (True, None, 0.5), (True, 3.0, 2.0)])
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_equals_cross_entropy_over_all_logits(dtype, bias, softcap, scale, chunk_size):
+@pytest.mark.parametrize("dense_size", [1, 1 << 19], ids=["our product", "torch's"])
+def test_equals_cross_entropy_over_all_logits(monkeypatch, dtype, bias, softcap, scale, chunk_size, dense_size):
+    monkeypatch.setattr("lora_kernels.ops.lora_linear._DENSE_SIZE", dense_size)
     inputs, labels = make_inputs(bias)
     inputs = tuple(None if t is None else t.to(dtype) for t in inputs)
 
@@ -124,7 +126,9 @@ def weighted_logprobs(logprobs):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bias", "softcap", "scale"), [(False, None, 1.0), (True, None, 1 / 0.7), (True, 3.0, 2.0)])
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_logprobs_equal_log_softmax_over_all_logits(dtype, bias, softcap, scale, chunk_size):
+@pytest.mark.parametrize("dense_size", [1, 1 << 19], ids=["our product", "torch's"])
+def test_logprobs_equal_log_softmax_over_all_logits(monkeypatch, dtype, bias, softcap, scale, chunk_size, dense_size):
+    monkeypatch.setattr("lora_kernels.ops.lora_linear._DENSE_SIZE", dense_size)
     inputs, labels = make_inputs(bias)
     inputs = tuple(None if t is None else t.to(dtype) for t in inputs)
     picked = {}

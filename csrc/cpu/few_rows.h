@@ -1,5 +1,5 @@
 // CPU products of few rows with a frozen weight that is NF4 or dense in any storage type: decoded or converted in
-// registers or in cache.
+// registers.
 #pragma once
 
 #include "weight.h"
@@ -38,7 +38,7 @@ struct LayersForward {
   int num_threads;
 };
 
-// One instruction set's build. Each returns false when memory ran out.
+// One instruction set's build. Returns false when memory ran out.
 struct FewRowsKernels {
   bool (*layers_forward)(const LayersForward&);
 };

@@ -1,7 +1,6 @@
 // Products with few rows in x, built once per instruction set (LK_ISA, LK_LANES; see setup.py).
 //
-// A small piece of the weight is converted into cache and used for every row of x or dy before the next one: the weight
-// is read once, in the form it is stored in, and never exists as a float32 [N, K].
+// A row of the weight is converted in registers and used for every row of x before the next one.
 #include "few_rows.h"
 #include "weight_rows.h"
 

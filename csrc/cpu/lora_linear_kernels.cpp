@@ -28,14 +28,6 @@ struct Panels {
   LK_INLINE int width(int64_t panel) const { return (int)min64(kTileCols, padded() - panel * kTileCols); }
 };
 
-// Rows [first, last) of one thread. Ranges are multiples of a tile.
-struct Share {
-  int64_t first, last;
-};
-LK_INLINE Share share_of(int64_t size, int part, int parts) {
-  const int64_t step = round_up((size + parts - 1) / parts, kTileRows);
-  return {min64(size, part * step), min64(size, (part + 1) * step)};
-}
 LK_INLINE int product_threads(int requested, int64_t M, int64_t cols, int64_t R) {
   return thread_count(requested, (M + kTileRows - 1) / kTileRows, M * cols * R, kMinMultiplyAdds);
 }
@@ -255,9 +247,9 @@ bool lora_a_fwd(const LoraAFwd& p) {
     for (int part = 0; part < threads; ++part) {
       float* base = work.data + part * scratch.size();
       float *block = scratch.block(base), *h = scratch.h_out(base);
-      const Share share = share_of(p.M, part, threads);
-      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
-        const int64_t rows = min64(kBlockRows, share.last - row);
+      const Range own = share(p.M, kTileRows, part, threads);
+      for (int64_t row = own.first; row < own.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, own.last - row);
         const Panels h_shape{rows, p.R};
         const Mask mask = draw_mask(p.dropout, row, rows, p.K, scratch.bits(base));
         memset(h, 0, h_shape.size() * sizeof(float));
@@ -290,9 +282,9 @@ bool lora_b_fwd(const LoraBFwd& p) {
     using TOut = __typeof__(*to);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int part = 0; part < threads; ++part) {
-      const Share share = share_of(p.M, part, threads);
-      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
-        const int64_t rows = min64(kBlockRows, share.last - row);
+      const Range own = share(p.M, kTileRows, part, threads);
+      for (int64_t row = own.first; row < own.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, own.last - row);
         for (int64_t col = 0; col < p.N; col += kBlockCols)
           rank_update(p.h + row * p.R, p.R, b_panels.data + col * p.R, rows, min64(kBlockCols, p.N - col), {},
                       scale.at(col), bias.at(col), (const TBase*)p.base + row * p.ld_base + col, p.ld_base,
@@ -320,9 +312,9 @@ bool lora_b_bwd(const LoraBBwd& p) {
       float *block = scratch.block(base), *h = scratch.h_in(base), *dh = scratch.h_out(base);
       float* partial = partials.data + (p.dlora_b ? part * b_shape.size() : 0);
       if (p.dlora_b) memset(partial, 0, b_shape.size() * sizeof(float));
-      const Share share = share_of(p.M, part, threads);
-      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
-        const int64_t rows = min64(kBlockRows, share.last - row);
+      const Range own = share(p.M, kTileRows, part, threads);
+      for (int64_t row = own.first; row < own.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, own.last - row);
         const Panels h_shape{rows, p.R};
         memset(dh, 0, h_shape.size() * sizeof(float));
         if (p.dlora_b) pack_rows(p.h + row * p.R, h_shape, h);
@@ -364,9 +356,9 @@ bool lora_a_bwd(const LoraABwd& p) {
       float *block = scratch.block(base), *dh = scratch.h_in(base);
       float* partial = partials.data + (p.dlora_a ? part * a_shape.size() : 0);
       if (p.dlora_a) memset(partial, 0, a_shape.size() * sizeof(float));
-      const Share share = share_of(p.M, part, threads);
-      for (int64_t row = share.first; row < share.last; row += kBlockRows) {
-        const int64_t rows = min64(kBlockRows, share.last - row);
+      const Range own = share(p.M, kTileRows, part, threads);
+      for (int64_t row = own.first; row < own.last; row += kBlockRows) {
+        const int64_t rows = min64(kBlockRows, own.last - row);
         const Panels h_shape{rows, p.R};
         const Mask mask = draw_mask(p.dropout, p.first_row + row, rows, p.K, scratch.bits(base));
         if (p.dlora_a) pack_rows(p.dh + row * p.R, h_shape, dh);
@@ -408,8 +400,8 @@ bool column_scale_bwd(const ColumnScaleBwd& p) {
     for (int part = 0; part < threads; ++part) {
       float* total = p.total ? partials.data + part * width : nullptr;
       if (total) memset(total, 0, width * sizeof(float));
-      const Share share = share_of(p.M, part, threads);
-      for (int64_t row = share.first; row < share.last; ++row) {
+      const Range own = share(p.M, kTileRows, part, threads);
+      for (int64_t row = own.first; row < own.last; ++row) {
         const T *dy = (const T*)p.dy + row * p.ld_dy, *y = p.y ? (const T*)p.y + row * p.ld_y : nullptr;
         T* dz = (T*)p.dz + row * p.N;
         auto step = [&](int64_t n, const T* from, const T* result, T* to) {

@@ -14,7 +14,7 @@ struct ProductTerm {
   float scale;
 };
 
-// out [M,J] = column_scale ∘ Σ terms + bias, rounded once.
+// out [M,J] = column_scale ∘ Σ terms + bias, rounded once. No size is 0, and there is a term.
 struct Product {
   const ProductTerm* terms;
   int count;

@@ -12,7 +12,7 @@
 namespace lora_kernels::cpu {
 namespace {
 
-// Depth of a piece: its panel of kTileCols columns takes half of the first cache.
+// Depth of a piece: its panel of kTileCols columns takes 16 KiB of the first cache with 8 lanes.
 constexpr int64_t kPieceDepth = 256;
 // One cache line more than a power of two: rows, or panels, of a piece must not fall into one cache set.
 constexpr int64_t kPieceStride = kPieceDepth + 16;
@@ -105,12 +105,12 @@ LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_
   }
 }
 
-// Of the first column of a tile; null where there is none.
+// From the first column of a tile on; null where there is none.
 struct Epilogue {
   const float *column_scale, *bias;
 };
 
-// out [M, :width] (+)= a panel over one piece; `sums` [M, kTileCols] holds what the pieces have given so far.
+// sums [M, kTileCols] (+)= a times a panel, over one piece; out [M, :width] gets the sums of the last one, finished.
 template <class T>
 LK_INLINE void multiply_piece(const float* a, int64_t lda, int64_t M, const float* panel, int64_t depth, bool first,
                               bool last, float* sums, Epilogue epilogue, T* out, int64_t ld_out, int64_t width) {
@@ -172,14 +172,6 @@ Grid make_grid(int threads, int64_t M, int64_t tiles) {
   return best;
 }
 
-struct Range {
-  int64_t first, last;
-};
-LK_INLINE Range share(int64_t size, int64_t unit, int part, int parts) {
-  const int64_t units = (size + unit - 1) / unit;
-  return {min64(size, units * part / parts * unit), min64(size, units * (part + 1) / parts * unit)};
-}
-
 // The rows and columns of one thread, up to block_rows at a time.
 template <class T>
 void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedColumns& bias, Range rows, Range cols,
@@ -224,7 +216,7 @@ bool product(const Product& p) {
   const Grid grid =
       make_grid(thread_count(p.num_threads, row_tiles * tiles, p.M * p.J * depth, kMinMultiplyAdds), p.M, tiles);
   const int threads = grid.rows * grid.cols;
-  const int64_t block_rows = min64(kBlockRows, round_up(p.M, kTileRows));
+  const int64_t block_rows = min64(kBlockRows, round_up((p.M + grid.rows - 1) / grid.rows, kTileRows));
   const int64_t size = kTileCols * kPieceStride + kBlockTiles * (kPanelSize + block_rows * kTileCols);
   Buffer work(threads * size);
   if (!work.data) return false;

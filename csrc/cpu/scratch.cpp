@@ -5,7 +5,7 @@
 namespace lora_kernels::cpu {
 namespace {
 
-// More than this at once is not kept.
+// A buffer larger than this is not kept.
 constexpr int64_t kMostKept = 64 << 20;
 
 // One block, of which what is in use is the beginning. What did not fit it is allocated by itself; the next time that

@@ -45,6 +45,15 @@ LK_INLINE void for_row_tiles(int64_t rows, F f) {
   for (; i < rows; ++i) f(Int<1>{}, i);
 }
 
+// The part of `size` that one of `parts` threads has, a multiple of `unit` but for the end.
+struct Range {
+  int64_t first, last;
+};
+LK_INLINE Range share(int64_t size, int64_t unit, int part, int parts) {
+  const int64_t units = (size + unit - 1) / unit;
+  return {min64(size, units * part / parts * unit), min64(size, units * (part + 1) / parts * unit)};
+}
+
 // src [N], or null, with zeros up to whole tiles.
 struct PaddedColumns {
   Buffer buffer;

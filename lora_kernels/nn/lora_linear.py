@@ -17,9 +17,9 @@ from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.ops.lora_linear import (
     few_rows_projection,
     frozen_linear,
+    is_plain_on_cpu,
     lora_linear,
     lora_linear_group,
-    takes_few_rows,
 )
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 from lora_kernels.reference import Projection
@@ -89,7 +89,7 @@ def _few_rows(layers: Sequence[FusedLoRALinear], x: Tensor) -> list[Tensor] | No
     The op's checks of its arguments take longer than a small layer. Here they are made once for each state of a layer.
     """
     first = layers[0]
-    if torch.is_grad_enabled() or x.numel() > cpu.LAYER_ROWS * first.in_features or not takes_few_rows(x):
+    if torch.is_grad_enabled() or x.numel() > cpu.LAYER_ROWS * first.in_features or not is_plain_on_cpu(x):
         return None
     if x.shape[-1:] != (first.in_features,) or (first.training and first.lora_dropout) or len(layers) > cpu.MAX_LAYERS:
         return None

@@ -341,8 +341,8 @@ def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
     return True
 
 
-def takes_few_rows(x: Tensor) -> bool:
-    """Whether x, of up to LAYER_ROWS rows and without a gradient, may go to `cpu.few_rows_layers` without the op."""
+def is_plain_on_cpu(x: Tensor) -> bool:
+    """Whether x, without a gradient, may go to our C++ past the op."""
     return _plain(x) and is_fused(x)
 
 
@@ -387,9 +387,9 @@ _DENSE_SIZE = 1 << 19
 
 
 def _past_the_op(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> bool:
-    """Whether our own product may be called past the op, and is the faster one."""
+    """Whether our own product is called past the op: by NF4, and by a dense weight where it is the faster one."""
     dense = None if isinstance(weight, NF4Weight) else weight
-    if torch.is_grad_enabled() or not takes_few_rows(x) or not _plain(dense, bias):
+    if torch.is_grad_enabled() or not is_plain_on_cpu(x) or not _plain(dense, bias):
         return False
     if dense is None:
         return True
