@@ -76,13 +76,7 @@ LK_INLINE void dot_rows(const W& weight, int64_t n, const float* x, int64_t K, c
 
 // out = `count` elements of src, from number `first` on, as floats.
 LK_INLINE void widen_row(const void* src, DType dtype, int64_t first, int64_t count, float* out) {
-  with_type(dtype, [&](auto* type) {
-    using T = __typeof__(*type);
-    const T* from = (const T*)src + first;
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(out + i, load(from + i));
-    for (; i < count; ++i) out[i] = to_float(from + i);
-  });
+  with_dense(src, dtype, 0, [&](const auto& row) { convert_row(row, 1.0f, 0, first, count, out); });
 }
 
 template <int kRows>

@@ -169,8 +169,8 @@ LK_INLINE void for_row(const Stretches& w, int64_t n, int64_t first, int64_t las
 }
 
 // Writes columns [first, last) of row n to out.
-template <class W, class T>
-LK_INLINE void decode_row(const W& w, int64_t n, int64_t first, int64_t last, T* out) {
+template <class T>
+LK_INLINE void decode_row(const Nf4Weight& w, int64_t n, int64_t first, int64_t last, T* out) {
   for_row(
       w, n, first, last,
       [&](int64_t k, const vf(&values)[kChunkVecs], vf scale) {

@@ -70,18 +70,6 @@ LK_INLINE void turn_round(const float* rows, int64_t depth, float* panel) {
     }
 }
 
-// Columns [first, first + count) of row n.
-LK_INLINE void convert_row(const Nf4Weight& w, float, int64_t n, int64_t first, int64_t count, float* out) {
-  decode_row(w, n, first, first + count, out);
-}
-template <class T>
-LK_INLINE void convert_row(const Dense<T>& w, float scale, int64_t n, int64_t first, int64_t count, float* out) {
-  const T* row = w.data + n * w.ld + first;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, scale * load(row + i));
-  for (; i < count; ++i) out[i] = scale * to_float(row + i);
-}
-
 // Panels, kPanelSize apart, of `depth` steps from p0 on and `cols` columns of the result from j0 on. What is in the
 // last one beyond these columns is not used. `rows` has room for kTileCols rows of a piece.
 template <class W>

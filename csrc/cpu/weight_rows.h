@@ -26,6 +26,18 @@ LK_INLINE void for_row(const Dense<T>& w, int64_t n, int64_t first, int64_t last
   for (; k < last; ++k) one(k, to_float(row + k));
 }
 
+// out = scale times columns [first, first + count) of row n, as floats. An NF4 weight has the scale 1.
+LK_INLINE void convert_row(const Nf4Weight& w, float, int64_t n, int64_t first, int64_t count, float* out) {
+  decode_row(w, n, first, first + count, out);
+}
+template <class T>
+LK_INLINE void convert_row(const Dense<T>& w, float scale, int64_t n, int64_t first, int64_t count, float* out) {
+  const T* row = w.data + n * w.ld + first;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, scale * load(row + i));
+  for (; i < count; ++i) out[i] = scale * to_float(row + i);
+}
+
 template <class F>
 void with_dense(const void* data, DType dtype, int64_t ld, F f) {
   with_type(dtype, [&](auto* type) {
