@@ -7,21 +7,24 @@ Each stage runs in its own process with a time limit, so that whatever fails, th
 
   environment  the GPU, its driver, versions, which backends can run
   build        the extension with its CUDA C++ kernels for this GPU, in place
-  tests        tests/test_gpu.py, the kernels on the device against float64
+  tests        tests/test_gpu.py, the kernels on the device against float64, a process for each implementation
   memcheck     a few of them under compute-sanitizer, where it is installed: accesses out of bounds
   racecheck    the same: races in shared memory
   dense, nf4   times of one layer, as a ratio over the bare frozen linear (the dense one, also for NF4)
+  kernels      the time of each kernel of a few layers, for docs/speed_model.md to be compared with
   plot         the PNG
 
-Times are medians of CUDA events around one step, with the L2 cache overwritten before, launches queued ahead of the
-GPU, and all contenders interleaved. M of 1 and 16 is a forward without dropout, 512 and 4096 forward and backward with
-dropout 0.1 (but for addmm, which has none). Contenders, skipped with the reason where they can't run:
+The tests and the sanitizer run side by side, what is timed alone. Times are medians of CUDA events around one step,
+with the L2 cache overwritten before, launches queued ahead of the GPU, and all contenders interleaved. M of 1 and 16
+is a forward without dropout, 512 and 4096 forward and backward with dropout 0.1 (but for addmm, which has none).
+Contenders, skipped with the reason where they can't run:
 
   bare     F.linear with the frozen weight: cuBLAS alone
   ours     lora_kernels.lora_linear as users get it, its strategy measured before
   triton, cuda, vendor    the same, each implementation by itself
   addmm    cuBLAS and beta=1 addmm of the low-rank term into a rounded y (fast, and it loses small updates)
   peft     PEFT's LoRA layer, on bitsandbytes' Linear4bit for NF4
+  unsloth  Unsloth's fused LoRA layer, on bitsandbytes' format for NF4
 """
 
 from __future__ import annotations
@@ -34,13 +37,16 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
@@ -57,31 +63,43 @@ from lora_kernels.io.files import replacing  # noqa: E402
 
 TOTAL_SECONDS = 465
 # name -> its limit in seconds; what is left of the total may be less.
-STAGES = {"environment": 90, "build": 150, "tests": 110, "dense": 75, "nf4": 75, "memcheck": 50, "racecheck": 50,
-          "plot": 60}  # fmt: skip
-CONTENDERS = ("bare", "ours", "triton", "cuda", "vendor", "addmm", "peft")
+STAGES = {"environment": 90, "build": 150, "tests": 120, "memcheck": 120, "racecheck": 120, "dense": 75, "nf4": 75,
+          "kernels": 40, "plot": 60}  # fmt: skip
+# In their order, those that run at the same time together.
+GROUPS = [["environment"], ["build"], ["tests", "memcheck", "racecheck"], ["dense"], ["nf4"], ["kernels"], ["plot"]]
+IMPLEMENTATIONS = ("triton", "cuda", "vendor")
+CONTENDERS = ("bare", "ours", *IMPLEMENTATIONS, "addmm", "peft", "unsloth")
 
 DRY_LAYERS = {"tiny": [(48, 64), (64, 32)]}
 # (M, r), the most telling ones first, should time run out
 SIZES = [(4096, 16), (1, 16), (512, 16), (16, 16), (4096, 64), (1, 64), (512, 64), (16, 64)]
 DRY_SIZES = [(33, 4), (1, 4)]
 FEW_ROWS = 16
+# (N, K, R) and M of the layers whose kernels are timed one by one
+KERNELS_OF, KERNELS_OF_ROWS = (4096, 4096, 16), (4096, 16, 1)
 
 
 def gpu_timer() -> Callable[[Callable[[], Any]], float]:
     """A function that gives the seconds that a step takes on the GPU."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    # step -> clocks for which the GPU is kept busy while the CPU queues the step, so that what is timed is not Python
+    clocks: WeakKeyDictionary[Callable[[], Any], int] = WeakKeyDictionary()
 
     def timer(step: Callable[[], Any]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        # The GPU is kept busy while the CPU queues the step, so that what is timed is not Python.
-        torch.cuda._sleep(1_000_000)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        while True:
+            busy = clocks.setdefault(step, 500_000)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(busy)
+            start.record()
+            step()
+            end.record()
+            was_late = start.query()
+            end.synchronize()
+            # A step that waits for the GPU itself is late however long that is.
+            if not was_late or busy > 8_000_000:
+                return start.elapsed_time(end) / 1e3
+            clocks[step] = 2 * busy
 
     return timer
 
@@ -111,7 +129,11 @@ def why_not(contender: str, kind: str, dry: bool) -> str | None:
         return "a dry run has no vendor's product" if dry else vendor.unsupported(torch.bfloat16)
     if contender == "addmm" and kind == "nf4":
         return "addmm takes no NF4 weight"
-    modules = {"peft": ["peft", "bitsandbytes"] if kind == "nf4" else ["peft"]}.get(contender, [])
+    modules = {"peft": ["peft"], "unsloth": ["unsloth", "unsloth_zoo"]}.get(contender, [])
+    if dry and contender == "unsloth":
+        return "it needs a GPU"
+    if contender == "unsloth" or (contender == "peft" and kind == "nf4"):
+        modules.append("bitsandbytes")
     return missing(*modules)
 
 
@@ -132,6 +154,12 @@ def make_step(contender: str, kind: str, inputs: dict[str, torch.Tensor], frozen
     elif contender == "peft":
         layer = (peft_nf4_layer if kind == "nf4" else peft_layer)(weight, R).train(train)
         forward, adapters = lambda: layer(x), [p for p in layer.parameters() if p.requires_grad]
+    elif contender == "unsloth":
+        from lora_kernels.bench.unsloth_peer import unsloth_decode_layer, unsloth_layer
+
+        options = {"dropout_p": dropout_p} if train else {}
+        layer = (unsloth_layer if train else unsloth_decode_layer)(weight, *adapters, nf4=kind == "nf4", **options)
+        forward = lambda: layer(x)  # noqa: E731
     else:
         forward = lambda: lora_linear(x, frozen, *adapters, SCALING, dropout_p=dropout_p)  # noqa: E731
         if contender == "vendor":
@@ -151,6 +179,14 @@ def make_step(contender: str, kind: str, inputs: dict[str, torch.Tensor], frozen
     return step
 
 
+def make_inputs(M: int, N: int, K: int, R: int, device: str) -> dict[str, torch.Tensor]:
+    """bfloat16 x and weight, float32 adapters, made on the device: the CPU's generator would take longer than all that
+    is timed."""
+    shapes = {"x": (M, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R)}
+    inputs = {name: torch.randn(shape, device=device) * shape[1] ** -0.5 for name, shape in shapes.items()}
+    return inputs | {name: inputs[name].bfloat16() for name in ("x", "weight")}
+
+
 def run_timings(kind: str, work: Path, dry: bool, deadline: float) -> dict[str, Any]:
     torch.manual_seed(0)
     device = "cpu" if dry else "cuda"
@@ -164,10 +200,7 @@ def run_timings(kind: str, work: Path, dry: bool, deadline: float) -> dict[str, 
             report["left_out"] = f"time ran out: the last {len(rows) - done} of {len(rows)} rows"
             break
         row: dict[str, Any] = {"model": model, "M": M, "N": N, "K": K, "R": R, "failed": {}}
-        shapes = {"x": (M, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R)}
-        # Made on the device: the CPU's generator would take longer than all that is timed.
-        inputs = {name: torch.randn(shape, device=device) * shape[1] ** -0.5 for name, shape in shapes.items()}
-        inputs |= {name: inputs[name].bfloat16() for name in ("x", "weight")}
+        inputs = make_inputs(M, N, K, R, device)
         frozen = quantize_nf4(inputs["weight"]) if kind == "nf4" else inputs["weight"]
         steps = {}
         for contender in (name for name in CONTENDERS if reasons[name] is None):
@@ -233,8 +266,21 @@ def pytest_command(*options: str) -> list[str]:
 
 
 def run_tests(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
-    tail = call(pytest_command("-rfE"), deadline, TRITON_INTERPRET="0")
-    return {"summary": tail.splitlines()[-1]}
+    """A process for each implementation: after an error on the device nothing more runs in the one that had it."""
+    summaries, failures = {}, []
+    with ThreadPoolExecutor(len(IMPLEMENTATIONS)) as pool:
+        commands = {name: pytest_command("-rfE", "-k", name) for name in IMPLEMENTATIONS}
+        runs = {name: pool.submit(call, command, deadline, TRITON_INTERPRET="0") for name, command in commands.items()}
+        for name, run in runs.items():
+            try:
+                summaries[name] = run.result().splitlines()[-1]
+            except (SystemExit, subprocess.TimeoutExpired) as failure:
+                summaries[name] = "failed"
+                failures.append(f"{name}: {failure}")
+    save(work / "tests.json", summaries)
+    if failures:
+        raise SystemExit("\n\n".join(failures))
+    return summaries
 
 
 def run_sanitizer(tool: str, work: Path, dry: bool, deadline: float) -> dict[str, Any]:
@@ -247,6 +293,46 @@ def run_sanitizer(tool: str, work: Path, dry: bool, deadline: float) -> dict[str
     # Torch's caching allocator would hide what lies between two tensors.
     command = [*options, *pytest_command("-k", "63x65x129 or 65x63x129 or mask or adamw and not graph")]
     return {"tail": call(command, deadline, TRITON_INTERPRET="0", PYTORCH_NO_CUDA_MEMORY_CACHING="1")}
+
+
+def run_kernels(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
+    """{kind, M: {contender: [[kernel, µs], ...]}}: the kernels of a step in their order, medians of several steps."""
+    if dry:
+        raise Skipped("a dry run has no device to watch")
+    from torch.profiler import ProfilerActivity, profile
+
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    N, K, R = KERNELS_OF
+    inputs = make_inputs(max(KERNELS_OF_ROWS), N, K, R, "cuda")
+    frozen = {"dense": inputs["weight"], "nf4": quantize_nf4(inputs["weight"])}
+    report: dict[str, Any] = {"N": N, "K": K, "R": R}
+    for M in KERNELS_OF_ROWS:
+        for kind, weight in frozen.items():
+            report[f"{kind}, M={M}"] = found = {}
+            for contender in ("bare", *IMPLEMENTATIONS, "peft", "unsloth"):
+                if why_not(contender, kind, dry) is not None or (contender == "bare" and kind == "nf4"):
+                    continue
+                step = make_step(contender, kind, {**inputs, "x": inputs["x"][:M]}, weight)
+                for _ in range(3):
+                    step()
+                torch.cuda.synchronize()
+                steps = []
+                for _ in range(7):
+                    flush.zero_()
+                    torch.cuda.synchronize()
+                    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                        step()
+                        torch.cuda.synchronize()
+                    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+                    events.sort(key=lambda event: event.time_range.start)
+                    steps.append([(event.name[:100], event.time_range.elapsed_us()) for event in events])
+                steps = [step for step in steps if len(step) == len(steps[-1])]
+                found[contender] = [
+                    [name, round(statistics.median(step[at][1] for step in steps), 2)]
+                    for at, (name, _) in enumerate(steps[-1])
+                ]
+                save(work / "kernels.json", report)
+    return report
 
 
 def run_plot(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
@@ -284,6 +370,7 @@ RUN = {
     "nf4": functools.partial(run_timings, "nf4"),
     "memcheck": functools.partial(run_sanitizer, "memcheck"),
     "racecheck": functools.partial(run_sanitizer, "racecheck"),
+    "kernels": run_kernels,
     "plot": run_plot,
 }
 
@@ -329,7 +416,7 @@ def run_in_process(stage: str, work: Path, dry: bool, limit: float) -> dict[str,
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = None
-    tail = (work / f"{stage}.log").read_text(errors="replace").strip().splitlines()[-12:] if code != 0 else []
+    tail = (work / f"{stage}.log").read_text(errors="replace").strip().splitlines()[-40:] if code != 0 else []
     status = {0: "ok", None: f"killed after {limit:.0f} s"}.get(code, f"failed with status {code}")
     result = load(path) if path.exists() else {}
     if "skipped_because" in result:
@@ -386,16 +473,21 @@ def main() -> int:
     for stale in [*work.glob("*.json"), *work.glob("*.log")]:
         stale.unlink()
     end, report = time.time() + TOTAL_SECONDS, {}
-    for stage, limit in STAGES.items():
-        limit = min(limit, end - time.time())
+
+    def run(stage: str) -> dict[str, Any]:
+        limit = min(STAGES[stage], end - time.time())
         if stage not in arguments.only or limit < 5:
             reason = "no time is left" if limit < 5 else "not asked for"
-            report[stage] = {"status": f"skipped: {reason}", "seconds": 0.0, "result": {}, "tail": []}
-            continue
-        print(f"{stage} ...", flush=True)
-        report[stage] = run_in_process(stage, work, arguments.dry, limit)
-        for line in [f"  {report[stage]['status']}", *report[stage]["tail"]]:
-            print(line, flush=True)
+            return {"status": f"skipped: {reason}", "seconds": 0.0, "result": {}, "tail": []}
+        return run_in_process(stage, work, arguments.dry, limit)
+
+    for stages in GROUPS:
+        print(f"{', '.join(stages)} ...", flush=True)
+        with ThreadPoolExecutor(len(stages)) as pool:
+            report |= dict(zip(stages, pool.map(run, stages), strict=True))
+        for stage in stages:
+            for line in [f"  {stage}: {report[stage]['status']}", *report[stage]["tail"]]:
+                print(line, flush=True)
         write_report(work / "result.json", report, dry=arguments.dry)
     print_summary(report)
     print(f"\nwritten: {work / 'result.json'}")

@@ -60,6 +60,8 @@ class Choices:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known = self._read()
+        # What `resolve` found already in this process: the text of a key takes as long as a small kernel.
+        self.resolved: dict[tuple, Any] = {}
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -141,12 +143,13 @@ def _is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+@functools.cache
 def vendor_backend() -> SimpleNamespace:
     """lora_linear's two functions with the large products by the vendor's library."""
     from lora_kernels import triton
 
     names = ("lora_linear_fwd", "lora_linear_bwd")
-    functions = {name: functools.partial(getattr(triton, name), vendor=True) for name in names}
+    functions = {name: functools.partial(getattr(triton, name), by_vendor=True) for name in names}
     return SimpleNamespace(**functions, column_scale_bwd=triton.column_scale_bwd)
 
 
@@ -173,21 +176,27 @@ def resolve(op: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: t
     asked = mode()
     if asked == "fused":
         return backend
-    candidates = _candidates(x)
     if asked == "vendor":
         if reason := vendor.unsupported(x.dtype):
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=vendor can't be used with x of {x.dtype}: {reason}")
-        return candidates["vendor"]
+        return _candidates(x)["vendor"]
     (M, K), N, R = x.shape, weight.shape[0], lora_a.shape[0]
     kind = f"nf4/{weight.block_size}" if isinstance(weight, NF4) else "dense" if weight.stride(1) == 1 else "transposed"
     rows = 1 << (M - 1).bit_length()
+    choices = _choices()
+    case = (op, variant, x.get_device(), x.dtype, lora_a.dtype, kind, rows, N, K, R)
+    if (backend := choices.resolved.get(case)) is not None:
+        return backend
     flags = "".join(str(int(flag)) for flag in variant)
     dtypes = f"{x.dtype}/{lora_a.dtype}".replace("torch.", "")
     key = f"{op} {flags}, {_gpu_name(x.get_device())}, {dtypes}, {kind}, M<={rows} N={N} K={K} R={R}"
-    if (known := _choices().get(key)) in candidates:
-        return candidates[known]
-    if _is_capturing():
-        return backend
-    with _lock, torch.cuda.device_of(x):
-        steps = {name: functools.partial(getattr(module, op), *args) for name, module in candidates.items()}
-        return candidates[choose(_choices(), key, steps, time_ms)]
+    candidates = _candidates(x)
+    chosen = choices.get(key)
+    if chosen not in candidates:
+        if _is_capturing():
+            return candidates["triton"]
+        with _lock, torch.cuda.device_of(x):
+            steps = {name: functools.partial(getattr(module, op), *args) for name, module in candidates.items()}
+            chosen = choose(choices, key, steps, time_ms)
+    choices.resolved[case] = candidates[chosen]
+    return candidates[chosen]

@@ -20,16 +20,18 @@ def gpu_check(work, *options):
 def test_dry(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("peft")
-    code, output, report = gpu_check(tmp_path, "--dry", "--only", "tests", "dense", "nf4", "memcheck", "plot")
+    code, output, report = gpu_check(
+        tmp_path, "--dry", "--only", "tests", "dense", "nf4", "kernels", "memcheck", "plot"
+    )
     assert code == 0, output
     assert report["build"]["status"] == "skipped: not asked for"
     for stage in ("tests", "dense", "nf4", "plot"):
         assert report[stage]["status"] == "ok", output
-    assert report["memcheck"]["status"].startswith("skipped: ")
+    assert all(report[stage]["status"].startswith("skipped: ") for stage in ("memcheck", "kernels"))
     rows = report["dense"]["result"]["rows"]
     assert len(rows) == 4 and all(not row["failed"] for row in rows), output
     assert all({"bare", "ours", "addmm", "peft"} == set(row["contenders"]) for row in rows)
-    assert {"triton", "cuda", "vendor"} == set(report["dense"]["result"]["skipped"])
+    assert {"triton", "cuda", "vendor", "unsloth"} == set(report["dense"]["result"]["skipped"])
     assert all("ours" in row["contenders"] for row in report["nf4"]["result"]["rows"])
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     assert "killed" not in output and output.rstrip().splitlines()[-1].startswith("written: ")

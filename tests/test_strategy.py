@@ -230,7 +230,6 @@ class VendorCase(LoraCase):
 
 
 @needs_triton
-@pytest.mark.parametrize("unsplit", [0, vendor.UNSPLIT], ids=["addmm", "float32 sum"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -243,8 +242,7 @@ class VendorCase(LoraCase):
     ],
     ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}-{str(c.get('dtype', FP32))[6:]}",
 )
-def test_vendor_against_float64(case, unsplit, monkeypatch):
-    monkeypatch.setattr(vendor, "UNSPLIT", unsplit)
+def test_vendor_against_float64(case):
     VendorCase(**case).check()
     VendorCase(**case).check(strided)
 

@@ -5,6 +5,7 @@ import random
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,17 +157,69 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
         assert torch.equal(t, second[name]), f"{name} depends on the order of programs"
 
 
+@pytest.mark.parametrize("adapter_dtype", [BF16, FP32])
+def test_sums_in_parts(monkeypatch, adapter_dtype):
+    """As on a GPU with many multiprocessors: h over columns of x, dlora_a over its rows."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(configs, "PARTS", dict.fromkeys(configs.PARTS, (33, 32)))
+    monkeypatch.setattr(lora_linear, "_programs", lambda t: 24)
+    Case(100, 40, 300, 17, dtype=BF16, adapter_dtype=adapter_dtype, dropout_p=0.2, bias=True).check()
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("options", [dict(bias=True, lora_e=True), dict(dropout_p=0.3, column_scale=True)])
+def test_tiles_by_the_copy_engine(monkeypatch, options, conv1d):
+    monkeypatch.setattr(configs, "by_tma", lambda family, config: True)
+    launches = []
+    launch = lora_linear._LoraLauncher.launch
+    monkeypatch.setattr(
+        lora_linear._LoraLauncher, "launch",
+        lambda self, kernel, *args, **constants: (launches.append(kernel), launch(self, kernel, *args, **constants)),
+    )  # fmt: skip
+    case = Case(130, 72, 136, 17, dtype=BF16, adapter_dtype=FP32, **options)
+    if conv1d:
+        case.inputs["weight"] = case.inputs["weight"].T.contiguous().T
+    case.check()
+    assert launches.count(lora_linear._tma_gemm_kernel) == 2
+
+
+def test_what_the_copy_engine_can_not_fetch():
+    run = lora_linear._LoraLauncher(torch.zeros(4, 64, dtype=BF16), 4, 0.0, None, False)
+    run.family, config = "sm90", configs.lookup("sm90", "gemm", 16, False)
+
+    def by_tma(x, weight, backward=False):
+        return run.by_tma(config, x, weight, backward)
+
+    x, weight = torch.zeros(4, 64, dtype=BF16), torch.zeros(32, 64, dtype=BF16)
+    assert by_tma(x, weight) is True and by_tma(x, weight, True) is False
+    assert by_tma(x, weight.T.contiguous().T) is False
+    assert by_tma(x, torch.zeros(32, 68, dtype=BF16)[:, :64]) is None, "rows that don't start at 16 bytes"
+    assert by_tma(torch.zeros(4, 65, dtype=BF16)[:, 1:], weight) is None, "x starts elsewhere"
+    assert by_tma(x[:, :0], weight[:, :0]) is None
+    assert run.by_tma(configs.lookup("sm90", "gemm", 16, False, rows=64), x, weight, False) is None
+
+
 @pytest.mark.parametrize(("dtype", "K"), [(BF16, 256), (FP32, 300)])
 def test_the_blocks_for_few_rows(monkeypatch, dtype, K):
-    monkeypatch.setattr(configs, "_gemm_table", lambda family, kernel, rows: configs._SKINNY_GEMM[kernel])
+    monkeypatch.setattr(configs, "_gemm_table", lambda family, kernel, *_: configs._SKINNY_GEMM[kernel])
     Case(5, 70, K, 2, dtype=dtype, dropout_p=0.2, bias=True, column_scale=True).check()
 
 
-def test_few_rows_have_blocks_of_their_own():
-    def block_m(rows):
-        return configs.lookup("sm90", "gemm", 16, False, 4096, rows)["BLOCK_M"]
+def test_the_blocks_follow_the_size():
+    def blocks(rows, columns=4096, kernel="gemm"):
+        config = configs.lookup("sm90", kernel, 16, False, 4096, rows, columns)
+        return config["BLOCK_M"], config["BLOCK_N"]
 
-    assert block_m(configs.SKINNY_ROWS) == 16 and block_m(configs.SKINNY_ROWS + 1) == 128
+    few = configs.SKINNY_ROWS
+    assert [blocks(rows) for rows in (few, few + 1, 512, 4096)] == [(16, 16), (64, 32), (128, 128), (128, 256)]
+    assert blocks(512, 576) == (64, 64) and blocks(few + 1, kernel="nf4_rows") == (32, 32)
+
+
+def test_launches_past_triton_give_the_same_arguments():
+    script = Path(__file__).with_name("triton_launches.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert result.stdout == "the same arguments\n", result.stderr
 
 
 class OperatorLog(TorchDispatchMode):
@@ -189,13 +242,13 @@ def test_launches(monkeypatch):
     with OperatorLog() as log:
         scaled.run(*functions, scale_bwd=backend.column_scale_bwd)
     assert len(launches) == 7 and launches.pop(2) == "_column_scale_bwd_kernel"
-    assert set(log.names) <= {"empty", "permute", "t", "sum"} and log.names.count("sum") == 1
+    assert set(log.names) <= {"empty", "permute", "t", "view", "sum"} and log.names.count("sum") == 1
     launches.clear()
     with OperatorLog() as log:
         plain.run(*functions)
     assert launches == ["_h_kernel", "_gemm_kernel", "_dh_dlora_b_kernel", "_reduce_kernel", "_dlora_a_kernel",
                         "_gemm_kernel"]  # fmt: skip
-    assert set(log.names) <= {"empty", "permute", "t"}, log.names
+    assert set(log.names) <= {"empty", "permute", "t", "view"}, log.names
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

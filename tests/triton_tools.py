@@ -97,12 +97,41 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
             for kernel in [*kernels, "dequantize"]
         ]  # fmt: skip
 
+    def sized(rows: list[dict], m: int, n: int, note: str) -> list[dict]:
+        """The large products for so many rows and columns, which may have blocks of their own."""
+        return [{**row, "label": f"{row['label']} {note}", "rows": m, "columns": n} for row in gemms(rows)]
+
+    def tma(rows: list[dict]) -> list[dict]:
+        return [{**row, "label": f"{row['label']} TMA", "kernel": "tma_gemm"} for row in gemms(rows)]
+
+    def finish(rows: list[dict]) -> list[dict]:
+        """The epilogues over a product of the vendor's."""
+        return [{**row, "label": f"{row['label']} finish", "finish": True} for row in gemms(rows)]
+
+    def long(rows: list[dict]) -> list[dict]:
+        return [row for row in rows if row["kernel"] == "dlora_a"]
+
+    mid, small, low = (512, 4096, "M=512"), (512, 512, "512 x 512"), (64, 4096, "M=64")
     chosen = some("bf16", 16) + skinny(some("bf16", 16)) + scaled(some("bf16", 16)) + column_scale("bf16")
     chosen += nf4("bf16") + nf4("bf16", rows=16, double=True)
     chosen += codec("bf16", 64, double=True) + adamw("fp32", "fp32")
+    chosen += tma(some("bf16", 16)) + tma(sized(some("bf16", 16), *mid)) + finish(some("bf16", 16))
+    for size in (mid, small, low):
+        chosen += sized(some("bf16", 16), *size)
+    for rows in (32, 64):
+        chosen += [{**row, "label": f"{row['label']} M={rows}", "rows": rows} for row in nf4("bf16")]
     if dtypes:
         chosen += some("fp16", 16) + some("fp32", 16)
     if full:
+        for rows in (some("bf16", 16, dropout=False), some("fp16", 64, conv1d=True), scaled(some("bf16", 16))):
+            chosen += tma(rows) + tma(sized(rows, *mid)) + finish(rows)
+        for size in (mid, small, low):
+            chosen += sized(some("bf16", 64, even=False), *size) + scaled(sized(some("fp16", 16), *size))
+        chosen += finish(some("fp32", 16)) + finish(some("fp32", 16, dropout=False)) + finish(some("bf16", 64))
+        for dtype in FLOATS:
+            for rank in (16, 32, 64):
+                short = [{**row, "label": f"{row['label']} M=512", "rows": 512} for row in long(some(dtype, rank))]
+                chosen += short
         chosen += scaled(some("bf16", 64, even=False, conv1d=True)) + scaled(some("fp32", 16)) + scaled(nf4("bf16"))
         chosen += (
             skinny(some("bf16", 64, even=False, conv1d=True)) + skinny(some("fp32", 16)) + skinny(some("fp16", 16))
@@ -121,6 +150,13 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
     return chosen
 
 
+def applies(chip: int | str, variant: dict) -> bool:
+    """Whether a launch on the chip can take this variant."""
+    from lora_kernels.triton import configs
+
+    return variant["kernel"] != "tma_gemm" or configs.by_tma(configs.families()[chip], {"BLOCK_M": 128})
+
+
 def compile_variant(chip: int | str, variant: dict) -> dict:
     """Compile one variant for one chip and read the binary: registers, spills, shared memory, what is in its loops."""
     from lora_kernels.triton import configs, lora_linear, nf4
@@ -134,18 +170,23 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         config = configs.codec(family, name, variant["block_size"])
     else:
         table = name if "nf4" not in variant else "nf4_ragged" if variant["ragged"] else variant["flags"]["WEIGHT"]
+        table = "finish" if variant.get("finish") else table.removeprefix("tma_")
         problem = (variant["rank"], is_float32, variant["depth"], variant.get("rows", 4096))
-        config = configs.lookup(family, table, *problem)
+        config = configs.lookup(family, table, *problem, variant.get("columns", 4096))
     options = {name: value for name, value in config.items() if name in OPTIONS}
     constants = {**variant["flags"], **{name: value for name, value in config.items() if name not in options}}
     constants["PRECISION"] = "tf32x3" if is_float32 and isinstance(chip, int) else "ieee"
-    if name == "gemm":
+    if name.endswith("gemm"):
         constants["stride_vn" if variant["low_rank"] == "dx" else "stride_vr"] = 1
-        if "nf4" not in variant:
+        if name == "tma_gemm":
+            constants["W_ROWS"] = variant["unit_stride"] == "stride_wk"
+        elif "nf4" not in variant:
             constants |= {variant["unit_stride"]: 1, "WEIGHT": "dense", "BLOCK_SIZE": 1, "ALIGNED": True}
             constants |= dict.fromkeys(("absmax_ptr", "tables_ptr"))
     if variant.get("nf4") != "double":
         constants |= dict.fromkeys(("absmax_scale_ptr", "absmax_offset_ptr"))
+    if not variant.get("finish"):
+        constants["product_ptr"] = None
     if constants.get("HAS_BIAS") is False:
         constants["bias_ptr"] = constants["lora_e_ptr"] = None
     if constants.get("HAS_SCALE") is False:
@@ -168,6 +209,10 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + pointers.get(name, "fp32")
+        elif name.endswith("_desc"):
+            blocks = "MK" if name == "x_desc" else "NK" if constants["W_ROWS"] else "KN"
+            rows, columns = (config[f"BLOCK_{letter}"] for letter in blocks)
+            signature[name] = f"tensordesc<{variant['dtype']}[{rows}, {columns}]>"
         else:
             signature[name] = "fp32" if name in FLOAT_ARGUMENTS else "i32"
         # K is left undivided in the ragged variants: that is their point.
@@ -264,7 +309,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     options = parser.parse_args()
     chips = [chip for chip in configs.families() if not options.chips or str(chip) in options.chips]
-    work = [(chip, v) for chip in chips for v in variants(options.full, options.dtypes) if options.kernel in v["label"]]
+    work = [(chip, v) for chip in chips for v in variants(options.full, options.dtypes)]
+    work = [(chip, v) for chip, v in work if options.kernel in v["label"] and applies(chip, v)]
     with ProcessPoolExecutor(options.workers) as pool:
         rows = list(pool.map(compile_variant, *zip(*work, strict=True)))
     if not options.loops:

@@ -36,6 +36,11 @@ _library.define(
 _library.define("column_scale_bwd(Tensor dy, Tensor? y, Tensor? bias, Tensor column_scale) -> (Tensor, Tensor)")
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """t [..., K] as [M, K]."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 def _rows(t: Tensor) -> Tensor:
     """t [M, K] with unit stride along K and rows that don't overlap, which is what every backend reads."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
@@ -144,12 +149,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy, _dh):
+    dy = _matrix(dy)
     x, h, weight, lora_a, lora_b, lora_e, rng, column_scale, y, bias, *scales = ctx.saved_tensors
     need_x, need_weight, need_a, need_b, _, need_bias, need_e = ctx.needs_input_grad[:7]
     needs = [need_x, need_a, need_b, need_e]
     dbias = dy.sum(0) if need_bias else None
     dscale = None
     if column_scale is not None:
+        y = None if y is None else _matrix(y)
         dy, dscale = torch.ops.lora_kernels.column_scale_bwd(dy, y, bias, column_scale)
     # With create_graph the dispatcher is needed: the op's own autograd is what refuses the second derivative.
     direct = not torch.is_grad_enabled() and _unwatched(dy, x, h, weight, lora_a, lora_b, lora_e, rng, *scales)
@@ -157,6 +164,8 @@ def _autograd(ctx, dy, _dh):
     tensors = (dy, x, h, weight, lora_a, lora_b)
     grads = op(*tensors, ctx.scaling, lora_e, ctx.dropout_p, rng, needs, *scales, ctx.block_size)
     dx, da, db, de = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    if need_x and (shape := getattr(ctx, "shape", None)) is not None:
+        dx = dx.view(shape)
     # The base is frozen in LoRA; this and dbias serve those who train it or its bias as well.
     dweight = dy.T @ x if need_weight else None
     return dx, dweight, da, db, None, dbias, de, None, None, dscale if y is not None else None, None, None, None, None
@@ -178,10 +187,15 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _fwd(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx, x, *rest):
+        rows = _matrix(x)
+        y, h = _fwd(rows, *rest)
+        _setup_context(ctx, (rows, *rest), (y, h))
+        ctx.shape = x.shape
+        if x.dim() != 2:
+            # Not by a view: one that is made in here could not be changed in place outside.
+            y.resize_(*x.shape[:-1], y.shape[-1])
+        return y, h
 
     backward = staticmethod(_autograd)
 
@@ -451,13 +465,10 @@ def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, colu
     if isinstance(weight, NF4Weight):
         weight, *nf4_parts = weight.tensors()[:-1]
     tensors = (x, weight, lora_a, lora_b, bias, lora_e, column_scale)
-    if not _unwatched(*tensors):
-        op = torch.ops.lora_kernels.lora_linear_fwd
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        op = _Eager.apply
-    else:
-        op = _fwd
-    rest = (scaling, bias, lora_e, dropout_p, rng, column_scale, *nf4_parts)
-    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), K)
-    y, _ = op(rows, weight, lora_a, lora_b, *rest)
+    rest = (weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *nf4_parts)
+    unwatched = _unwatched(*tensors)
+    if unwatched and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Eager.apply(x, *rest)[0]
+    op = _fwd if unwatched else torch.ops.lora_kernels.lora_linear_fwd
+    y, _ = op(_matrix(x), *rest)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

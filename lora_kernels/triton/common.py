@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -39,6 +40,22 @@ def cast(value, DTYPE: tl.constexpr):
     return value.to(DTYPE)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """What `triton.cdiv` gives, which takes as long as an allocation."""
+    return -(-a // b)
+
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before 3.4
+    TensorDescriptor = None
+
+# Before 3.3 a compiled kernel takes its arguments without the constants, and AMD's kernels are chosen by more.
+_KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None and triton.__version__ >= "3.3"
+# (kernel, device, constants and kinds of arguments) -> what Triton compiled for it, and its constants in their order
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
 class Launcher:
     """What every launch of one call shares: the device and its family of configurations.
 
@@ -54,5 +71,42 @@ class Launcher:
                 f"{name} is on {t.device}: the triton backend takes GPU tensors; for CPU tensors set "
                 "TRITON_INTERPRET=1 before triton is imported (slow, for tests) or use the cpu backend"
             )
-        self.device = torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-        self.family = configs.device_family(t.get_device()) if t.is_cuda else "interpreter"
+        self.index = t.get_device()
+        self.device = contextlib.nullcontext()
+        if t.is_cuda and self.index != torch.cuda.current_device():
+            self.device = torch.cuda.device(self.index)
+        self.family = configs.device_family(self.index) if t.is_cuda else "interpreter"
+
+    def launch(self, kernel, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
+        """kernel[grid](*args, **constants), the arguments of run time before the constants.
+
+        Triton examines each argument and every option in each launch, which takes longer than most of these kernels.
+        What it compiled is kept here by what can change it: of a number its type, whether it is 1 and whether 16
+        divides it; of a tensor its dtype; of a descriptor the dtype and the blocks. A tensor that doesn't start at a
+        multiple of 16 bytes goes Triton's way.
+        """
+        if not _KEEPS_COMPILED:
+            kernel[grid](*args, **constants)
+            return
+        key, addresses = [id(kernel), self.index, *constants.values()], 0
+        for arg in args:
+            kind = type(arg)
+            if kind is int:
+                key.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * (arg >> 31 != 0))
+            elif arg is None or kind is float:
+                key.append(kind)
+            elif kind is TensorDescriptor:
+                addresses |= arg.base.data_ptr()
+                key += (arg.base.dtype, *arg.block_shape)
+            else:
+                addresses |= arg.data_ptr()
+                key.append(arg.dtype)
+        key = tuple(key)
+        found = None if addresses % 16 else _compiled.get(key)
+        if found is not None:
+            compiled, values = found
+            compiled[grid](*args, *values)
+            return
+        compiled = kernel[grid](*args, **constants)
+        if not addresses % 16:
+            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])

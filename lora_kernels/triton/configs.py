@@ -21,8 +21,10 @@ def _config(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _gemm(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, dropout_split: int = 2):
-    return _config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8,
+def _gemm(
+    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, dropout_split: int = 2, group_m: int = 8
+):
+    return _config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=group_m,
                    DROPOUT_SPLIT=dropout_split)  # fmt: skip
 
 
@@ -30,11 +32,20 @@ def _gemm(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
 _GEMM = {
     "sm80": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
     "sm86": (_gemm(128, 128, 32, 8, 4), _gemm(64, 64, 32, 8, 3)),
-    "sm90": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 8, 3)),
+    "sm90": (_gemm(128, 256, 64, 8, 3, 4, 16), _gemm(64, 64, 32, 8, 3)),
     "sm100": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 8, 3)),
     "gfx9": (_gemm(128, 128, 32, 8, 2), _gemm(64, 64, 32, 8, 2)),
     "interpreter": (_gemm(64, 64, 64, 4, 1), _gemm(64, 64, 64, 4, 1)),
 }
+
+# The blocks to take where the ones above are too few to give every multiprocessor one, the largest first, and from how
+# many blocks on; the last are for whatever is left. Measured on an H200 (docs/performance.md), whose family alone has
+# them.
+_FEWER_BLOCKS = {"sm90": (_gemm(128, 128, 64, 8, 4), _gemm(64, 64, 64, 4, 5))}
+_FULL = 92
+# Up to so many rows the weight is most of the traffic still.
+_LOW_ROWS = 128
+_LOW_GEMM = {"sm90": _gemm(64, 32, 128, 4, 4, 1)}
 
 # The same with an NF4 weight, whose tile all warps decode between two products: small enough for two blocks on a
 # multiprocessor, which take turns at decoding and multiplying (docs/speed_model.md). An accumulator of 128 x 64 leaves
@@ -51,17 +62,24 @@ _NF4_GEMM = {
 # small programs, each with a deep queue of loads, so that every multiprocessor reads.
 SKINNY_ROWS = 16
 _SKINNY_GEMM = {
-    "gemm": (_gemm(16, 32, 128, 4, 4, 1), _gemm(16, 32, 64, 4, 3, 1)),
+    "gemm": (_gemm(16, 16, 256, 2, 4, 1), _gemm(16, 32, 64, 4, 3, 1)),
     "nf4_rows": (_gemm(16, 16, 256, 4, 3, 1), _gemm(16, 16, 128, 4, 3, 1)),
     "nf4_cols": (_gemm(16, 32, 128, 4, 3, 1), _gemm(16, 32, 64, 4, 3, 1)),
 }
+# family -> (forward, backward): rows up to which an NF4 weight is decoded inside the product. With more it is
+# dequantised as a whole first, which takes less time than every row of blocks decoding it anew. Measured on an H200.
+_NF4_ROWS = {"sm90": (64, SKINNY_ROWS)}
+_NF4_LOW = {"sm90": (_gemm(32, 32, 128, 4, 3, 1), _gemm(64, 32, 128, 4, 3, 1))}
 # Where rows don't start at a block, bytes and scales are addressed one by one.
 _NF4_RAGGED = (_gemm(64, 64, 32, 4, 2, 2), _gemm(64, 64, 32, 8, 2, 1))
+
+# The epilogue alone, over a product that the vendor's library made: bound by memory, so many small programs.
+_FINISH = (_gemm(64, 64, 32, 4, 1, 1), _gemm(32, 64, 32, 4, 1, 1))
 
 # The kernels bound by memory hardly differ between chips: kernel -> BLOCK_R -> configuration for 16-bit inputs.
 _SKINNY = {
     "h": {
-        16: _config(4, 4, BLOCK_M=32, BLOCK_K=128),
+        16: _config(4, 4, BLOCK_M=16, BLOCK_K=128),
         32: _config(4, 3, BLOCK_M=32, BLOCK_K=128),
         64: _config(4, 3, BLOCK_M=32, BLOCK_K=64),
     },
@@ -76,11 +94,21 @@ _SKINNY = {
     },
 }
 
+# With many rows, whose sum is cut into parts: wider blocks, for which the mask is cheaper to make.
+_LONG_DLORA_A = {
+    16: _config(4, 5, BLOCK_M=32, BLOCK_K=128),
+    32: _config(4, 3, BLOCK_M=32, BLOCK_K=128),
+    64: _config(4, 2, BLOCK_M=32, BLOCK_K=128),
+}
+# kernel -> (from which length on a sum over rows or columns is cut into parts, the least length of a part). Adding the
+# parts up is one more launch, except for those of dh_dlora_b, which has another sum to make anyway.
+PARTS = {"h": (4096, 512), "dlora_a": (1025, 128), "dh_dlora_b": (1, 1)}
+
 # AdamW is bound by memory everywhere: elements of a tensor for one program and at once, tensors and chunks at once.
 ADAMW = _config(4, 1, CHUNK=4096, BLOCK=1024, BLOCK_T=256, BLOCK_C=1024)
 
 
-GEMMS = ("gemm", "nf4_rows", "nf4_cols", "nf4_ragged")
+GEMMS = ("gemm", "nf4_rows", "nf4_cols", "nf4_ragged", "finish")
 
 
 def block_r(kernel: str, rank: int, is_float32: bool) -> int:
@@ -93,29 +121,55 @@ def block_r(kernel: str, rank: int, is_float32: bool) -> int:
     return next(step for step in (16, 32, 64) if step >= min(rank, largest))
 
 
-def _gemm_table(family: str, kernel: str, rows: int) -> tuple[dict[str, int], dict[str, int]]:
+def _tiles(config: dict[str, int], rows: int, columns: int) -> int:
+    return -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
+
+
+def _gemm_table(family: str, kernel: str, rows: int, columns: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(16-bit, float32)"""
     if family == "interpreter":
         return _GEMM[family]
     if kernel == "nf4_ragged":
         return _NF4_RAGGED
+    if kernel == "finish":
+        return _FINISH
     if rows <= SKINNY_ROWS:
         return _SKINNY_GEMM[kernel]
-    return _GEMM[family] if kernel == "gemm" else _NF4_GEMM[family]
+    if kernel != "gemm":
+        low = [config for config in _NF4_LOW.get(family, ()) if rows <= config["BLOCK_M"]]
+        return (low[0], _NF4_GEMM[family][1]) if low else _NF4_GEMM[family]
+    sixteen_bit, float32 = _GEMM[family]
+    if family in _LOW_GEMM and rows <= _LOW_ROWS:
+        return _LOW_GEMM[family], float32
+    for fewer in _FEWER_BLOCKS.get(family, ()):
+        if _tiles(sixteen_bit, rows, columns) < _FULL:
+            sixteen_bit = fewer
+    return sixteen_bit, float32
+
+
+def by_tma(family: str, config: dict[str, int]) -> bool:
+    """Whether the copy engine fetches the tiles of a product in 16 bits: a tenth faster on an H200 for large blocks."""
+    return family == "sm90" and config["BLOCK_M"] >= 128
+
+
+def decodes_inside(family: str, rows: int, backward: bool) -> bool:
+    """Whether a product of so many rows decodes its NF4 weight itself."""
+    return rows <= _NF4_ROWS[family][backward] if family in _NF4_ROWS else True
 
 
 def lookup(
-    family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0, rows: int = SKINNY_ROWS + 1
+    family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0, rows: int = 4096, columns: int = 4096
 ) -> dict[str, int]:
     """Blocks, num_warps and num_stages for `kernel`: "gemm" (with a dense weight), "nf4_rows" (an NF4 weight, forward),
-    "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks), "h", "dh_dlora_b", "reduce", "dlora_a" or
-    "column_scale_bwd".
+    "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks), "finish", "h", "dh_dlora_b", "reduce",
+    "dlora_a" or "column_scale_bwd".
 
     `depth` is the length of a GEMM's sum; where BLOCK_K doesn't divide it, the masks need the registers of half a step.
-    `rows` is the number of rows of a GEMM's result.
+    `rows` and `columns` are those of a GEMM's result; for "dlora_a", `rows` is the length of its sum.
     """
     step = block_r(kernel, rank, is_float32)
     if kernel in GEMMS:
-        config = {**_gemm_table(family, kernel, rows)[is_float32], "BLOCK_R": step}
+        config = {**_gemm_table(family, kernel, rows, columns)[is_float32], "BLOCK_R": step}
         config["EVEN_K"] = depth % config["BLOCK_K"] == 0
         if not config["EVEN_K"]:
             config["BLOCK_K"] //= 2
@@ -124,9 +178,10 @@ def lookup(
         return _config(4, 1, BLOCK_P=16, BLOCK_L=2048 if family == "interpreter" else 128)
     if kernel == "column_scale_bwd":
         return _config(4, 1, BLOCK_M=16, BLOCK_N=256)
-    config = {**_SKINNY[kernel][step], "BLOCK_R": step}
+    is_long = kernel == "dlora_a" and rows >= PARTS[kernel][0]
+    config = {**(_LONG_DLORA_A if is_long else _SKINNY[kernel])[step], "BLOCK_R": step}
     if is_float32:
-        config["BLOCK_K" if kernel == "h" else "BLOCK_M"] //= 2
+        config["BLOCK_K" if kernel == "h" or is_long else "BLOCK_M"] //= 2
         config["num_stages"] = 2
         if kernel == "dh_dlora_b":
             config["BLOCK_N"] = 64

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels import vendor
 from lora_kernels.reference import NF4, dropout_scale, dropout_threshold
-from lora_kernels.vendor import add_product
 
 from . import configs
-from .common import INTERPRETED, Launcher, cast, dot
+from .common import INTERPRETED, Launcher, TensorDescriptor, cast, ceil_div, dot
 from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
 __all__ = ["INTERPRETED", "column_scale_bwd", "lora_linear_bwd", "lora_linear_fwd"]
@@ -48,21 +48,23 @@ def _keep_mask(rng_ptr, m0, k0, threshold, ROWS: tl.constexpr, COLS: tl.constexp
 
 @triton.jit(do_not_specialize=["threshold"])
 def _h_kernel(
-    x_ptr, lora_a_ptr, h_ptr, rng_ptr, M, K, R, threshold, inv_keep, stride_xm,
+    x_ptr, lora_a_ptr, h_parts_ptr, rng_ptr, M, K, R, columns_per_split, threshold, inv_keep, stride_xm,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """h = dropout(x) lora_aᵀ, one program for BLOCK_M rows and BLOCK_R columns."""
+    """Partial sums [splits, M, R] of h = dropout(x) lora_aᵀ, each over columns_per_split columns of x."""
     m0 = tl.program_id(0) * BLOCK_M
+    pid_s = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_mask = (m0 + rows < M)[:, None]
     r_mask = (r < R)[None, :]
+    first_column = pid_s * columns_per_split
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
-    a_ptrs = lora_a_ptr + r.to(tl.int64)[None, :] * K + k[:, None]
+    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + (first_column + k)[None, :]
+    a_ptrs = lora_a_ptr + r.to(tl.int64)[None, :] * K + (first_column + k)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in range(first_column, min(first_column + columns_per_split, K), BLOCK_K):
         k_left = K - k0
         x = tl.load(x_ptrs, mask=m_mask & (k[None, :] < k_left), other=0.0)
         a = cast(tl.load(a_ptrs, mask=r_mask & (k[:, None] < k_left), other=0.0), x.dtype)
@@ -72,7 +74,7 @@ def _h_kernel(
         acc = dot(x, a, acc, PRECISION)
         x_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
-    h_ptrs = h_ptr + (m0 + rows).to(tl.int64)[:, None] * R + r[None, :]
+    h_ptrs = h_parts_ptr + (pid_s.to(tl.int64) * M + m0 + rows)[:, None] * R + r[None, :]
     tl.store(h_ptrs, acc * inv_keep, mask=m_mask & r_mask)
 
 
@@ -137,61 +139,27 @@ def _store_tile(out_ptr, stride_om, value, m0, n0, M, N, BLOCK_M: tl.constexpr, 
     tl.store(out_ptrs, cast(value, out_ptr.dtype.element_ty), mask=(m0 + rows < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold"])
-def _gemm_kernel(
-    x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr, column_scale_ptr, bias_ptr, u_ptr,
-    lora_e_ptr, v_ptr, rng_ptr, out_ptr, M, N, K, R, scale, threshold,
-    stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
-    WEIGHT: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGNED: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
-):  # fmt: skip
-    """out [M, N] = column_scale ∘ (x [M, K] w + dropout((scale u ∘ lora_e) v)) + bias, the rank term after the K loop.
-
-    Forward: x, Wᵀ, h, lora_bᵀ, without dropout. Backward: dy, W, dh, lora_a (and N, K change places).
-    WEIGHT says what w is: "dense"; "nf4_rows", NF4 whose rows are the columns of out (forward); "nf4_cols", NF4 whose
-    columns are (backward). BLOCK_SIZE and ALIGNED are those of `nf4.load_tile`.
-    """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    # Walk the tiles in groups of GROUP_M rows so that neighbours in time share tiles of w in L2.
+@triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of this program's tile, by groups of GROUP_M rows of tiles, so that neighbours in time share
+    tiles of w in L2."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
     first_m = pid // per_group * GROUP_M
     group_m = min(tiles_m - first_m, GROUP_M)
-    m0 = (first_m + pid % per_group % group_m) * BLOCK_M
-    n0 = pid % per_group // group_m * BLOCK_N
+    return (first_m + pid % per_group % group_m) * BLOCK_M, pid % per_group // group_m * BLOCK_N
 
-    rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
-    if WEIGHT == "dense":
-        w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + cols[None, :] * stride_wn
-    else:
-        DOUBLE_QUANT: tl.constexpr = absmax_scale_ptr is not None
-        code, dynamic = load_tables(tables_ptr, DOUBLE_QUANT)
-        absmax_offset = tl.load(absmax_offset_ptr) if DOUBLE_QUANT else 0.0
-    m_mask = (m0 + rows < M)[:, None]
-    n_mask = (n0 + cols < N)[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        x = tl.load(x_ptrs, mask=m_mask if EVEN_K else m_mask & (k[None, :] < K - k0), other=0.0)
-        x_ptrs += BLOCK_K
-        if WEIGHT == "dense":
-            w = tl.load(w_ptrs, mask=n_mask if EVEN_K else n_mask & (k[:, None] < K - k0), other=0.0)
-            w_ptrs += BLOCK_K * stride_wk
-        elif WEIGHT == "nf4_rows":
-            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, n0, k0, N, K,
-                          BLOCK_SIZE, ALIGNED, BLOCK_N, BLOCK_K, False, EVEN_K)  # fmt: skip
-            w = cast(w, DTYPE).T
-        else:
-            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, k0, n0, K, N,
-                          BLOCK_SIZE, ALIGNED, BLOCK_K, BLOCK_N, EVEN_K, False)  # fmt: skip
-            w = cast(w, DTYPE)
-        acc = dot(x, w, acc, PRECISION)
 
+@triton.jit
+def _finish(
+    acc, column_scale_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R, scale, threshold,
+    stride_vr, stride_vn, stride_om,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Store column_scale ∘ (acc + dropout((scale u ∘ lora_e) v)) + bias for the tile at (m0, n0)."""
     if HAS_DROPOUT:
         tl.static_assert(not HAS_E and not HAS_BIAS and not HAS_SCALE)
     else:
@@ -217,8 +185,93 @@ def _gemm_kernel(
                                HAS_BIAS, BLOCK_M, SLICE)  # fmt: skip
     else:
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + n0 + cols, mask=n0 + cols < N, other=0.0).to(tl.float32)[None, :]
+            n = n0 + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _gemm_kernel(
+    x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr, column_scale_ptr, bias_ptr, u_ptr,
+    lora_e_ptr, v_ptr, rng_ptr, product_ptr, out_ptr, M, N, K, R, scale, threshold,
+    stride_xm, stride_wn, stride_wk, stride_vr, stride_vn, stride_om,
+    WEIGHT: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = column_scale ∘ (x [M, K] w + dropout((scale u ∘ lora_e) v)) + bias, the rank term after the K loop.
+
+    Forward: x, Wᵀ, h, lora_bᵀ, without dropout. Backward: dy, W, dh, lora_a (and N, K change places).
+    WEIGHT says what w is: "dense"; "nf4_rows", NF4 whose rows are the columns of out (forward); "nf4_cols", NF4 whose
+    columns are (backward). BLOCK_SIZE and ALIGNED are those of `nf4.load_tile`. With product [M, N] in float32, that is
+    x w already, and K is zero.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
+    if WEIGHT == "dense":
+        w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + cols[None, :] * stride_wn
+    else:
+        DOUBLE_QUANT: tl.constexpr = absmax_scale_ptr is not None
+        code, dynamic = load_tables(tables_ptr, DOUBLE_QUANT)
+        absmax_offset = tl.load(absmax_offset_ptr) if DOUBLE_QUANT else 0.0
+    m_mask = (m0 + rows < M)[:, None]
+    n_mask = (n0 + cols < N)[None, :]
+    if product_ptr is None:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        product_ptrs = product_ptr + (m0 + rows).to(tl.int64)[:, None] * N + (n0 + cols)[None, :]
+        acc = tl.load(product_ptrs, mask=m_mask & n_mask, other=0.0)
+    for k0 in range(0, K, BLOCK_K):
+        x = tl.load(x_ptrs, mask=m_mask if EVEN_K else m_mask & (k[None, :] < K - k0), other=0.0)
+        x_ptrs += BLOCK_K
+        if WEIGHT == "dense":
+            w = tl.load(w_ptrs, mask=n_mask if EVEN_K else n_mask & (k[:, None] < K - k0), other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
+        elif WEIGHT == "nf4_rows":
+            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, n0, k0, N, K,
+                          BLOCK_SIZE, ALIGNED, BLOCK_N, BLOCK_K, False, EVEN_K)  # fmt: skip
+            w = cast(w, DTYPE).T
+        else:
+            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, k0, n0, K, N,
+                          BLOCK_SIZE, ALIGNED, BLOCK_K, BLOCK_N, EVEN_K, False)  # fmt: skip
+            w = cast(w, DTYPE)
+        acc = dot(x, w, acc, PRECISION)
+
+    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R, scale,
+            threshold, stride_vr, stride_vn, stride_om, HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE,
+            BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT_SPLIT)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _tma_gemm_kernel(
+    x_desc, w_desc, column_scale_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, M, N, K, R,
+    scale, threshold, stride_vr, stride_vn, stride_om, W_ROWS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """_gemm_kernel of a dense weight, tiles fetched by the copy engine (TMA), which fills with zeros what is outside.
+
+    W_ROWS says that the rows of w_desc are the columns of out.
+    """
+    DTYPE: tl.constexpr = x_desc.dtype
+    m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        x = x_desc.load([m0, k0])
+        if W_ROWS:  # noqa: SIM108
+            w = w_desc.load([n0, k0]).T
+        else:
+            w = w_desc.load([k0, n0])
+        acc = dot(x, w, acc, PRECISION)
+    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R, scale,
+            threshold, stride_vr, stride_vn, stride_om, HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE,
+            BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT_SPLIT)  # fmt: skip
 
 
 @triton.jit
@@ -309,21 +362,23 @@ def _reduce_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def _dlora_a_kernel(
-    x_ptr, dh_ptr, dlora_a_ptr, rng_ptr, M, K, R, threshold, inv_keep, stride_xm,
+    x_ptr, dh_ptr, da_parts_ptr, rng_ptr, M, K, R, rows_per_split, threshold, inv_keep, stride_xm,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dlora_a = dhᵀ dropout(x), one program for all rows of BLOCK_K columns."""
+    """Partial sums [splits, R, K] of dlora_a = dhᵀ dropout(x), each over rows_per_split rows."""
     k0 = tl.program_id(0) * BLOCK_K
+    pid_s = tl.program_id(1)
     k = k0 + tl.arange(0, BLOCK_K)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = pid_s * rows_per_split
     rows = tl.arange(0, BLOCK_M)
     r_mask = (r < R)[:, None]
     k_mask = (k < K)[None, :]
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :]
-    dh_ptrs = dh_ptr + rows[None, :] * R + r[:, None]
+    x_ptrs = x_ptr + first_row.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
+    dh_ptrs = dh_ptr + first_row.to(tl.int64) * R + rows[None, :] * R + r[:, None]
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for m0 in range(0, M, BLOCK_M):
+    for m0 in range(first_row, min(first_row + rows_per_split, M), BLOCK_M):
         m_left = M - m0
         x = tl.load(x_ptrs, mask=(rows < m_left)[:, None] & k_mask, other=0.0)
         dh = cast(tl.load(dh_ptrs, mask=(rows < m_left)[None, :] & r_mask, other=0.0), x.dtype)
@@ -334,8 +389,8 @@ def _dlora_a_kernel(
         x_ptrs += BLOCK_M * stride_xm
         dh_ptrs += BLOCK_M * R
     acc *= inv_keep
-    out_ptrs = dlora_a_ptr + r.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(out_ptrs, cast(acc, dlora_a_ptr.dtype.element_ty), mask=r_mask & k_mask)
+    out_ptrs = da_parts_ptr + (pid_s.to(tl.int64) * R + r)[:, None] * K + k[None, :]
+    tl.store(out_ptrs, cast(acc, da_parts_ptr.dtype.element_ty), mask=r_mask & k_mask)
 
 
 @triton.jit
@@ -378,12 +433,18 @@ def _programs(t: Tensor) -> int:
     return _program_target(t.get_device()) if t.is_cuda else 4
 
 
+def _dequantized(weight: NF4, x: Tensor) -> Tensor:
+    dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    dequantize_nf4(weight, dense)
+    return dense
+
+
 class _LoraLauncher(Launcher):
     """Adds what launches of `lora_linear` share: configurations, dot precision and dropout arguments."""
 
-    def __init__(self, x: Tensor, rank: int, dropout_p: float, rng: Tensor | None, vendor: bool) -> None:
+    def __init__(self, x: Tensor, rank: int, dropout_p: float, rng: Tensor | None, by_vendor: bool) -> None:
         super().__init__("x", x)
-        self.vendor = vendor
+        self.by_vendor = by_vendor
         self.threshold = dropout_threshold(dropout_p)
         if self.threshold and rng is None:
             raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
@@ -396,17 +457,28 @@ class _LoraLauncher(Launcher):
         if self.is_float32 and not torch.version.hip:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
-    def config(self, kernel: str, depth: int = 0, rows: int = 0) -> dict[str, int]:
-        return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth, rows)
+    def config(self, kernel: str, depth: int = 0, rows: int = 0, columns: int = 0) -> dict[str, int]:
+        return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth, rows, columns)
 
-    def gemm(self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
+    def split(self, kernel: str, programs: int, length: int, block: int) -> tuple[int, int]:
+        """How many parts to cut the sum of `kernel` into, and the length of one, so that the device is kept busy by
+        `programs` for each part; a program goes by steps of `block`."""
+        steps, (worth, least) = ceil_div(length, block), configs.PARTS[kernel]
+        parts = 1 if length < worth else min(steps, self.program_target // max(1, programs), length // least)
+        per_part = ceil_div(steps, max(1, parts)) * block
+        return ceil_div(length, per_part), per_part
+
+    def gemm(
+        self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False, product=None
+    ) -> None:
         """out = column_scale ∘ (x Wᵀ + (scale u ∘ lora_e) v) + bias, or backward x W + dropout(scale u v).
 
-        v [R, N] has any strides.
-
-        weight [N, K] is dense with any strides, or NF4.
+        v [R, N] has any strides. weight [N, K] is dense with any strides, or NF4. With `product` in float32, that is
+        the large product already, and x and the weight have no columns for it.
         """
         (m, k), n = x.shape, out.shape[1]
+        if isinstance(weight, NF4) and not configs.decodes_inside(self.family, m, backward):
+            weight = _dequantized(weight, x)
         if isinstance(weight, NF4):
             aligned = weight.shape[1] % weight.block_size == 0
             kernel = "nf4_cols" if backward else "nf4_rows"
@@ -418,53 +490,80 @@ class _LoraLauncher(Launcher):
             aligned, kernel, kind = True, "gemm", {"WEIGHT": "dense", "BLOCK_SIZE": 1}
             parts = (weight, None, None, None, None)
             strides = weight.stride()[::-1] if backward else weight.stride()
-        config = self.config(kernel, k, m)
-        grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
+        config = self.config(kernel if product is None else "finish", k, m, n)
+        tiles = ceil_div(m, config["BLOCK_M"]) * ceil_div(n, config["BLOCK_N"])
         dropout = backward and self.threshold > 0
-        _gemm_kernel[grid](
-            x, *parts, column_scale, bias, u, lora_e, v, self.rng if dropout else None, out, m, n, k, u.shape[1], scale,
-            self.threshold, x.stride(0), *strides, v.stride(0), v.stride(1), out.stride(0), **kind, ALIGNED=aligned,
-            HAS_SCALE=column_scale is not None, HAS_BIAS=bias is not None, HAS_E=lora_e is not None,
-            HAS_DROPOUT=dropout, PRECISION=self.precision, **config,
+        epilogue = (column_scale, bias, u, lora_e, v, self.rng if dropout else None)
+        flags = {"HAS_SCALE": column_scale is not None, "HAS_BIAS": bias is not None, "HAS_E": lora_e is not None,
+                 "HAS_DROPOUT": dropout, "PRECISION": self.precision}  # fmt: skip
+        sizes = (m, n, k, u.shape[1], scale, self.threshold)
+        if (rows := self.by_tma(config, x, weight, backward)) is not None:
+            flags |= {name: value for name, value in config.items() if name != "EVEN_K"}
+            x_desc = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
+            block = [config["BLOCK_N" if rows else "BLOCK_K"], config["BLOCK_K" if rows else "BLOCK_N"]]
+            w_desc = TensorDescriptor.from_tensor(weight if weight.stride(1) == 1 else weight.T, block)
+            self.launch(
+                _tma_gemm_kernel, (tiles, 1, 1), x_desc, w_desc, *epilogue, out, *sizes,
+                v.stride(0), v.stride(1), out.stride(0), W_ROWS=rows, **flags,
+            )  # fmt: skip
+            return
+        self.launch(
+            _gemm_kernel, (tiles, 1, 1), x, *parts, *epilogue, product, out, *sizes,
+            x.stride(0), *strides, v.stride(0), v.stride(1), out.stride(0), **kind, ALIGNED=aligned, **flags, **config,
         )  # fmt: skip
 
+    def by_tma(self, config: dict[str, int], x: Tensor, weight: Tensor | NF4, backward: bool) -> bool | None:
+        """None where the copy engine can't fetch the tiles or gains nothing; else whether the columns of the result are
+        the rows of the weight as it lies in memory."""
+        if TensorDescriptor is None or isinstance(weight, NF4) or self.is_float32 or not x.shape[1]:
+            return None
+        if not configs.by_tma(self.family, config):
+            return None
+        rows = weight if weight.stride(1) == 1 else weight.T
+        if any(t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16 for t in (x, rows)):
+            return None
+        return (rows is weight) != backward
+
     def product(self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False) -> None:
-        """`gemm`; with `vendor` that computes the low-rank term alone, from no columns of x, and the vendor's library
-        adds the large product to it, an NF4 weight being dequantised first."""
-        if not self.vendor:
+        """`gemm`; with `by_vendor` that only finishes the large product of the vendor's library, an NF4 weight being
+        dequantised first."""
+        if not self.by_vendor:
             self.gemm(x, weight, column_scale, bias, u, lora_e, v, out, scale, backward)
             return
         if isinstance(weight, NF4):
-            dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-            dequantize_nf4(weight, dense)
-            weight = dense
+            weight = _dequantized(weight, x)
+        product = vendor.product(x, weight if backward else weight.T)
         nothing = weight[:0] if backward else weight[:, :0]
-        self.gemm(x[:, :0], nothing, None, None, u, lora_e, v, out, scale, backward)
-        add_product(out, x, weight if backward else weight.T, bias, column_scale)
+        self.gemm(x[:, :0], nothing, column_scale, bias, u, lora_e, v, out, scale, backward, product)
 
 
 def lora_linear_fwd(
     x: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
     bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None,
-    column_scale: Tensor | None = None, vendor: bool = False,
+    column_scale: Tensor | None = None, by_vendor: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
 
-    With `vendor` the large product is the vendor's (`lora_kernels.vendor`), in more launches; the other arguments are
-    those of `lora_kernels.reference.lora_linear_fwd`. Raises TypeError for other dtypes than float32, float16,
-    bfloat16 and RuntimeError for CPU tensors outside Triton's interpreter.
+    A sum over many columns of x for few rows is cut into parts, whose sum torch makes in one launch more. With
+    `by_vendor` the large product is the vendor's (`lora_kernels.vendor`); the other arguments are those of
+    `lora_kernels.reference.lora_linear_fwd`. Raises TypeError for other dtypes than float32, float16, bfloat16 and
+    RuntimeError for CPU tensors outside Triton's interpreter.
     """
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    run = _LoraLauncher(x, rank, dropout_p, rng, vendor)
-    h = torch.empty((m, rank), dtype=torch.float32, device=x.device)
+    run = _LoraLauncher(x, rank, dropout_p, rng, by_vendor)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     config = run.config("h")
+    row_blocks, rank_blocks = ceil_div(m, config["BLOCK_M"]), ceil_div(rank, config["BLOCK_R"])
+    splits, columns_per_split = run.split("h", row_blocks * rank_blocks, k, config["BLOCK_K"])
+    h_parts = torch.empty((splits, m, rank), dtype=torch.float32, device=x.device)
     with run.device:
         if rank:
-            _h_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(rank, config["BLOCK_R"]))](
-                x, lora_a, h, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
+            run.launch(
+                _h_kernel, (row_blocks, splits, rank_blocks),
+                x, lora_a, h_parts, rng, m, k, rank, columns_per_split, run.threshold, run.inv_keep, x.stride(0),
                 HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
             )  # fmt: skip
+        h = h_parts.sum(0) if splits > 1 else h_parts.view(m, rank)
         run.product(x, weight, column_scale, bias, h, lora_e, lora_b.T, y, scaling)
     return y, h
 
@@ -479,14 +578,15 @@ def column_scale_bwd(
     run = Launcher("dy", dy)
     m, n = dy.shape
     config = configs.lookup(run.family, "column_scale_bwd", 0, False)
-    column_blocks, row_blocks = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])
+    column_blocks, row_blocks = ceil_div(n, config["BLOCK_N"]), ceil_div(m, config["BLOCK_M"])
     # As many programs as for the kernel that reads dy next; each of its rows costs little, so more would be no gain.
-    rows_per_split = triton.cdiv(row_blocks, max(1, _programs(dy) // column_blocks)) * config["BLOCK_M"]
-    splits = triton.cdiv(m, rows_per_split)
+    rows_per_split = ceil_div(row_blocks, max(1, _programs(dy) // column_blocks)) * config["BLOCK_M"]
+    splits = ceil_div(m, rows_per_split)
     dz = torch.empty((m, n), dtype=dy.dtype, device=dy.device)
     parts = None if y is None else torch.empty((splits, n), dtype=torch.float32, device=dy.device)
     with run.device:
-        _column_scale_bwd_kernel[(column_blocks, splits)](
+        run.launch(
+            _column_scale_bwd_kernel, (column_blocks, splits, 1),
             dy, y, bias, column_scale, dz, parts, m, n, rows_per_split, dy.stride(0),
             HAS_BIAS=bias is not None, NEED_DSCALE=y is not None, **config,
         )  # fmt: skip
@@ -496,7 +596,7 @@ def column_scale_bwd(
 def lora_linear_bwd(
     dy: Tensor, x: Tensor, h: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
     lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: tuple[bool, bool, bool, bool],
-    vendor: bool = False,
+    by_vendor: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
 
@@ -507,47 +607,52 @@ def lora_linear_bwd(
     if not (need_dh or need_db or need_de):
         return None, None, None, None
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    run = _LoraLauncher(x, rank, dropout_p, rng, vendor)
+    run = _LoraLauncher(x, rank, dropout_p, rng, by_vendor)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=x.device) if when else None
 
     config = run.config("dh_dlora_b")
-    column_blocks = triton.cdiv(n, config["BLOCK_N"])
-    row_blocks = triton.cdiv(m, config["BLOCK_M"])
-    splits = min(row_blocks, max(1, run.program_target // column_blocks))
-    rows_per_split = triton.cdiv(row_blocks, splits) * config["BLOCK_M"]
-    splits = triton.cdiv(m, rows_per_split)
+    column_blocks = ceil_div(n, config["BLOCK_N"])
+    splits, rows_per_split = run.split("dh_dlora_b", column_blocks, m, config["BLOCK_M"])
     dh_parts = empty(column_blocks, m, rank, when=need_dh)
     db_parts = empty(splits, n, rank, when=need_db)
     de_parts = empty(splits * column_blocks, rank, when=need_de)
     dh = empty(m, rank, when=need_dh)
     dx = empty(m, k, dtype=x.dtype, when=need_dx)
-    dlora_a = empty(rank, k, dtype=lora_a.dtype, when=need_da)
+    dlora_a = None
     dlora_b = empty(n, rank, dtype=lora_b.dtype, when=need_db)
     dlora_e = empty(rank, dtype=lora_e.dtype, when=need_de) if lora_e is not None else None
     needs_flags = {"NEED_DH": need_dh, "NEED_DB": need_db, "NEED_DE": need_de}
     with run.device:
         if rank:
-            _dh_dlora_b_kernel[(column_blocks, splits, triton.cdiv(rank, config["BLOCK_R"]))](
+            run.launch(
+                _dh_dlora_b_kernel, (column_blocks, splits, ceil_div(rank, config["BLOCK_R"])),
                 dy, h, lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0),
                 **needs_flags, PRECISION=run.precision, **config,
             )  # fmt: skip
             config = run.config("reduce")
-            dh_blocks = triton.cdiv(m * rank, config["BLOCK_L"]) if need_dh else 0
-            db_blocks = triton.cdiv(n * rank, config["BLOCK_L"]) if need_db else 0
-            de_blocks = triton.cdiv(rank, config["BLOCK_L"]) if need_de else 0
-            _reduce_kernel[(dh_blocks + db_blocks + de_blocks,)](
+            dh_blocks = ceil_div(m * rank, config["BLOCK_L"]) if need_dh else 0
+            db_blocks = ceil_div(n * rank, config["BLOCK_L"]) if need_db else 0
+            de_blocks = ceil_div(rank, config["BLOCK_L"]) if need_de else 0
+            run.launch(
+                _reduce_kernel, (dh_blocks + db_blocks + de_blocks, 1, 1),
                 dh_parts, db_parts, de_parts, dh, dlora_b, dlora_e, lora_e,
                 dh_blocks, db_blocks, column_blocks, splits, m, n, rank, scaling,
                 **needs_flags, HAS_E=lora_e is not None, **config,
             )  # fmt: skip
-            if need_da:
-                config = run.config("dlora_a")
-                _dlora_a_kernel[(triton.cdiv(k, config["BLOCK_K"]), triton.cdiv(rank, config["BLOCK_R"]))](
-                    x, dh, dlora_a, rng, m, k, rank, run.threshold, run.inv_keep, x.stride(0),
+        if need_da:
+            config = run.config("dlora_a", rows=m)
+            column_blocks, rank_blocks = ceil_div(k, config["BLOCK_K"]), ceil_div(rank, config["BLOCK_R"])
+            splits, rows_per_split = run.split("dlora_a", column_blocks * rank_blocks, m, config["BLOCK_M"])
+            da_parts = empty(splits, rank, k, dtype=lora_a.dtype if splits == 1 else torch.float32)
+            if rank:
+                run.launch(
+                    _dlora_a_kernel, (column_blocks, splits, rank_blocks),
+                    x, dh, da_parts, rng, m, k, rank, rows_per_split, run.threshold, run.inv_keep, x.stride(0),
                     HAS_DROPOUT=run.threshold > 0, PRECISION=run.precision, **config,
                 )  # fmt: skip
+            dlora_a = da_parts.view(rank, k) if splits == 1 else da_parts.sum(0).to(lora_a.dtype)
         if need_dx:
             run.product(dy, weight, None, None, dh, None, lora_a, dx, run.inv_keep, backward=True)
     return dx, dlora_a, dlora_b, dlora_e

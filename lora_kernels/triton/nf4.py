@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_CODE, NF4_SMALLEST_ABSMAX, dynamic_code
 
 from . import configs
-from .common import Launcher, cast
+from .common import Launcher, cast, ceil_div
 
 _ABSMAX_BLOCK = tl.constexpr(ABSMAX_BLOCK)
 _SMALLEST_ABSMAX = tl.constexpr(NF4_SMALLEST_ABSMAX)
@@ -188,20 +188,20 @@ def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
     """
     run = Launcher("weight", weight)
     size = weight.numel()
-    blocks = triton.cdiv(size, block_size)
+    blocks = ceil_div(size, block_size)
     packed = torch.empty((size + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     midpoints = _midpoints(weight.device)
     with run.device:
         config = configs.codec(run.family, "quantize", block_size)
-        _quantize_kernel[(triton.cdiv(blocks, config["BLOCKS"]),)](
+        _quantize_kernel[(ceil_div(blocks, config["BLOCKS"]),)](
             weight, packed, absmax, midpoints, size, BLOCK_SIZE=block_size, **config
         )
         if not double_quant:
             return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
         offset = absmax.mean()
         codes = torch.empty(blocks, dtype=torch.uint8, device=weight.device)
-        absmax_scale = torch.empty(triton.cdiv(blocks, ABSMAX_BLOCK), dtype=torch.float32, device=weight.device)
+        absmax_scale = torch.empty(ceil_div(blocks, ABSMAX_BLOCK), dtype=torch.float32, device=weight.device)
         _quantize_absmax_kernel[(absmax_scale.numel(),)](
             absmax, offset, codes, absmax_scale, midpoints[16:], blocks,
             **configs.codec(run.family, "quantize_absmax", block_size),
@@ -218,7 +218,8 @@ def dequantize_nf4(weight: NF4, out: Tensor) -> None:
     config = configs.codec(run.family, "dequantize", weight.block_size)
     blocks = weight.absmax.numel()
     with run.device:
-        _dequantize_kernel[(triton.cdiv(blocks, config["BLOCKS"]),)](
+        run.launch(
+            _dequantize_kernel, (ceil_div(blocks, config["BLOCKS"]), 1, 1),
             weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset, tables(out.device), out,
             out.numel(), BLOCK_SIZE=weight.block_size, **config,
         )  # fmt: skip
