@@ -12,6 +12,8 @@ Each stage runs in its own process with a time limit, so that whatever fails, th
   racecheck    the same: races in shared memory
   dense, nf4   times of one layer, as a ratio over the bare frozen linear (the dense one, also for NF4)
   kernels      the time of each kernel of a few layers, for docs/speed_model.md to be compared with
+  rounding     how much of a small update arrives in y, by each contender
+  steps        whole training steps of two models with random weights, and their peak of memory
   plot         the PNG
 
 The tests and the sanitizer run side by side, what is timed alone. Times are medians of CUDA events around one step,
@@ -56,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lora_kernels import backends, lora_linear, quantize_nf4, strategy, vendor  # noqa: E402
-from lora_kernels.bench.cases import DROPOUT_P, LAYERS, SCALING, missing  # noqa: E402
+from lora_kernels.bench.cases import DROPOUT_P, LAYERS, SCALING, missing, split  # noqa: E402
 from lora_kernels.bench.measure import interleave, machine, write_report  # noqa: E402
 from lora_kernels.bench.peers import AddmmLoRA, peft_layer, peft_nf4_layer  # noqa: E402
 from lora_kernels.io.files import replacing  # noqa: E402
@@ -64,9 +66,10 @@ from lora_kernels.io.files import replacing  # noqa: E402
 TOTAL_SECONDS = 465
 # name -> its limit in seconds; what is left of the total may be less.
 STAGES = {"environment": 90, "build": 150, "tests": 120, "memcheck": 120, "racecheck": 120, "dense": 75, "nf4": 75,
-          "kernels": 40, "plot": 60}  # fmt: skip
+          "kernels": 40, "rounding": 30, "steps": 60, "plot": 60}  # fmt: skip
 # In their order, those that run at the same time together.
-GROUPS = [["environment"], ["build"], ["tests", "memcheck", "racecheck"], ["dense"], ["nf4"], ["kernels"], ["plot"]]
+GROUPS = [["environment"], ["build"], ["tests", "memcheck", "racecheck"], ["dense"], ["nf4"], ["kernels"], ["rounding"],
+          ["steps"], ["plot"]]  # fmt: skip
 IMPLEMENTATIONS = ("triton", "cuda", "vendor")
 CONTENDERS = ("bare", "ours", *IMPLEMENTATIONS, "addmm", "peft", "unsloth")
 
@@ -335,6 +338,32 @@ def run_kernels(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
     return report
 
 
+def run_rounding(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
+    """{"M x N x K": {contender: the projection}, "skipped"}"""
+    from lora_kernels.bench import gpu
+
+    contenders = {"ours": None, "addmm": None, "addmm, the term first": None}
+    contenders |= {name: why_not(name, "dense", dry) for name in ("peft", "unsloth")}
+    names, skipped = split(contenders)
+    sizes = [(32, 48, 64)] if dry else [(512, 4096, 4096), (2048, 4096, 2048), (4096, 4096, 4096), (4096, 14336, 4096)]
+    device = "cpu" if dry else "cuda"
+    return {"skipped": skipped} | {
+        " x ".join(map(str, size)): gpu.small_updates(*size, device, names) for size in sizes
+    }
+
+
+def run_steps(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
+    from lora_kernels.bench import gpu
+
+    needs = {"peft-lora": "dense", "peft-qlora": "nf4"}
+    skipped = {name: reason for name, kind in needs.items() if (reason := why_not("peft", kind, dry)) is not None}
+    if reason := missing("transformers", "accelerate"):
+        raise Skipped(reason)
+    models, device = (gpu.TINY_MODELS, "cpu") if dry else (gpu.MODELS, "cuda")
+    keep = functools.partial(save, work / "steps.json")
+    return {"skipped": skipped} | gpu.training_steps(device, models, skipped, 2 if dry else 7, keep)
+
+
 def run_plot(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         raise Skipped("matplotlib is not installed")
@@ -371,6 +400,8 @@ RUN = {
     "memcheck": functools.partial(run_sanitizer, "memcheck"),
     "racecheck": functools.partial(run_sanitizer, "racecheck"),
     "kernels": run_kernels,
+    "rounding": run_rounding,
+    "steps": run_steps,
     "plot": run_plot,
 }
 
@@ -447,6 +478,14 @@ def print_times(kind: str, result: dict[str, Any]) -> None:
 def print_summary(report: dict[str, Any]) -> None:
     for kind in ("dense", "nf4"):
         print_times(kind, report[kind]["result"])
+    for size, found in report["rounding"]["result"].items():
+        if size != "skipped":
+            print(f"\nof a small update arrives at {size}:", ", ".join(f"{n} {v:.3f}" for n, v in found.items()))
+    for model, found in report["steps"]["result"].items():
+        for name, step in found.items():
+            if isinstance(step, dict):
+                known = {key: round(value, 1) for key, value in step.items() if key != "failed"}
+                print(f"a training step of {model}, {name}: {known or step}")
     print("\nstage        seconds  status")
     for stage, outcome in report.items():
         print(f"{stage:<12} {outcome['seconds']:>7}  {outcome['status']}")

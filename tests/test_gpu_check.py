@@ -20,12 +20,11 @@ def gpu_check(work, *options):
 def test_dry(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("peft")
-    code, output, report = gpu_check(
-        tmp_path, "--dry", "--only", "tests", "dense", "nf4", "kernels", "memcheck", "plot"
-    )
+    only = ["tests", "dense", "nf4", "kernels", "rounding", "steps", "memcheck", "plot"]
+    code, output, report = gpu_check(tmp_path, "--dry", "--only", *only)
     assert code == 0, output
     assert report["build"]["status"] == "skipped: not asked for"
-    for stage in ("tests", "dense", "nf4", "plot"):
+    for stage in ("tests", "dense", "nf4", "rounding", "steps", "plot"):
         assert report[stage]["status"] == "ok", output
     assert all(report[stage]["status"].startswith("skipped: ") for stage in ("memcheck", "kernels"))
     rows = report["dense"]["result"]["rows"]
@@ -33,6 +32,10 @@ def test_dry(tmp_path):
     assert all({"bare", "ours", "addmm", "peft"} == set(row["contenders"]) for row in rows)
     assert {"triton", "cuda", "vendor", "unsloth"} == set(report["dense"]["result"]["skipped"])
     assert all("ours" in row["contenders"] for row in report["nf4"]["result"]["rows"])
+    arrived = report["rounding"]["result"]["32 x 48 x 64"]
+    assert {"ours", "addmm", "addmm, the term first", "peft"} == set(arrived) and abs(arrived["ours"] - 1) < 0.2
+    steps = report["steps"]["result"]["tiny"]
+    assert all("tokens_per_s" in steps[name] for name in ("frozen", "ours-lora", "ours-qlora", "peft-lora")), steps
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     assert "killed" not in output and output.rstrip().splitlines()[-1].startswith("written: ")
 

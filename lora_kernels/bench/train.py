@@ -84,10 +84,10 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    return get_peft_model(model, _peft_config()).train()
+    return get_peft_model(model, peft_config()).train()
 
 
-def _peft_config() -> Any:
+def peft_config() -> Any:
     from peft import LoraConfig
 
     alpha = int(SCALING * R)
@@ -169,7 +169,7 @@ def _trl_step(directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
         AutoModelForCausalLM.from_pretrained(directory, dtype=dtype),
         args=config,
         train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
-        peft_config=_peft_config(),
+        peft_config=peft_config(),
         callbacks=[Gate()],
     )
 

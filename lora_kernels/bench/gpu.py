@@ -1,0 +1,186 @@
+"""What `benchmarks/gpu_check.py` measures of whole models and of rounding, on the device that it is given."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import LoRAConfig, LoRAPlusAdamW, NF4Linear, inject, lora_linear
+from lora_kernels.bench.cases import DROPOUT_P, SCALING
+from lora_kernels.bench.peers import AddmmLoRA, peft_layer
+from lora_kernels.bench.train import LR, MAX_GRAD_NORM, peft_config
+from lora_kernels.bench.train import R as RANK
+
+# name -> (settings of its LlamaConfig, rows of a batch, tokens of a row)
+MODELS = {
+    "SmolLM2-135M": (
+        dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+             num_key_value_heads=3), 4, 512,
+    ),
+    "Llama-3.2-1B": (
+        dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+             num_attention_heads=32, num_key_value_heads=8), 4, 1024,
+    ),
+}  # fmt: skip
+TINY_MODELS = {
+    "tiny": (
+        dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+             num_key_value_heads=1), 1, 8,
+    )
+}  # fmt: skip
+STEPS = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora")
+SMALL_UPDATE = 1e-3
+
+
+def random_model(settings: dict[str, int], device: str) -> nn.Module:
+    """A Llama with random bfloat16 weights, made on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=True, **settings))
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                setattr(module, name, make(child))
+
+
+def _bitsandbytes_linear(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb
+
+    device, dtype = linear.weight.device, linear.weight.dtype
+    made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
+    made.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+    return made.to(device)
+
+
+def _adapted(contender: str, base: nn.Module) -> nn.Module:
+    model = copy.deepcopy(base)
+    if contender == "frozen":
+        return model.requires_grad_(False).train()
+    if contender == "ours-qlora":
+        _replace_linears(model, NF4Linear.from_linear)
+    if contender.startswith("ours"):
+        return inject(model, LoRAConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=DROPOUT_P)).train()
+    from peft import get_peft_model
+
+    if contender == "peft-qlora":
+        _replace_linears(model, _bitsandbytes_linear)
+        model.is_loaded_in_4bit = True
+    return get_peft_model(model, peft_config()).train()
+
+
+def _training_step(contender: str, model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    from lora_kernels.train.sft import AnswerLoss
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if contender == "frozen":
+        embed = model.get_input_embeddings()
+        return lambda: model(inputs_embeds=embed(ids).requires_grad_(), labels=ids).loss.backward()
+    if contender.startswith("ours"):
+        answer_loss = AnswerLoss(model)
+        optimizer = LoRAPlusAdamW(model, lr=LR, lr_ratio=1, max_grad_norm=MAX_GRAD_NORM)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=LR)
+
+    def step() -> None:
+        if contender.startswith("ours"):
+            (answer_loss(ids, ids)["loss"] / ids.numel()).backward()
+        else:
+            model(input_ids=ids, labels=ids).loss.backward()
+            nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def training_step(contender: str, base: nn.Module, batch: int, length: int, rounds: int) -> dict[str, float]:
+    """The median over `rounds` of one training step of `base` adapted anew, as `lora_kernels.bench.train` has it:
+    {"ms", "tokens_per_s", "peak_mib"}; the peak is that of torch's allocator, 0 on a CPU, without `base` itself."""
+    device = next(base.parameters()).device
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    torch.manual_seed(0)
+    ids = torch.randint(base.config.vocab_size, (batch, length), device=device)
+    step = _training_step(contender, _adapted(contender, base), ids)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        seconds()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    median = statistics.median(seconds() for _ in range(rounds))
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else 0.0
+    return {"ms": 1e3 * median, "tokens_per_s": ids.numel() / median, "peak_mib": peak}
+
+
+def small_updates(M: int, N: int, K: int, device: str, contenders: list[str]) -> dict[str, float]:
+    """How much of a small update arrives in y: ⟨y - x Wᵀ, Δ⟩ / ⟨Δ, Δ⟩, which should be 1, for Δ = s x Aᵀ Bᵀ with
+    ‖s B A‖ = `SMALL_UPDATE` ‖W‖, in bfloat16 with float32 adapters and without dropout."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(M, K, device=device, generator=generator).bfloat16()
+    weight = (torch.randn(N, K, device=device, generator=generator) / K**0.5).bfloat16()
+    lora_a = torch.randn(RANK, K, device=device, generator=generator) / K**0.5
+    lora_b = torch.randn(N, RANK, device=device, generator=generator)
+    lora_b *= SMALL_UPDATE * weight.double().norm() / (SCALING * lora_b.double() @ lora_a.double()).norm()
+    base = x.double() @ weight.double().T
+    delta = SCALING * (x.double() @ lora_a.double().T) @ lora_b.double().T
+
+    def forward(contender: str) -> Tensor:
+        if contender == "addmm":
+            return AddmmLoRA.apply(x, weight, lora_a.bfloat16(), lora_b.bfloat16())
+        if contender == "addmm, the term first":
+            return delta.bfloat16().addmm_(x, weight.T)
+        if contender == "unsloth":
+            from lora_kernels.bench.unsloth_peer import unsloth_layer
+
+            return unsloth_layer(weight, lora_a, lora_b)(x)
+        if contender == "peft":
+            layer = peft_layer(weight, RANK).eval()
+            adapters = dict(layer.named_parameters())
+            for name, value in (("lora_A", lora_a), ("lora_B", lora_b)):
+                next(t for key, t in adapters.items() if name in key).data.copy_(value)
+            return layer(x)
+        return lora_linear(x, weight, lora_a, lora_b, SCALING)
+
+    with torch.no_grad():
+        found = {name: forward(name).double() - base for name in contenders}
+    return {name: ((term * delta).sum() / (delta * delta).sum()).item() for name, term in found.items()}
+
+
+def training_steps(
+    device: str, models: dict[str, tuple], skipped: dict[str, str], rounds: int, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """{model: {contender: result of `training_step`}}; what fails is {"failed": why}. `keep` is given what is known
+    after each."""
+    report: dict[str, Any] = {}
+    for name, (settings, batch, length) in models.items():
+        base = random_model(settings, device)
+        report[name] = {"batch": batch, "length": length}
+        for contender in (contender for contender in STEPS if contender not in skipped):
+            try:
+                report[name][contender] = training_step(contender, base, batch, length, rounds)
+            except Exception as error:
+                report[name][contender] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+            keep(report)
+    return report
