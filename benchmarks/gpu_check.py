@@ -294,16 +294,41 @@ def run_sanitizer(tool: str, work: Path, dry: bool, deadline: float) -> dict[str
         raise Skipped("a dry run has no device to watch")
     options = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
     # Torch's caching allocator would hide what lies between two tensors.
-    command = [*options, *pytest_command("-k", "63x65x129 or 65x63x129 or mask or adamw and not graph")]
+    command = [
+        *options,
+        *pytest_command(
+            "-k", "63x65x129 or x63x129 or 16x65x4104 or 1030x72 or transposed or mask or adamw and not graph"
+        ),
+    ]
     return {"tail": call(command, deadline, TRITON_INTERPRET="0", PYTORCH_NO_CUDA_MEMORY_CACHING="1")}
 
 
-def run_kernels(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
-    """{kind, M: {contender: [[kernel, µs], ...]}}: the kernels of a step in their order, medians of several steps."""
-    if dry:
-        raise Skipped("a dry run has no device to watch")
+def kernels_of(step: Callable[[], Any], flush: torch.Tensor) -> list[list[Any]]:
+    """[[kernel, µs], ...] of a step in their order, medians of several steps; `flush` is overwritten before each."""
     from torch.profiler import ProfilerActivity, profile
 
+    for _ in range(3):
+        step()
+    steps = []
+    for _ in range(7):
+        flush.zero_()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            step()
+            torch.cuda.synchronize()
+        events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        events.sort(key=lambda event: event.time_range.start)
+        steps.append([(event.name[:100], event.time_range.elapsed_us()) for event in events])
+    steps = [step for step in steps if len(step) == len(steps[-1])]
+    return [
+        [name, round(statistics.median(step[at][1] for step in steps), 2)] for at, (name, _) in enumerate(steps[-1])
+    ]
+
+
+def run_kernels(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
+    """{kind, M: {contender: what `kernels_of` gives, or why it failed}}"""
+    if dry:
+        raise Skipped("a dry run has no device to watch")
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     N, K, R = KERNELS_OF
     inputs = make_inputs(max(KERNELS_OF_ROWS), N, K, R, "cuda")
@@ -315,25 +340,11 @@ def run_kernels(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
             for contender in ("bare", *IMPLEMENTATIONS, "peft", "unsloth"):
                 if why_not(contender, kind, dry) is not None or (contender == "bare" and kind == "nf4"):
                     continue
-                step = make_step(contender, kind, {**inputs, "x": inputs["x"][:M]}, weight)
-                for _ in range(3):
-                    step()
-                torch.cuda.synchronize()
-                steps = []
-                for _ in range(7):
-                    flush.zero_()
-                    torch.cuda.synchronize()
-                    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                        step()
-                        torch.cuda.synchronize()
-                    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-                    events.sort(key=lambda event: event.time_range.start)
-                    steps.append([(event.name[:100], event.time_range.elapsed_us()) for event in events])
-                steps = [step for step in steps if len(step) == len(steps[-1])]
-                found[contender] = [
-                    [name, round(statistics.median(step[at][1] for step in steps), 2)]
-                    for at, (name, _) in enumerate(steps[-1])
-                ]
+                try:
+                    step = make_step(contender, kind, {**inputs, "x": inputs["x"][:M]}, weight)
+                    found[contender] = kernels_of(step, flush)
+                except Exception as error:
+                    found[contender] = f"{type(error).__name__}: {str(error)[:300]}"
                 save(work / "kernels.json", report)
     return report
 
@@ -479,10 +490,10 @@ def print_summary(report: dict[str, Any]) -> None:
     for kind in ("dense", "nf4"):
         print_times(kind, report[kind]["result"])
     for size, found in report["rounding"]["result"].items():
-        if size != "skipped":
+        if size != "skipped" and isinstance(found, dict):
             print(f"\nof a small update arrives at {size}:", ", ".join(f"{n} {v:.3f}" for n, v in found.items()))
     for model, found in report["steps"]["result"].items():
-        for name, step in found.items():
+        for name, step in found.items() if isinstance(found, dict) else ():
             if isinstance(step, dict):
                 known = {key: round(value, 1) for key, value in step.items() if key != "failed"}
                 print(f"a training step of {model}, {name}: {known or step}")

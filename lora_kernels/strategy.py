@@ -1,9 +1,9 @@
 """Which implementation runs lora_linear on a GPU: each candidate is timed once for a shape, the choice kept on disk.
 
 Candidates: the Triton kernels; the CUDA C++ kernels (16-bit activations, where they are built); `vendor`, the Triton
-kernels with the large products by cuBLAS in float32 (`lora_kernels.vendor`). All give the same result up to rounding. Nothing is
-measured for CPU tensors, nor for a backend that was named, nor while a CUDA graph is captured: that takes what is known
-already, else Triton's.
+kernels with the large products by cuBLAS in float32 (`lora_kernels.vendor`). All give the same result up to rounding.
+Nothing is measured for CPU tensors, nor for a backend that was named, nor while a CUDA graph is captured: that takes
+what is known already, else Triton's.
 
 The environment variable LORA_KERNELS_STRATEGY: "auto" (default) measures; "fused" takes Triton's and "vendor" the
 vendor's product everywhere, and neither measures nor reads the cache. Choices are in `strategy.json` in the cache

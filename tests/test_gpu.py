@@ -76,7 +76,11 @@ CASES = [
     dict(M=520, N=1536, K=576, R=16, adapter_dtype=FP32, dropout_p=0.1),
     dict(M=2048, N=2048, K=512, R=16, adapter_dtype=FP32, dropout_p=0.1),
     dict(M=2048, N=2304, K=1032, R=17, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True),
-    dict(M=512, N=2056, K=2304, R=16, adapter_dtype=FP32, column_scale=True),
+    dict(M=512, N=4104, K=2304, R=16, adapter_dtype=FP32, column_scale=True, bias=True),
+    dict(M=1100, N=4096, K=1032, R=33, dtype=FP16, dropout_p=0.1),
+    dict(M=16, N=65, K=4104, R=16, adapter_dtype=FP32, dropout_p=0.1),
+    dict(M=300, N=40, K=8200, R=17, dropout_p=0.1),
+    dict(M=1030, N=72, K=200, R=16, dropout_p=0.1),
     dict(M=65, N=136, K=200, R=130, dtype=FP16, adapter_dtype=FP32, dropout_p=0.5, lora_e=True),
     dict(M=520, N=1536, K=576, R=16, adapter_dtype=FP32, dropout_p=0.1, bias=True, column_scale=True),
     dict(M=63, N=65, K=129, R=17, dtype=FP16, adapter_dtype=FP32, column_scale=True),
@@ -96,6 +100,14 @@ def test_dense(backend, case):
 
 
 @_backends("triton", "vendor")
+def test_a_transposed_weight(backend):
+    """Conv1D's, as it lies in memory."""
+    problem = LoraCase(2048, 2304, 776, 16, dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, bias=True)
+    problem.backend = OnDevice(backend, weight=problem.inputs["weight"].T.contiguous().cuda().T)
+    problem.check()
+
+
+@_backends("triton", "vendor")
 def test_dense_float32(backend):
     problem = LoraCase(129, 320, 264, 16, dropout_p=0.1, bias=True, column_scale=True)
     problem.backend = OnDevice(backend)
@@ -111,6 +123,7 @@ def test_dense_float32(backend):
         dict(M=16, N=512, K=1024, R=8, adapter_dtype=FP32, bias=True, column_scale=True),
         dict(M=33, N=512, K=640, R=8, adapter_dtype=FP32, dropout_p=0.1),
         dict(M=65, N=63, K=129, R=17, dropout_p=0.3),
+        dict(M=13, N=63, K=129, R=17, dropout_p=0.3),
         dict(M=300, N=1024, K=576, R=64, adapter_dtype=FP32, dropout_p=0.1),
     ],
     ids=_ids,

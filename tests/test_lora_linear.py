@@ -312,6 +312,19 @@ def test_no_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("rows", [(6,), (2, 3)])
+def test_the_gradient_of_a_trained_weight_is_differentiable_in_x(rows):
+    """It is a product outside the op, so here a second derivative exists, whatever the shape of x."""
+    base = lora_inputs(6, 5, 7, 2, torch.float64, bias=True)
+    found = []
+    for run in (call, lambda inputs: plain(inputs, 0.5)):
+        inputs = with_grad(base, ("x", "weight"))
+        inputs["x"] = base["x"].view(*rows, 7).clone().requires_grad_()
+        (dweight,) = torch.autograd.grad(run(inputs).sum(), inputs["weight"], create_graph=True)
+        found += torch.autograd.grad(dweight.square().sum(), inputs["x"])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("change, error, message", [
     (dict(x=torch.ones(3, 7)), ValueError, "x has 7 features"),
     (dict(x=torch.ones(3, 8, dtype=torch.int32)), TypeError, "x has dtype torch.int32"),

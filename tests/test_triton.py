@@ -163,7 +163,16 @@ def test_sums_in_parts(monkeypatch, adapter_dtype):
     small_blocks(monkeypatch)
     monkeypatch.setattr(configs, "PARTS", dict.fromkeys(configs.PARTS, (33, 32)))
     monkeypatch.setattr(lora_linear, "_programs", lambda t: 24)
+    parts = {}
+    launch = lora_linear._LoraLauncher.launch
+
+    def noted(self, kernel, grid, *args, **constants):
+        parts[kernel] = grid[1]
+        launch(self, kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(lora_linear._LoraLauncher, "launch", noted)
     Case(100, 40, 300, 17, dtype=BF16, adapter_dtype=adapter_dtype, dropout_p=0.2, bias=True).check()
+    assert min(parts[lora_linear._h_kernel], parts[lora_linear._dlora_a_kernel]) > 1
 
 
 @pytest.mark.parametrize("conv1d", [False, True])

@@ -19,7 +19,18 @@ import binaries  # noqa: E402
 
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Divisible by 16 in every real model; triton specialises its code on that.
-DIVISIBLE = {"M", "N", "K", "stride_xm", "stride_dym", "stride_om", "rows_per_split", "size", "blocks"}
+DIVISIBLE = {
+    "M",
+    "N",
+    "K",
+    "stride_xm",
+    "stride_dym",
+    "stride_om",
+    "rows_per_split",
+    "columns_per_split",
+    "size",
+    "blocks",
+}
 FLOAT_ARGUMENTS = {"scale", "scaling", "inv_keep"}
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
@@ -125,6 +136,10 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
     if full:
         for rows in (some("bf16", 16, dropout=False), some("fp16", 64, conv1d=True), scaled(some("bf16", 16))):
             chosen += tma(rows) + tma(sized(rows, *mid)) + finish(rows)
+        chosen += tma(some("bf16", 16, even=False)) + tma(sized(some("bf16", 16, even=False), *mid))
+        for rows in (32, 64):
+            uneven = nf4("bf16", block_size=32, even=False)
+            chosen += [{**row, "label": f"{row['label']} M={rows}", "rows": rows} for row in uneven]
         for size in (mid, small, low):
             chosen += sized(some("bf16", 64, even=False), *size) + scaled(sized(some("fp16", 16), *size))
         chosen += finish(some("fp32", 16)) + finish(some("fp32", 16, dropout=False)) + finish(some("bf16", 64))

@@ -9,7 +9,7 @@ from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 
 
 class NF4Linear(nn.Module):
-    """y = x Wᵀ + bias with W [N, K] in NF4 (Dettmers et al. 2023), decoded inside the kernels; differentiable in x.
+    """y = x Wᵀ + bias with W [N, K] in NF4 (Dettmers et al. 2023), decoded as in `lora_linear`; differentiable in x.
 
     weight: an NF4Weight, see `quantize_nf4`. bias: [N] or None, frozen. Input x [..., K], output y [..., N] in the
     dtype of x. The state dict is that of bitsandbytes' Linear4bit.

@@ -149,8 +149,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy, _dh):
-    dy = _matrix(dy)
     x, h, weight, lora_a, lora_b, lora_e, rng, column_scale, y, bias, *scales = ctx.saved_tensors
+    shape, x, dy = x.shape, _matrix(x), _matrix(dy)
     need_x, need_weight, need_a, need_b, _, need_bias, need_e = ctx.needs_input_grad[:7]
     needs = [need_x, need_a, need_b, need_e]
     dbias = dy.sum(0) if need_bias else None
@@ -164,7 +164,7 @@ def _autograd(ctx, dy, _dh):
     tensors = (dy, x, h, weight, lora_a, lora_b)
     grads = op(*tensors, ctx.scaling, lora_e, ctx.dropout_p, rng, needs, *scales, ctx.block_size)
     dx, da, db, de = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    if need_x and (shape := getattr(ctx, "shape", None)) is not None:
+    if need_x and len(shape) != 2:
         dx = dx.view(shape)
     # The base is frozen in LoRA; this and dbias serve those who train it or its bias as well.
     dweight = dy.T @ x if need_weight else None
@@ -188,10 +188,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *rest):
-        rows = _matrix(x)
-        y, h = _fwd(rows, *rest)
-        _setup_context(ctx, (rows, *rest), (y, h))
-        ctx.shape = x.shape
+        y, h = _fwd(_matrix(x), *rest)
+        _setup_context(ctx, (x, *rest), (y, h))
         if x.dim() != 2:
             # Not by a view: one that is made in here could not be changed in place outside.
             y.resize_(*x.shape[:-1], y.shape[-1])
@@ -271,7 +269,8 @@ def lora_linear(
     Args:
         x: [..., K], float16, bfloat16, float32 or float64 (float64 runs on the reference backend).
         weight: [N, K], the frozen W0: dense in the dtype of x (a transposed view is read in place), or an NF4Weight
-            (QLoRA, Dettmers et al. 2023), which is decoded inside the kernels to at least the precision of x.
+            (QLoRA, Dettmers et al. 2023), which is decoded to at least the precision of x: inside the kernels, but for
+            many rows on a GPU, where a dense weight in the dtype of x lives for the time of a pass.
         lora_a: [R, K], in the dtype of x or float32.
         lora_b: [N, R], in the dtype of x or float32.
         scaling: lora_alpha / r (rsLoRA: lora_alpha / √r).
@@ -378,7 +377,7 @@ def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias of a frozen weight [N, K], dense or NF4, for x [..., K]; differentiable in x (and bias).
 
-    An NF4 weight is decoded inside the kernel, as in `lora_linear`; a dense one is torch's affair, but where no
+    An NF4 weight is decoded as in `lora_linear`; a dense one is torch's affair, but where no
     gradient is taken and our own product is the faster one on this CPU (for the few rows of generation 1.2 to 5 times).
     Raises as `lora_linear` does.
     """

@@ -51,7 +51,8 @@ except ImportError:  # before 3.4
     TensorDescriptor = None
 
 # Before 3.3 a compiled kernel takes its arguments without the constants, and AMD's kernels are chosen by more.
-_KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None and triton.__version__ >= "3.3"
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None and _VERSION >= (3, 3)
 # (kernel, device, constants and kinds of arguments) -> what Triton compiled for it, and its constants in their order
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
@@ -92,7 +93,7 @@ class Launcher:
         for arg in args:
             kind = type(arg)
             if kind is int:
-                key.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * (arg >> 31 != 0))
+                key.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * (not -(1 << 31) <= arg < 1 << 31))
             elif arg is None or kind is float:
                 key.append(kind)
             elif kind is TensorDescriptor:

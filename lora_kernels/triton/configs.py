@@ -38,9 +38,8 @@ _GEMM = {
     "interpreter": (_gemm(64, 64, 64, 4, 1), _gemm(64, 64, 64, 4, 1)),
 }
 
-# The blocks to take where the ones above are too few to give every multiprocessor one, the largest first, and from how
-# many blocks on; the last are for whatever is left. Measured on an H200 (docs/performance.md), whose family alone has
-# them.
+# The blocks to take, in this order, while those before are fewer than `_FULL`, which leaves a third of the 132
+# multiprocessors idle. Measured on an H200 (docs/performance.md), whose family alone has them.
 _FEWER_BLOCKS = {"sm90": (_gemm(128, 128, 64, 8, 4), _gemm(64, 64, 64, 4, 5))}
 _FULL = 92
 # Up to so many rows the weight is most of the traffic still.
@@ -67,7 +66,8 @@ _SKINNY_GEMM = {
     "nf4_cols": (_gemm(16, 32, 128, 4, 3, 1), _gemm(16, 32, 64, 4, 3, 1)),
 }
 # family -> (forward, backward): rows up to which an NF4 weight is decoded inside the product. With more it is
-# dequantised as a whole first, which takes less time than every row of blocks decoding it anew. Measured on an H200.
+# dequantised as a whole first, which takes N K values of x's dtype and less time than every row of blocks decoding it
+# anew. Measured on an H200, in bfloat16.
 _NF4_ROWS = {"sm90": (64, SKINNY_ROWS)}
 _NF4_LOW = {"sm90": (_gemm(32, 32, 128, 4, 3, 1), _gemm(64, 32, 128, 4, 3, 1))}
 # Where rows don't start at a block, bytes and scales are addressed one by one.

@@ -1,5 +1,7 @@
 """Fused LoRA linear in Triton: two launches forward, at most four backward, no atomics, no saved dropout mask.
 
+There is one more for a sum that is cut into parts (`configs.PARTS`), and for an NF4 weight that is dequantised first.
+
 Forward:   h = dropout(x) lora_aᵀ;  y = c ∘ (x Wᵀ + scaling (h ∘ lora_e) lora_bᵀ) + bias in one accumulator.
 Backward:  dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
            dx = dy W + dropout'(dh lora_a). The mask is drawn again from (seed, offset) wherever it is needed.
@@ -598,7 +600,7 @@ def lora_linear_bwd(
     lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: tuple[bool, bool, bool, bool],
     by_vendor: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
+    """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false.
 
     Arguments and errors are those of `lora_linear_fwd`, h its second result.
     """
