@@ -22,6 +22,10 @@ from lora_kernels.reference import ABSMAX_BLOCK, NF4, AdamWGroup, dropout_scale,
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
 
+# From how many columns of x on h is made in parts.
+_COLUMNS_WORTH_PARTS = 2048
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -108,6 +112,18 @@ class Kernels:
         """How many blocks keep the device busy."""
         return 2 * _multiprocessors(x.get_device()) if x.is_cuda else 4
 
+    def _parts_of_h(self, x: Tensor, R: int) -> tuple[int, int]:
+        """How many parts to cut h's sum over the columns of x into, and the columns of one."""
+        M, K = x.shape
+        block = self._extension.H_COLUMNS
+        parts = 1
+        # Adding the parts up is one more launch.
+        if K >= _COLUMNS_WORTH_PARTS:
+            blocks = _ceil_div(M, self._extension.H_ROWS) * _ceil_div(R, self._extension.H_RANKS)
+            parts = max(1, min(self._block_target(x) // max(1, blocks), K // (2 * block)))
+        columns = _ceil_div(_ceil_div(K, block), parts) * block
+        return _ceil_div(K, columns), columns
+
     def _gemm(self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng) -> None:
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
         strides.
@@ -162,8 +178,9 @@ class Kernels:
         rng: Tensor | None,
         column_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches; three where an NF4
-        weight meets more rows than it is decoded for inside the product, and is dequantised first.
+        """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches: one more where an
+        NF4 weight meets more rows than it is decoded for inside the product, and is dequantised first, and another
+        where h is made in parts, which needs many columns of x.
 
         Arguments are those of `lora_kernels.reference.lora_linear_fwd`. x in float32 is taken for R = 0 and an NF4
         weight only, which torch then multiplies dequantised: DoRA's norms need that. Raises ValueError for other x that
@@ -178,7 +195,8 @@ class Kernels:
             return torch.nn.functional.linear(x, dense, bias), x.new_empty(M, 0)
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
         threshold = _threshold(dropout_p, rng)
-        h = torch.empty((M, R), dtype=torch.float32, device=x.device)
+        splits, columns_per_split = self._parts_of_h(x, R)
+        h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
         if R:
             self._launch(
@@ -188,15 +206,17 @@ class Kernels:
                 ld_x=x.stride(0),
                 lora_a=lora_a,
                 lora_a_dtype=lora_a.dtype,
-                h=h,
+                h_parts=h_parts,
                 M=M,
                 K=K,
                 R=R,
+                columns_per_split=columns_per_split,
                 threshold=threshold,
                 rng=rng if threshold else None,
                 scale=dropout_scale(dropout_p),
                 dtype=x.dtype,
             )
+        h = h_parts.sum(0) if splits > 1 else h_parts.view(M, R)
         if isinstance(weight, NF4) and self._extension.NF4_MAX_TOKENS >= M:
             self._launch(
                 "nf4_linear",

@@ -51,6 +51,22 @@ def test_mask_is_the_reference_mask_bit_for_bit(rng):
         assert torch.equal(dx != 0, keep) and torch.equal(dlora_a != 0, keep)
 
 
+@pytest.mark.parametrize("K", [1304, 2051])
+def test_h_in_parts(monkeypatch, K):
+    """As on a GPU with many multiprocessors: its sum over the columns of x is cut where a block's steps end."""
+    monkeypatch.setattr(cuda, "_COLUMNS_WORTH_PARTS", 1024)
+    monkeypatch.setattr(cuda.Kernels, "_block_target", lambda self, x: 64)
+    launched, launch = {}, cuda.Kernels._launch
+
+    def noted(self, kernel, on, **arguments):
+        launched[kernel] = arguments
+        launch(self, kernel, on, **arguments)
+
+    monkeypatch.setattr(cuda.Kernels, "_launch", noted)
+    Case(33, 24, K, 17, adapter_dtype=FP32, dropout_p=0.2, bias=True).check()
+    assert len(launched["lora_h"]["h_parts"]) > 1
+
+
 @pytest.mark.parametrize(
     "case",
     [

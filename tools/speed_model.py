@@ -16,6 +16,8 @@ from pathlib import Path
 import binaries
 import kernel_report
 
+from lora_kernels.triton import configs
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = """# Predicted speed of the kernels
 
@@ -45,7 +47,11 @@ Left out, so that a real time is longer: start, prologue and epilogue; latencies
 the level-2 cache; tensor cores' own reads of shared memory; clocks below the boost clock. A branch inside a loop counts
 as taken, so that CUDA C++ kernels are counted with the dropout that they test for at run time. Uncertain: the
 conversion of two floats to a packed pair (F2FP) is counted like an integer instruction, and instructions that are
-skipped by a predicate like the others. Compare kernels with it, not GPUs.
+skipped by a predicate like the others. Compare kernels with it, not GPUs. What an H200 took is in
+[performance.md](performance.md#on-a-gpu-an-h200): within a third of this where tensor cores or memory limit, two to
+four times as long where few warps run or tiles change their layout through shared memory.
+
+An empty cell is a kernel that the chip doesn't launch: its NF4 weight is dequantised first.
 
 ## Chips
 
@@ -115,6 +121,8 @@ CHIPS = (
     Chip("RTX 4090", "89", 128, 2.52, 512, 1008, 1536, 24, 100, 128, 64, "Ada whitepaper: 165.2 TFLOPS"),
     Chip("H100 SXM", "90", 132, 1.83, 4096, 3350, 2048, 32, 228, 128, 64,
          "H100 whitepaper and datasheet: 989.4 TFLOPS", ("clock",)),
+    Chip("H200 SXM", "90", 132, 1.83, 4096, 4800, 2048, 32, 228, 128, 64,
+         "H200 datasheet: 989.4 TFLOPS, 4.8 TB/s", ("clock",)),
     Chip("B200", "100", 148, 1.856, 8192, 8000, 2048, 32, 228, 128, 64,
          "HGX B200 datasheet: 2.25 PFLOPS, 8 TB/s", ("multiprocessors", "clock", "tensor")),
     Chip("RTX 5090", "120", 170, 2.407, 512, 1792, 1536, 24, 100, 128, 128,
@@ -326,13 +334,21 @@ def dh_dlora_b(m: int, chip: Chip, block_m: int, block_n: int) -> Work:
     return Work(columns * splits, per_split, 4 * m * SIZE * RANK, least, traffic)
 
 
+def in_parts(kernel: str, programs: int, length: int, block: int, chip: Chip) -> tuple[int, int]:
+    """Programs, and steps of each, where the sum of `kernel` is cut into parts as the launcher does."""
+    steps, (worth, least) = _ceil_div(length, block), configs.PARTS[kernel]
+    parts = 1 if length < worth else max(1, min(steps, 2 * chip.multiprocessors // programs, length // least))
+    per_part = _ceil_div(steps, parts)
+    return programs * _ceil_div(steps, per_part), per_part
+
+
 def triton_work(kernel: str, m: int, weight: float, config: dict, chip: Chip) -> Work:
     if kernel in ("y", "dx"):
         return product(m, weight, config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
     if kernel == "h":
-        return rank_product(m, _ceil_div(m, config["BLOCK_M"]), _ceil_div(SIZE, config["BLOCK_K"]))
+        return rank_product(m, *in_parts("h", _ceil_div(m, config["BLOCK_M"]), SIZE, config["BLOCK_K"], chip))
     if kernel == "dlora_a":
-        return rank_product(m, _ceil_div(SIZE, config["BLOCK_K"]), _ceil_div(m, config["BLOCK_M"]))
+        return rank_product(m, *in_parts("dlora_a", _ceil_div(SIZE, config["BLOCK_K"]), m, config["BLOCK_M"], chip))
     return dh_dlora_b(m, chip, config["BLOCK_M"], config["BLOCK_N"])
 
 
@@ -368,7 +384,10 @@ def triton_predictions(rows: list[dict]) -> list[dict]:
     found = []
     for name, label, m, weight in TRITON:
         for chip in CHIPS:
-            row = by_name[chip.arch, label]
+            family = configs.families()[int(chip.arch) if chip.arch.isdecimal() else chip.arch]
+            if weight in (NF4, NF4_DOUBLE) and not configs.decodes_inside(family, m, name.startswith("dx")):
+                continue
+            row = by_name.get((chip.arch, f"{label} TMA")) or by_name[chip.arch, label]
             config = row["config"]
             work = triton_work(re.split("[ ,]", name)[0], m, weight, config, chip)
             step = 2 * config["BLOCK_M"] * config.get("BLOCK_N", 0) * config.get("BLOCK_K", 0)

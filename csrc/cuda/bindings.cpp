@@ -107,6 +107,9 @@ PYBIND11_MODULE(LK_MODULE, m) {
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
   m.attr("DH_ROWS") = kDhRows;
+  m.attr("H_COLUMNS") = kHColumns;
+  m.attr("H_RANKS") = kHRanks;
+  m.attr("H_ROWS") = kHRows;
   m.attr("SCALE_ROWS") = kScaleRows;
   m.attr("SCALE_COLUMNS") = kScaleColumns;
   m.attr("ADAMW_CHUNK") = kAdamWChunk;
@@ -115,9 +118,18 @@ PYBIND11_MODULE(LK_MODULE, m) {
   m.def("dh_columns", &dh_columns, py::arg("R"));
 
   bind(m, "lora_h", &lora_h, [](Arguments& a) {
-    return LoraH{a.pointer("x"),        a.stride("ld_x"), a.pointer("lora_a"), a.dtype("lora_a_dtype"),
-                 a.pointer<float>("h"), a.extent("M"),    a.extent("K"),       a.extent("R"),
-                 a.dropout(),           a.real("scale"),  a.dtype("dtype")};
+    return LoraH{a.pointer("x"),
+                 a.stride("ld_x"),
+                 a.pointer("lora_a"),
+                 a.dtype("lora_a_dtype"),
+                 a.pointer<float>("h_parts"),
+                 a.extent("M"),
+                 a.extent("K"),
+                 a.extent("R"),
+                 a.extent("columns_per_split"),
+                 a.dropout(),
+                 a.real("scale"),
+                 a.dtype("dtype")};
   });
   bind(m, "lora_gemm", &lora_gemm, [](Arguments& a) {
     return LoraGemm{a.pointer("x"),          a.stride("ld_x"),      a.pointer("weight"),

@@ -11,46 +11,47 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
-constexpr int kHRows = 32;
+static_assert(kHColumns == 32 * kWarps);
 
 template <int kRankFragments>
 constexpr size_t h_shared_bytes() {
   return sizeof(float) * kWarps * kHRows * 8 * kRankFragments;
 }
 
-// A block makes kHRows rows and kRank columns of h; its warps divide K. Fragments come straight from global memory: the
-// order of a dot product's terms is free, so a lane takes 8 neighbours of a row, one 16-byte load and one Philox call,
-// as the terms that two fragments want of it. lora_a is taken in the same order.
+// A block makes kHRows rows and kRank columns of a part of h; its warps divide the part's columns of x. Fragments come
+// straight from global memory: the order of a dot product's terms is free, so a lane takes 8 neighbours of a row, one
+// 16-byte load and one Philox call, as the terms that two fragments want of it. lora_a is taken in the same order.
 template <class T, int kRankFragments, bool kAligned>
 __global__ void __launch_bounds__(kThreads) h_kernel(LoraH p) {
   constexpr int kRank = 8 * kRankFragments;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int m0 = blockIdx.x * kHRows, r0 = blockIdx.y * kRank;
+  const int m0 = blockIdx.x * kHRows, r0 = blockIdx.y * kRank, split = blockIdx.z;
+  const int first = split * p.columns_per_split, end = min(first + p.columns_per_split, p.K);
   const KeepMask mask(p.dropout.rng, p.dropout.threshold);
 
   auto load_x = [&](int k, uint4(&x)[4]) {  // of rows g, g + 8, g + 16, g + 24
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = m0 + 8 * i + g;
-      x[i] = load8<kAligned>(static_cast<const T*>(p.x) + m * p.ld_x, k, m < p.M ? p.K : 0);
+      x[i] = load8<kAligned>(static_cast<const T*>(p.x) + m * p.ld_x, k, m < p.M ? end : 0);
     }
   };
 
   float acc[2][kRankFragments][4] = {};
   uint4 x[4], next[4];
-  load_x(32 * warp + 8 * q, next);
-  for (int k0 = 32 * warp; k0 < p.K; k0 += 32 * kWarps) {
+  load_x(first + 32 * warp + 8 * q, next);
+  for (int k0 = first + 32 * warp; k0 < end; k0 += kHColumns) {
     const int k = k0 + 8 * q;
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = next[i];
-    load_x(k + 32 * kWarps, next);
+    load_x(k + kHColumns, next);
     if (mask.drops()) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = mask.apply(x[i], k / 8, m0 + 8 * i + g);
     }
 #pragma unroll
     for (int f = 0; f < kRankFragments; ++f) {
-      const int r = r0 + 8 * f + g, columns = r < p.R ? p.K : 0;
+      const int r = r0 + 8 * f + g, columns = r < p.R ? end : 0;
       const int64_t row = int64_t(r) * p.K;
       const uint4 a = p.lora_a_dtype == DType::kFloat32
                           ? load8_float<T, kAligned>(static_cast<const float*>(p.lora_a) + row, k, columns)
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) h_kernel(LoraH p) {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += parts[w * kHRows * kRank + i];
-    if (m < p.M && r < p.R) p.h[int64_t(m) * p.R + r] = sum * p.scale;
+    if (m < p.M && r < p.R) p.h_parts[(int64_t(split) * p.M + m) * p.R + r] = sum * p.scale;
   }
 }
 
@@ -289,11 +290,12 @@ cudaError_t lora_h(const LoraH& p, cudaStream_t stream) {
     using T = typename decltype(type)::type;
     constexpr bool kAligned = decltype(flag)::value;
     auto run = [&](auto kernel, int ranks, size_t shared) {
-      return launch(kernel, dim3(ceil_div(p.M, kHRows), ceil_div(p.R, ranks)), dim3(kThreads), shared, stream, p);
+      const dim3 grid(ceil_div(p.M, kHRows), ceil_div(p.R, ranks), ceil_div(p.K, p.columns_per_split));
+      return launch(kernel, grid, dim3(kThreads), shared, stream, p);
     };
     if (p.R <= 16) return run(h_kernel<T, 2, kAligned>, 16, h_shared_bytes<2>());
     if (p.R <= 32) return run(h_kernel<T, 4, kAligned>, 32, h_shared_bytes<4>());
-    return run(h_kernel<T, 8, kAligned>, 64, h_shared_bytes<8>());
+    return run(h_kernel<T, 8, kAligned>, kHRanks, h_shared_bytes<8>());
   });
 }
 

@@ -20,14 +20,20 @@ struct Dropout {
   uint32_t threshold;
 };
 
-// h = dropout(x) lora_aᵀ
+// Columns of x that a block of lora_h takes at once.
+constexpr int kHColumns = 256;
+// Rows and ranks that a block of lora_h makes at most.
+constexpr int kHRows = 32;
+constexpr int kHRanks = 64;
+
+// h_parts [splits,M,R] of dropout(x) lora_aᵀ over blocks of columns_per_split columns, a multiple of kHColumns.
 struct LoraH {
   const void* x;
   int64_t ld_x;
   const void* lora_a;
   DType lora_a_dtype;
-  float* h;
-  int M, K, R;
+  float* h_parts;
+  int M, K, R, columns_per_split;
   Dropout dropout;
   float scale;  // of what is kept
   DType dtype;
