@@ -48,8 +48,8 @@ the level-2 cache; tensor cores' own reads of shared memory; clocks below the bo
 as taken, so that CUDA C++ kernels are counted with the dropout that they test for at run time. Uncertain: the
 conversion of two floats to a packed pair (F2FP) is counted like an integer instruction, and instructions that are
 skipped by a predicate like the others. Compare kernels with it, not GPUs. What an H200 took is in
-[performance.md](performance.md#on-a-gpu-an-h200): within a third of this where tensor cores or memory limit, two to
-four times as long where few warps run or tiles change their layout through shared memory.
+[performance.md](performance.md#on-a-gpu-an-h200): 1.2 to 1.4 times as long as this where tensor cores limit, 1.5 to 3
+times elsewhere, where few warps run or tiles change their layout through shared memory.
 
 An empty cell is a kernel that the chip doesn't launch: its NF4 weight is dequantised first.
 
