@@ -28,6 +28,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
+def forget_configurations():
+    """Some tests change what they are made of."""
+    configs.lookup.cache_clear()
+    yield
+    configs.lookup.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def patch_language_once_per_launch(monkeypatch):
     """The interpreter patches triton.language again at each call of a device function, which is most of its time."""
     patched = set()

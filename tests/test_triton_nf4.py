@@ -31,6 +31,14 @@ from lora_kernels.triton.common import INTERPRETED  # noqa: E402
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
+@pytest.fixture(autouse=True)
+def forget_configurations():
+    """Some tests change what they are made of."""
+    configs.lookup.cache_clear()
+    yield
+    configs.lookup.cache_clear()
+
+
 def weights(shape, dtype=FP32):
     """Normal values, a row of zeros, one of denormals, and one with ties at the midpoints of the code."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
