@@ -101,7 +101,7 @@ def time_ms(step: Callable[[], object]) -> float:
     for _ in range(9):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # The GPU is kept busy meanwhile, or the time between the events would be the CPU's.
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(2_000_000)
         start.record()
         queueing = time.perf_counter()
         step()

@@ -315,3 +315,10 @@ except RuntimeError as error:
 def test_importable_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton can't be imported" in runpy.run_path(backend.__file__)["unavailable"]
+
+
+def test_importable_with_an_old_triton(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert (
+        runpy.run_path(backend.__file__)["unavailable"] == "triton is 3.3.1; 3.4 (of torch 2.8) and newer are supported"
+    )

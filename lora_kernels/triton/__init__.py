@@ -8,12 +8,20 @@ from __future__ import annotations
 import torch
 
 unavailable: str | None = None
+# What torch 2.8 comes with. Older ones don't compile all of the kernels.
+OLDEST = (3, 4)
 
 try:
     import triton
 except ImportError as error:
     unavailable = f"triton can't be imported: {error}"
 else:
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        unavailable = (
+            f"triton is {triton.__version__}; {'.'.join(map(str, OLDEST))} (of torch 2.8) and newer are supported"
+        )
+
+if unavailable is None:
     from .adamw import adamw_step
     from .configs import unsupported_gpu
     from .lora_linear import INTERPRETED, column_scale_bwd, lora_linear_bwd, lora_linear_fwd

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 
@@ -45,14 +46,8 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before 3.4
-    TensorDescriptor = None
-
-# Before 3.3 a compiled kernel takes its arguments without the constants, and AMD's kernels are chosen by more.
-_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None and _VERSION >= (3, 3)
+# AMD's kernels are chosen by more than what `launch` looks at.
+_KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None
 # (kernel, device, constants and kinds of arguments) -> what Triton compiled for it, and its constants in their order
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 

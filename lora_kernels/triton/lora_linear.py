@@ -17,12 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import vendor
 from lora_kernels.reference import NF4, dropout_scale, dropout_threshold
 
 from . import configs
-from .common import INTERPRETED, Launcher, TensorDescriptor, cast, ceil_div, dot
+from .common import INTERPRETED, Launcher, cast, ceil_div, dot
 from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
 __all__ = ["INTERPRETED", "column_scale_bwd", "lora_linear_bwd", "lora_linear_fwd"]
@@ -517,7 +518,7 @@ class _LoraLauncher(Launcher):
     def by_tma(self, config: dict[str, int], x: Tensor, weight: Tensor | NF4, backward: bool) -> bool | None:
         """None where the copy engine can't fetch the tiles or gains nothing; else whether the columns of the result are
         the rows of the weight as it lies in memory."""
-        if TensorDescriptor is None or isinstance(weight, NF4) or self.is_float32 or not x.shape[1]:
+        if isinstance(weight, NF4) or self.is_float32 or not x.shape[1]:
             return None
         if not configs.by_tma(self.family, config):
             return None

@@ -88,7 +88,8 @@ def load_tile(
     first = start // BLOCK_SIZE
     if ALIGNED:
         # One line for each part of a row that lies in one block.
-        SIZE: tl.constexpr = min(COLS, BLOCK_SIZE)
+        # Not min(), which makes no constant before Triton 3.6.
+        SIZE: tl.constexpr = COLS if COLS < BLOCK_SIZE else BLOCK_SIZE
         PARTS: tl.constexpr = COLS // SIZE
         line = tl.arange(0, ROWS * PARTS)[:, None]
         row = line // PARTS
