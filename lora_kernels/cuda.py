@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.parts import ceil_div, in_parts
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, AdamWGroup, dropout_scale, dropout_threshold, dynamic_code
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
@@ -24,10 +25,6 @@ ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
 # From how many columns of x on h is made in parts.
 _COLUMNS_WORTH_PARTS = 2048
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @cache
@@ -115,14 +112,10 @@ class Kernels:
     def _parts_of_h(self, x: Tensor, R: int) -> tuple[int, int]:
         """How many parts to cut h's sum over the columns of x into, and the columns of one."""
         M, K = x.shape
-        block = self._extension.H_COLUMNS
-        parts = 1
+        step = self._extension.H_COLUMNS
+        blocks = ceil_div(M, self._extension.H_ROWS) * ceil_div(R, self._extension.H_RANKS)
         # Adding the parts up is one more launch.
-        if K >= _COLUMNS_WORTH_PARTS:
-            blocks = _ceil_div(M, self._extension.H_ROWS) * _ceil_div(R, self._extension.H_RANKS)
-            parts = max(1, min(self._block_target(x) // max(1, blocks), K // (2 * block)))
-        columns = _ceil_div(_ceil_div(K, block), parts) * block
-        return _ceil_div(K, columns), columns
+        return in_parts(K, step, blocks, self._block_target(x), worth=_COLUMNS_WORTH_PARTS, least=2 * step)
 
     def _gemm(self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng) -> None:
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
@@ -250,13 +243,10 @@ class Kernels:
         """
         self._check(dy)
         M, N = dy.shape
-        column_blocks = _ceil_div(N, self._extension.SCALE_COLUMNS)
-        row_blocks = _ceil_div(M, self._extension.SCALE_ROWS)
-        splits = min(row_blocks, max(1, self._block_target(dy) // column_blocks))
-        rows_per_split = _ceil_div(row_blocks, splits) * self._extension.SCALE_ROWS
+        column_blocks = ceil_div(N, self._extension.SCALE_COLUMNS)
+        splits, rows_per_split = in_parts(M, self._extension.SCALE_ROWS, column_blocks, self._block_target(dy))
         dz = torch.empty((M, N), dtype=dy.dtype, device=dy.device)
-        shape = (_ceil_div(M, rows_per_split), N)
-        parts = None if y is None else torch.empty(shape, dtype=torch.float32, device=dy.device)
+        parts = None if y is None else torch.empty((splits, N), dtype=torch.float32, device=dy.device)
         self._launch(
             "column_scale_bwd",
             dy,
@@ -305,11 +295,8 @@ class Kernels:
         def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
             return torch.empty(shape, dtype=dtype, device=x.device) if when else None
 
-        column_blocks = _ceil_div(N, self._extension.dh_columns(R))
-        row_blocks = _ceil_div(M, self._extension.DH_ROWS)
-        splits = min(row_blocks, max(1, self._block_target(x) // column_blocks))
-        rows_per_split = _ceil_div(row_blocks, splits) * self._extension.DH_ROWS
-        splits = _ceil_div(M, rows_per_split)
+        column_blocks = ceil_div(N, self._extension.dh_columns(R))
+        splits, rows_per_split = in_parts(M, self._extension.DH_ROWS, column_blocks, self._block_target(x))
         parts = {
             "dh_parts": empty(column_blocks, M, R, when=need_dh),
             "db_parts": empty(splits, N, R, when=need_db),
@@ -398,7 +385,7 @@ class Kernels:
         """
         self._check_device("weight", weight)
         size, device = weight.numel(), weight.device
-        blocks = _ceil_div(size, block_size)
+        blocks = ceil_div(size, block_size)
         packed = torch.empty(((size + 1) // 2,), dtype=torch.uint8, device=device)
         absmax = torch.empty((blocks,), dtype=torch.float32, device=device)
         self._launch(
@@ -415,7 +402,7 @@ class Kernels:
             return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
         offset = absmax.mean()
         codes = torch.empty((blocks,), dtype=torch.uint8, device=device)
-        absmax_scale = torch.empty((_ceil_div(blocks, ABSMAX_BLOCK),), dtype=torch.float32, device=device)
+        absmax_scale = torch.empty((ceil_div(blocks, ABSMAX_BLOCK),), dtype=torch.float32, device=device)
         self._launch(
             "nf4_quantize_absmax",
             weight,

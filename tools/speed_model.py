@@ -16,6 +16,7 @@ from pathlib import Path
 import binaries
 import kernel_report
 
+from lora_kernels.parts import ceil_div, in_parts
 from lora_kernels.triton import configs
 
 ROOT = Path(__file__).parents[1]
@@ -304,16 +305,12 @@ SIZE, RANK = 4096, 16
 DENSE, NF4, NF4_DOUBLE = 2, 0.5 + 4 / 64, 0.5 + 1 / 64
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def product(m: int, weight: float, block_m: int, block_n: int, block_k: int) -> Work:
     """y or dx of M rows and a square weight, `weight` bytes an element."""
     n = k = SIZE
     traffic = 2 * m * k + weight * n * k + 2 * m * n + 4 * RANK * (m + n)
-    grid = _ceil_div(m, block_m) * _ceil_div(n, block_n)
-    return Work(grid, _ceil_div(k, block_k), 2 * m * n * k, traffic, traffic)
+    grid = ceil_div(m, block_m) * ceil_div(n, block_n)
+    return Work(grid, ceil_div(k, block_k), 2 * m * n * k, traffic, traffic)
 
 
 def rank_product(m: int, grid: int, iterations: float) -> Work:
@@ -324,31 +321,27 @@ def rank_product(m: int, grid: int, iterations: float) -> Work:
 
 def dh_dlora_b(m: int, chip: Chip, block_m: int, block_n: int) -> Work:
     """Splits as the launchers choose them: two programs for each multiprocessor."""
-    columns, row_blocks = _ceil_div(SIZE, block_n), _ceil_div(m, block_m)
-    splits = min(row_blocks, max(1, 2 * chip.multiprocessors // columns))
-    per_split = _ceil_div(row_blocks, splits)
-    splits = _ceil_div(row_blocks, per_split)
+    columns = ceil_div(SIZE, block_n)
+    splits, rows = in_parts(m, block_m, columns, 2 * chip.multiprocessors)
     least = 2 * m * SIZE + 8 * RANK * (m + SIZE)
     parts = 4 * RANK * (columns * m + splits * SIZE)
     traffic = 2 * m * SIZE + 4 * RANK * (m + SIZE) + parts
-    return Work(columns * splits, per_split, 4 * m * SIZE * RANK, least, traffic)
+    return Work(columns * splits, rows // block_m, 4 * m * SIZE * RANK, least, traffic)
 
 
-def in_parts(kernel: str, programs: int, length: int, block: int, chip: Chip) -> tuple[int, int]:
-    """Programs, and steps of each, where the sum of `kernel` is cut into parts as the launcher does."""
-    steps, (worth, least) = _ceil_div(length, block), configs.PARTS[kernel]
-    parts = 1 if length < worth else max(1, min(steps, 2 * chip.multiprocessors // programs, length // least))
-    per_part = _ceil_div(steps, parts)
-    return programs * _ceil_div(steps, per_part), per_part
+def sum_in_parts(kernel: str, programs: int, length: int, step: int, chip: Chip) -> tuple[int, int]:
+    """Programs, and steps of each, as the launcher cuts the sum of `kernel`."""
+    parts, one = in_parts(length, step, programs, 2 * chip.multiprocessors, *configs.PARTS[kernel])
+    return programs * parts, one // step
 
 
 def triton_work(kernel: str, m: int, weight: float, config: dict, chip: Chip) -> Work:
     if kernel in ("y", "dx"):
         return product(m, weight, config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
     if kernel == "h":
-        return rank_product(m, *in_parts("h", _ceil_div(m, config["BLOCK_M"]), SIZE, config["BLOCK_K"], chip))
+        return rank_product(m, *sum_in_parts("h", ceil_div(m, config["BLOCK_M"]), SIZE, config["BLOCK_K"], chip))
     if kernel == "dlora_a":
-        return rank_product(m, *in_parts("dlora_a", _ceil_div(SIZE, config["BLOCK_K"]), m, config["BLOCK_M"], chip))
+        return rank_product(m, *sum_in_parts("dlora_a", ceil_div(SIZE, config["BLOCK_K"]), m, config["BLOCK_M"], chip))
     return dh_dlora_b(m, chip, config["BLOCK_M"], config["BLOCK_N"])
 
 
@@ -370,11 +363,11 @@ CUDA = [
     *((f"y NF4, M={m}", rf"linear_kernel{_T}i{tokens}ELb1E", m, 4 * (16 + 8 * 16 * tokens), 2 * 16 * tokens * 1024,
        lambda m, chip: product(m, NF4_DOUBLE, 16, 16, 1024)) for m, tokens in ((1, 8), (8, 8), (16, 16))),
     ("h, M=4096", rf"h_kernel{_T}i2ELb1E", 4096, 4 * 8 * 32 * 16, 2 * 32 * 16 * 256,
-     lambda m, chip: rank_product(m, _ceil_div(m, 32), SIZE / 256)),
+     lambda m, chip: rank_product(m, ceil_div(m, 32), SIZE / 256)),
     ("dh_dlora_b, M=4096", rf"dh_dlora_b_kernel{_T}i2ELb1E", 4096, 2 * 3 * 16 * 512 + 4 * 8 * 16 * 16 + 2 * 16 * 16,
      4 * 16 * 512 * 16, lambda m, chip: dh_dlora_b(m, chip, 16, 512)),
     ("dlora_a, M=4096", rf"dlora_a_kernel{_T}i1ELb1E", 4096, 2 * 8 * 4 * 32 * 32, 2 * 16 * 32 * 256,
-     lambda m, chip: rank_product(m, _ceil_div(SIZE, 32), m / 256)),
+     lambda m, chip: rank_product(m, ceil_div(SIZE, 32), m / 256)),
 ]  # fmt: skip
 CUDA_WARPS = 8
 

@@ -332,7 +332,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
         weight, *nf4_parts = weight.tensors()[:-1] if isinstance(weight, NF4Weight) else (weight, None, None, None, 0)
         settings.append((float(scaling), nf4_parts[-1]))
         tensors += [weight, *map(_vector, (lora_a, lora_b, lora_e, bias)), *nf4_parts[:-1]]
-    rows = _rows(x.reshape(-1, x.shape[-1]))
+    rows = _rows(_matrix(x))
     if torch.is_grad_enabled():
         ys = _Group.apply(rows, float(dropout_p), rng, settings, *tensors)
     else:

@@ -41,11 +41,6 @@ def cast(value, DTYPE: tl.constexpr):
     return value.to(DTYPE)
 
 
-def ceil_div(a: int, b: int) -> int:
-    """What `triton.cdiv` gives, which takes as long as an allocation."""
-    return -(-a // b)
-
-
 # AMD's kernels are chosen by more than what `launch` looks at.
 _KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None
 # (kernel, device, constants and kinds of arguments) -> what Triton compiled for it, and its constants in their order

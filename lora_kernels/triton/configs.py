@@ -9,6 +9,8 @@ import functools
 
 import torch
 
+from lora_kernels.parts import ceil_div
+
 # Shared memory one block may use, in bytes; the families below are sized for the smallest chip in them.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
                  "gfx90a": 64 << 10, "gfx942": 64 << 10}  # fmt: skip
@@ -121,8 +123,9 @@ def block_r(kernel: str, rank: int, is_float32: bool) -> int:
     return next(step for step in (16, 32, 64) if step >= min(rank, largest))
 
 
-def _tiles(config: dict[str, int], rows: int, columns: int) -> int:
-    return -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
+def tiles(config: dict[str, int], rows: int, columns: int) -> int:
+    """Into how many tiles a GEMM's result falls."""
+    return ceil_div(rows, config["BLOCK_M"]) * ceil_div(columns, config["BLOCK_N"])
 
 
 def _gemm_table(family: str, kernel: str, rows: int, columns: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -142,7 +145,7 @@ def _gemm_table(family: str, kernel: str, rows: int, columns: int) -> tuple[dict
     if family in _LOW_GEMM and rows <= _LOW_ROWS:
         return _LOW_GEMM[family], float32
     for fewer in _FEWER_BLOCKS.get(family, ()):
-        if _tiles(sixteen_bit, rows, columns) < _FULL:
+        if tiles(sixteen_bit, rows, columns) < _FULL:
             sixteen_bit = fewer
     return sixteen_bit, float32
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import vendor
+from lora_kernels.parts import ceil_div, in_parts
 from lora_kernels.reference import NF4, dropout_scale, dropout_threshold
 
 from . import configs
-from .common import INTERPRETED, Launcher, cast, ceil_div, dot
+from .common import INTERPRETED, Launcher, cast, dot
 from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
 __all__ = ["INTERPRETED", "column_scale_bwd", "lora_linear_bwd", "lora_linear_fwd"]
@@ -463,13 +464,9 @@ class _LoraLauncher(Launcher):
     def config(self, kernel: str, depth: int = 0, rows: int = 0, columns: int = 0) -> dict[str, int]:
         return configs.lookup(self.family, kernel, self.rank, self.is_float32, depth, rows, columns)
 
-    def split(self, kernel: str, programs: int, length: int, block: int) -> tuple[int, int]:
-        """How many parts to cut the sum of `kernel` into, and the length of one, so that the device is kept busy by
-        `programs` for each part; a program goes by steps of `block`."""
-        steps, (worth, least) = ceil_div(length, block), configs.PARTS[kernel]
-        parts = 1 if length < worth else min(steps, self.program_target // max(1, programs), length // least)
-        per_part = ceil_div(steps, max(1, parts)) * block
-        return ceil_div(length, per_part), per_part
+    def split(self, kernel: str, programs: int, length: int, step: int) -> tuple[int, int]:
+        """`in_parts` for the sum of `kernel`."""
+        return in_parts(length, step, programs, self.program_target, *configs.PARTS[kernel])
 
     def gemm(
         self, x, weight, column_scale, bias, u, lora_e, v, out, scale, backward: bool = False, product=None
@@ -494,7 +491,7 @@ class _LoraLauncher(Launcher):
             parts = (weight, None, None, None, None)
             strides = weight.stride()[::-1] if backward else weight.stride()
         config = self.config(kernel if product is None else "finish", k, m, n)
-        tiles = ceil_div(m, config["BLOCK_M"]) * ceil_div(n, config["BLOCK_N"])
+        tiles = configs.tiles(config, m, n)
         dropout = backward and self.threshold > 0
         epilogue = (column_scale, bias, u, lora_e, v, self.rng if dropout else None)
         flags = {"HAS_SCALE": column_scale is not None, "HAS_BIAS": bias is not None, "HAS_E": lora_e is not None,
@@ -581,10 +578,9 @@ def column_scale_bwd(
     run = Launcher("dy", dy)
     m, n = dy.shape
     config = configs.lookup(run.family, "column_scale_bwd", 0, False)
-    column_blocks, row_blocks = ceil_div(n, config["BLOCK_N"]), ceil_div(m, config["BLOCK_M"])
+    column_blocks = ceil_div(n, config["BLOCK_N"])
     # As many programs as for the kernel that reads dy next; each of its rows costs little, so more would be no gain.
-    rows_per_split = ceil_div(row_blocks, max(1, _programs(dy) // column_blocks)) * config["BLOCK_M"]
-    splits = ceil_div(m, rows_per_split)
+    splits, rows_per_split = in_parts(m, config["BLOCK_M"], column_blocks, _programs(dy))
     dz = torch.empty((m, n), dtype=dy.dtype, device=dy.device)
     parts = None if y is None else torch.empty((splits, n), dtype=torch.float32, device=dy.device)
     with run.device:

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.parts import ceil_div
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_CODE, NF4_SMALLEST_ABSMAX, dynamic_code
 
 from . import configs
-from .common import Launcher, cast, ceil_div
+from .common import Launcher, cast
 
 _ABSMAX_BLOCK = tl.constexpr(ABSMAX_BLOCK)
 _SMALLEST_ABSMAX = tl.constexpr(NF4_SMALLEST_ABSMAX)
