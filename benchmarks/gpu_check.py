@@ -64,12 +64,13 @@ from lora_kernels.bench.peers import AddmmLoRA, peft_layer, peft_nf4_layer  # no
 from lora_kernels.io.files import replacing  # noqa: E402
 
 TOTAL_SECONDS = 465
-# name -> its limit in seconds; what is left of the total may be less.
-STAGES = {"environment": 90, "build": 150, "tests": 120, "memcheck": 120, "racecheck": 120, "dense": 75, "nf4": 75,
-          "kernels": 40, "rounding": 30, "steps": 60, "plot": 60}  # fmt: skip
-# In their order, those that run at the same time together.
-GROUPS = [["environment"], ["build"], ["tests", "memcheck", "racecheck"], ["dense"], ["nf4"], ["kernels"], ["rounding"],
-          ["steps"], ["plot"]]  # fmt: skip
+# {stage: its limit in seconds}, in their order, those that run at the same time together; what is left of the total may
+# be less.
+GROUPS = [{"environment": 90}, {"build": 150}, {"tests": 120, "memcheck": 120, "racecheck": 120}, {"dense": 75},
+          {"nf4": 75}, {"kernels": 40}, {"rounding": 30}, {"steps": 60}, {"plot": 60}]  # fmt: skip
+STAGES = {stage: limit for group in GROUPS for stage, limit in group.items()}
+# What needs no GPU: to say that there is none, and to draw what there is.
+ANYWHERE = ("environment", "plot")
 IMPLEMENTATIONS = ("triton", "cuda", "vendor")
 CONTENDERS = ("bare", "ours", *IMPLEMENTATIONS, "addmm", "peft", "unsloth")
 
@@ -526,8 +527,14 @@ def main() -> int:
 
     def run(stage: str) -> dict[str, Any]:
         limit = min(STAGES[stage], end - time.time())
-        if stage not in arguments.only or limit < 5:
-            reason = "no time is left" if limit < 5 else "not asked for"
+        reason = None
+        if stage not in arguments.only:
+            reason = "not asked for"
+        elif limit < 5:
+            reason = "no time is left"
+        elif not arguments.dry and stage not in ANYWHERE and not torch.cuda.is_available():
+            reason = "torch sees no GPU here"
+        if reason is not None:
             return {"status": f"skipped: {reason}", "seconds": 0.0, "result": {}, "tail": []}
         return run_in_process(stage, work, arguments.dry, limit)
 

@@ -11,27 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import LoRAConfig, LoRAPlusAdamW, NF4Linear, inject, lora_linear
-from lora_kernels.bench.cases import DROPOUT_P, SCALING
-from lora_kernels.bench.peers import AddmmLoRA, peft_layer
-from lora_kernels.bench.train import LR, MAX_GRAD_NORM, peft_config
+from lora_kernels import NF4Linear, lora_linear
+from lora_kernels.bench.cases import SCALING
+from lora_kernels.bench.peers import AddmmLoRA, bitsandbytes_linear, peft_layer
+from lora_kernels.bench.train import SMOLLM2_135M, adapted, step_of
 from lora_kernels.bench.train import R as RANK
 
 # name -> (settings of its LlamaConfig, rows of a batch, tokens of a row)
 MODELS = {
-    "SmolLM2-135M": (
-        dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-             num_key_value_heads=3), 4, 512,
-    ),
+    "SmolLM2-135M": (SMOLLM2_135M, 4, 512),
     "Llama-3.2-1B": (
-        dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-             num_attention_heads=32, num_key_value_heads=8), 4, 1024,
+        SMOLLM2_135M
+        | dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+               num_attention_heads=32, num_key_value_heads=8), 4, 1024,
     ),
 }  # fmt: skip
 TINY_MODELS = {
     "tiny": (
-        dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-             num_key_value_heads=1), 1, 8,
+        SMOLLM2_135M
+        | dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+               num_key_value_heads=1), 1, 8,
     )
 }  # fmt: skip
 STEPS = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora")
@@ -46,7 +45,7 @@ def random_model(settings: dict[str, int], device: str) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=True, **settings))
+            return LlamaForCausalLM(LlamaConfig(**settings))
     finally:
         torch.set_default_dtype(previous)
 
@@ -58,54 +57,15 @@ def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -
                 setattr(module, name, make(child))
 
 
-def _bitsandbytes_linear(linear: nn.Linear) -> nn.Module:
-    import bitsandbytes as bnb
-
-    device, dtype = linear.weight.device, linear.weight.dtype
-    made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
-    made.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-    return made.to(device)
-
-
-def _adapted(contender: str, base: nn.Module) -> nn.Module:
+def _quantised(contender: str, base: nn.Module) -> nn.Module:
+    """A copy of the model, its linear layers in NF4 where the contender has them so."""
     model = copy.deepcopy(base)
-    if contender == "frozen":
-        return model.requires_grad_(False).train()
     if contender == "ours-qlora":
         _replace_linears(model, NF4Linear.from_linear)
-    if contender.startswith("ours"):
-        return inject(model, LoRAConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=DROPOUT_P)).train()
-    from peft import get_peft_model
-
-    if contender == "peft-qlora":
-        _replace_linears(model, _bitsandbytes_linear)
+    elif contender == "peft-qlora":
+        _replace_linears(model, lambda linear: bitsandbytes_linear(linear.weight.data))
         model.is_loaded_in_4bit = True
-    return get_peft_model(model, peft_config()).train()
-
-
-def _training_step(contender: str, model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    from lora_kernels.train.sft import AnswerLoss
-
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if contender == "frozen":
-        embed = model.get_input_embeddings()
-        return lambda: model(inputs_embeds=embed(ids).requires_grad_(), labels=ids).loss.backward()
-    if contender.startswith("ours"):
-        answer_loss = AnswerLoss(model)
-        optimizer = LoRAPlusAdamW(model, lr=LR, lr_ratio=1, max_grad_norm=MAX_GRAD_NORM)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=LR)
-
-    def step() -> None:
-        if contender.startswith("ours"):
-            (answer_loss(ids, ids)["loss"] / ids.numel()).backward()
-        else:
-            model(input_ids=ids, labels=ids).loss.backward()
-            nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return model
 
 
 def training_step(contender: str, base: nn.Module, batch: int, length: int, rounds: int) -> dict[str, float]:
@@ -116,11 +76,11 @@ def training_step(contender: str, base: nn.Module, batch: int, length: int, roun
     before = torch.cuda.memory_allocated() if on_gpu else 0
     torch.manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (batch, length), device=device)
-    step = _training_step(contender, _adapted(contender, base), ids)
+    step = step_of(contender, adapted(contender, _quantised(contender, base)))
 
     def seconds() -> float:
         start = time.perf_counter()
-        step()
+        step(ids)
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - start

@@ -40,15 +40,20 @@ def peft_layer(weight: Tensor, R: int, **options) -> torch.nn.Module:
     return _inject(model, R, **options)
 
 
-def peft_nf4_layer(weight: Tensor, R: int, **options) -> torch.nn.Module:
-    """The same over bitsandbytes' NF4 of the weight."""
+def bitsandbytes_linear(weight: Tensor) -> torch.nn.Module:
+    """bitsandbytes' layer over its NF4 of a weight [N, K]."""
     import bitsandbytes as bnb
 
     N, K = weight.shape
     linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
-    # bitsandbytes quantises on the way to the device.
-    model = torch.nn.Sequential(linear).to(weight.device)
+    # It quantises on the way to the device.
+    return linear.to(weight.device)
+
+
+def peft_nf4_layer(weight: Tensor, R: int, **options) -> torch.nn.Module:
+    """The same over bitsandbytes' NF4 of the weight."""
+    model = torch.nn.Sequential(bitsandbytes_linear(weight))
     model.is_loaded_in_4bit = True
     return _inject(model, R, **options)
 

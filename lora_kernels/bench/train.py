@@ -28,6 +28,10 @@ TRAIN = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "trl-lo
 GENERATE = ("ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "llama.cpp-q4")
 LAYERS = 30
 _VOCABULARY = 49152
+# Of its LlamaConfig.
+SMOLLM2_135M = {"vocab_size": _VOCABULARY, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+                "tie_word_embeddings": True}  # fmt: skip
 
 
 def make_model(directory: str, layers: int) -> str:
@@ -36,17 +40,8 @@ def make_model(directory: str, layers: int) -> str:
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        tie_word_embeddings=True,
-    )
+    sizes = SMOLLM2_135M | {"num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(directory)
     words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
@@ -59,7 +54,6 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module
     from transformers import AutoModelForCausalLM
 
     if contender.startswith("ours"):
-        from lora_kernels import LoRAConfig, inject
         from lora_kernels.io.nf4 import load_nf4_model
         from lora_kernels.nn.fused_decoder import fuse_decoder
         from lora_kernels.train.run import return_freed_memory
@@ -71,12 +65,8 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         fuse_decoder(model)
-        return inject(model, LoRAConfig(r=R, lora_alpha=SCALING * R, lora_dropout=DROPOUT_P)).train()
-    if contender == "frozen":
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).requires_grad_(False).train()
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    if contender == "peft-qlora":
+    elif contender == "peft-qlora":
+        from peft import prepare_model_for_kbit_training
         from transformers import BitsAndBytesConfig
 
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -84,23 +74,31 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    return get_peft_model(model, peft_config()).train()
+    return adapted(contender, model)
 
 
-def peft_config() -> Any:
+def adapted(contender: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the adapters of a contender, in training mode."""
+    if contender == "frozen":
+        return model.requires_grad_(False).train()
+    if contender.startswith("ours"):
+        from lora_kernels import LoRAConfig, inject
+
+        return inject(model, LoRAConfig(r=R, lora_alpha=SCALING * R, lora_dropout=DROPOUT_P)).train()
+    from peft import get_peft_model
+
+    return get_peft_model(model, _peft_config()).train()
+
+
+def _peft_config() -> Any:
     from peft import LoraConfig
 
     alpha = int(SCALING * R)
     return LoraConfig(r=R, lora_alpha=alpha, lora_dropout=DROPOUT_P, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def train_step(contender: str, directory: str, batch: int, length: int, dtype: str) -> Step:
-    """One forward, backward and clipped AdamW step on random tokens."""
-    kind = getattr(torch, dtype)
-    rows = [torch.randint(_VOCABULARY, (batch, length)), torch.randint(_VOCABULARY, (1, 8))]
-    if contender == "trl-lora":
-        return _trl_step(directory, rows[0], kind)
-    model = _load(contender, directory, kind)
+def step_of(contender: str, model: torch.nn.Module) -> Callable[[Tensor], None]:
+    """One forward, backward and clipped AdamW step of an adapted model on a batch of tokens."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if contender.startswith("ours"):
         from lora_kernels import LoRAPlusAdamW
@@ -130,6 +128,16 @@ def train_step(contender: str, directory: str, batch: int, length: int, dtype: s
         optimizer.step()
         optimizer.zero_grad()
 
+    return step
+
+
+def train_step(contender: str, directory: str, batch: int, length: int, dtype: str) -> Step:
+    """One forward, backward and clipped AdamW step on random tokens."""
+    kind = getattr(torch, dtype)
+    rows = [torch.randint(_VOCABULARY, (batch, length)), torch.randint(_VOCABULARY, (1, 8))]
+    if contender == "trl-lora":
+        return _trl_step(directory, rows[0], kind)
+    step = step_of(contender, _load(contender, directory, kind))
     # Weights that nothing has read are not in memory yet, nor is the optimizer's state.
     step(rows[1])
     return functools.partial(step, rows[0])
@@ -169,7 +177,7 @@ def _trl_step(directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
         AutoModelForCausalLM.from_pretrained(directory, dtype=dtype),
         args=config,
         train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
-        peft_config=peft_config(),
+        peft_config=_peft_config(),
         callbacks=[Gate()],
     )
 
