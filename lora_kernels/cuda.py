@@ -114,12 +114,12 @@ class Kernels:
         M, K = x.shape
         step = self._extension.H_COLUMNS
         blocks = ceil_div(M, self._extension.H_ROWS) * ceil_div(R, self._extension.H_RANKS)
-        # Adding the parts up is one more launch.
+        # The more parts, the longer each block of the product takes to add them up.
         return in_parts(K, step, blocks, self._block_target(x), worth=_COLUMNS_WORTH_PARTS, least=2 * step)
 
     def _gemm(self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng) -> None:
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
-        strides.
+        strides, and u is (its parts [splits, M, R], splits, where to keep their sum or None).
 
         The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
         """
@@ -140,7 +140,9 @@ class Kernels:
             stride_wk=weight.stride(1),
             column_scale=column_scale,
             bias=bias,
-            u=u,
+            u_parts=u[0],
+            splits=u[1],
+            u=u[2],
             lora_e=lora_e,
             lora_e_dtype=torch.float32 if lora_e is None else lora_e.dtype,
             v=v,
@@ -172,8 +174,7 @@ class Kernels:
         column_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches: one more where an
-        NF4 weight meets more rows than it is decoded for inside the product, and is dequantised first, and another
-        where h is made in parts, which needs many columns of x.
+        NF4 weight meets more rows than it is decoded for inside the product, and is dequantised first.
 
         Arguments are those of `lora_kernels.reference.lora_linear_fwd`. x in float32 is taken for R = 0 and an NF4
         weight only, which torch then multiplies dequantised: DoRA's norms need that. Raises ValueError for other x that
@@ -190,6 +191,8 @@ class Kernels:
         threshold = _threshold(dropout_p, rng)
         splits, columns_per_split = self._parts_of_h(x, R)
         h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
+        # The product adds the parts up.
+        h = torch.empty((M, R), dtype=torch.float32, device=x.device) if splits > 1 else None
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
         if R:
             self._launch(
@@ -209,16 +212,19 @@ class Kernels:
                 scale=dropout_scale(dropout_p),
                 dtype=x.dtype,
             )
-        h = h_parts.sum(0) if splits > 1 else h_parts.view(M, R)
-        if isinstance(weight, NF4) and self._extension.NF4_MAX_TOKENS >= M:
+        is_nf4 = isinstance(weight, NF4)
+        # The weight of a Conv1D is [K, N] in memory.
+        if self._extension.FEW_ROWS >= M and (is_nf4 or weight.stride(1) == 1):
             self._launch(
-                "nf4_linear",
+                "nf4_few_rows" if is_nf4 else "lora_few_rows",
                 x,
-                **self._nf4(weight),
+                **(self._nf4(weight) if is_nf4 else dict(weight=weight, ld_weight=weight.stride(0), N=N, K=K)),
                 x=x,
                 ld_x=x.stride(0),
                 column_scale=column_scale,
                 bias=bias,
+                h_parts=h_parts,
+                splits=splits,
                 h=h,
                 lora_b=lora_b,
                 lora_b_dtype=lora_b.dtype,
@@ -231,8 +237,10 @@ class Kernels:
                 dtype=x.dtype,
             )
         else:
-            self._gemm(x, weight, False, column_scale, bias, h, lora_e, lora_b.T, y, scaling, 0, None)
-        return y, h
+            self._gemm(
+                x, weight, False, column_scale, bias, (h_parts, splits, h), lora_e, lora_b.T, y, scaling, 0, None
+            )
+        return y, h_parts[0] if h is None else h
 
     def column_scale_bwd(
         self, dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
@@ -361,7 +369,7 @@ class Kernels:
                 dtype=x.dtype,
             )
         if need_dx:
-            self._gemm(dy, weight, True, None, None, dh, None, lora_a, dx, keep_scale, threshold, rng)
+            self._gemm(dy, weight, True, None, None, (dh, 1, None), None, lora_a, dx, keep_scale, threshold, rng)
         return dx, dlora_a, dlora_b, dlora_e
 
     def _nf4(self, weight: NF4) -> dict:

@@ -20,6 +20,30 @@ def simt():
     _simt.set_schedule("forward")
 
 
+def aligned_rows(name, t):
+    """x and dy as rows, 16 bytes aligned, of a wider tensor."""
+    if name not in ("x", "dy"):
+        return t
+    wide = torch.full((t.shape[0], t.shape[1] + 16), float("nan"), dtype=t.dtype)
+    wide[:, 8:-8] = t
+    return wide[:, 8:-8]
+
+
+def padded_weight(name, t):
+    """The weight's rows further apart than they are long, by as much as keeps them aligned."""
+    if name != "weight":
+        return t
+    return torch.nn.functional.pad(t, (0, 8), value=float("nan"))[:, :-8]
+
+
+def unaligned(name, t):
+    """An element away from where a 16-byte load may begin."""
+    if name not in ("x", "weight"):
+        return t
+    memory = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype)
+    return memory[1:].view(t.shape).copy_(t)
+
+
 class Case(LoraCase):
     backend = cuda_emulated
 
@@ -52,19 +76,20 @@ def test_mask_is_the_reference_mask_bit_for_bit(rng):
 
 
 @pytest.mark.parametrize("K", [1304, 2051])
-def test_h_in_parts(monkeypatch, K):
+@pytest.mark.parametrize("M", [5, 33])
+@pytest.mark.parametrize("R", [17, 70])
+def test_h_in_parts(monkeypatch, simt, M, K, R):
     """As on a GPU with many multiprocessors: its sum over the columns of x is cut where a block's steps end."""
+    case = Case(M, 24, K, R, adapter_dtype=FP32, dropout_p=0.2, bias=True)
+    whole = case.check()["h"]
     monkeypatch.setattr(cuda, "_COLUMNS_WORTH_PARTS", 1024)
     monkeypatch.setattr(cuda.Kernels, "_block_target", lambda self, x: 64)
-    launched, launch = {}, cuda.Kernels._launch
-
-    def noted(self, kernel, on, **arguments):
-        launched[kernel] = arguments
-        launch(self, kernel, on, **arguments)
-
-    monkeypatch.setattr(cuda.Kernels, "_launch", noted)
-    Case(33, 24, K, 17, adapter_dtype=FP32, dropout_p=0.2, bias=True).check()
-    assert len(launched["lora_h"]["h_parts"]) > 1
+    simt.take_traffic(record=True)
+    parted = case.check()["h"]
+    stored = next(stored for kernel, _, stored in simt.take_traffic(record=False) if kernel == "LoraH")
+    assert stored >= 2 * parted.nbytes
+    # Only the order of the sum differs.
+    torch.testing.assert_close(parted, whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +117,37 @@ def test_forward_and_backward_against_float64(case):
 
 
 @pytest.mark.parametrize(
+    "case",
+    [
+        dict(M=1, N=129, K=63, R=17, bias=True),
+        dict(M=1, N=48, K=1200, R=16, adapter_dtype=FP32, dropout_p=0.1),
+        dict(M=2, N=16, K=8, R=1, dtype=FP16, lora_e=True),
+        dict(M=7, N=65, K=2056, R=70, adapter_dtype=FP32, bias=True, lora_e=True, column_scale=True),
+        dict(M=8, N=15, K=129, R=64, adapter_dtype=FP32, column_scale=True),
+        dict(M=9, N=40, K=136, R=4, dtype=FP16, adapter_dtype=FP32, bias=True),
+        dict(M=15, N=33, K=1025, R=130, dropout_p=0.3, lora_e=True),
+        dict(M=16, N=129, K=264, R=16, adapter_dtype=FP32, bias=True, column_scale=True),
+        dict(M=17, N=33, K=264, R=16, adapter_dtype=FP32, bias=True, lora_e=True, column_scale=True),
+    ],
+    ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}r{c['R']}-{str(c.get('dtype', BF16))[6:]}",
+)
+def test_few_rows(case, simt):
+    """By the kernel for few rows up to 16, aligned and with strides, and by the product of tiles from there on."""
+    case = Case(**case)
+    expected = "LoraFewRows" if case.dy.shape[0] <= 16 else "LoraGemm"
+    for place, kernel in (
+        (lambda name, t: t, expected),
+        (aligned_rows, expected),
+        (padded_weight, expected),
+        (unaligned, expected),
+        (strided, "LoraGemm"),
+    ):
+        simt.take_traffic(record=True)
+        case.check(place)
+        assert simt.take_traffic(record=False)[1][0].startswith(kernel)
+
+
+@pytest.mark.parametrize(
     "needs", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 1), (0, 0, 0, 0)]
 )
 def test_only_what_is_needed_is_computed(needs):
@@ -100,15 +156,6 @@ def test_only_what_is_needed_is_computed(needs):
 
 def test_lora_e_gradient_is_none_without_lora_e():
     assert Case(5, 6, 7, 2).check()["dlora_e"] is None
-
-
-def aligned_rows(name, t):
-    """x and dy as rows, 16 bytes aligned, of a wider tensor."""
-    if name not in ("x", "dy"):
-        return t
-    wide = torch.full((t.shape[0], t.shape[1] + 16), float("nan"), dtype=t.dtype)
-    wide[:, 8:-8] = t
-    return wide[:, 8:-8]
 
 
 @pytest.mark.parametrize("sizes", [(33, 65, 40, 5), (33, 72, 40, 5)])

@@ -130,7 +130,7 @@ def test_decoding_reads_little_but_the_four_bits():
     _simt.take_traffic(record=True)
     case.run(cuda_emulated.lora_linear_fwd, lambda *args: (None,) * 4)
     traffic = {kernel: loaded for kernel, loaded, _ in _simt.take_traffic(record=False)}
-    loaded = next(loaded for kernel, loaded in traffic.items() if "Nf4Linear" in kernel)
+    loaded = next(loaded for kernel, loaded in traffic.items() if "Nf4Weight" in kernel)
     packed = 256 * 1024 // 2
     # Scales (a byte for 64 elements), x, h and lora_b make up the rest.
     assert packed <= loaded <= 1.2 * packed

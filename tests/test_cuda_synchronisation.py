@@ -36,6 +36,13 @@ def nf4():
     assert (y.float() - x.float() @ (dense[0] + lora_b @ lora_a).T).abs().max() < 4
 
 
+def few_rows():
+    # More ranks than the kernel takes at once.
+    case = LoraCase(3, 20, 300, 70, dtype=torch.bfloat16)
+    case.backend = cuda_emulated
+    case.check()
+
+
 def adamw():
     generator = torch.Generator().manual_seed(0)
     params, grads, exp_avgs, exp_avg_sqs = (
@@ -51,7 +58,7 @@ def adamw():
 
 
 # By the beginning of the file's name.
-WORK = {"lora_linear": lora_linear, "nf4": nf4, "adamw": adamw}
+WORK = {"lora_linear": lora_linear, "few_rows": few_rows, "nf4": nf4, "adamw": adamw}
 
 
 def sites():

@@ -359,9 +359,13 @@ _T = "I13__nv_bfloat16L"
 CUDA = [
     *((f"{name}, M={m}", rf"gemm_kernel{_T}b{flag}ELb0ELb1E", m, 3 * 256 * 32 * 2, 2 * 128 * 128 * 32,
        lambda m, chip: product(m, DENSE, 128, 128, 32))
-      for name, flag in (("y", 1), ("dx", 0)) for m in (4096, 16)),
-    *((f"y NF4, M={m}", rf"linear_kernel{_T}i{tokens}ELb1E", m, 4 * (16 + 8 * 16 * tokens), 2 * 16 * tokens * 1024,
-       lambda m, chip: product(m, NF4_DOUBLE, 16, 16, 1024)) for m, tokens in ((1, 8), (8, 8), (16, 16))),
+      for name, flag, m in (("y", 1, 4096), ("dx", 0, 4096), ("dx", 0, 16))),
+    *((f"{name}, M={m}", rf"few_rows_kernel.*{source}.*Li{tokens}E", m,
+       4 * (table + 8 * tokens * 16 + tokens * 64 + 16 * 65), 2 * 16 * tokens * 1024,
+       lambda m, chip, weight=weight: product(m, weight, 16, 16, 1024))
+      for name, source, table, weight in (("y", f"DenseSource{_T}b1E", 0, DENSE),
+                                          ("y NF4", "Nf4WordsI13__nv_bfloat16E", 16, NF4_DOUBLE))
+      for m, tokens in ((1, 8), (8, 8), (16, 16))),
     ("h, M=4096", rf"h_kernel{_T}i2ELb1E", 4096, 4 * 8 * 32 * 16, 2 * 32 * 16 * 256,
      lambda m, chip: rank_product(m, ceil_div(m, 32), SIZE / 256)),
     ("dh_dlora_b, M=4096", rf"dh_dlora_b_kernel{_T}i2ELb1E", 4096, 2 * 3 * 16 * 512 + 4 * 8 * 16 * 16 + 2 * 16 * 16,

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "adamw.h"
+#include "few_rows.h"
 #include "lora_linear.h"
 #include "nf4.h"
 
@@ -56,6 +57,27 @@ class Arguments {
             pointer<AdamWGroup>("groups"),   pointer<AdamWScalars>("scalars"),
             pointer<float>("partials"),      pointer<double>("max_grad_norm"),
             pointer<float>("grad_norm"),     extent("count")};
+  }
+  RankParts rank_parts(const char* parts, const char* splits, const char* sum) {
+    return {pointer<float>(parts), extent(splits), pointer<float>(sum)};
+  }
+  template <class Weight>
+  LoraFewRows<Weight> few_rows(const Weight& weight) {
+    return {weight,
+            pointer("x"),
+            stride("ld_x"),
+            pointer<float>("column_scale"),
+            pointer("bias"),
+            rank_parts("h_parts", "splits", "h"),
+            pointer("lora_b"),
+            dtype("lora_b_dtype"),
+            pointer("lora_e"),
+            dtype("lora_e_dtype"),
+            pointer("y"),
+            extent("M"),
+            extent("R"),
+            real("scaling"),
+            dtype("dtype")};
   }
   Dropout dropout() { return {pointer<int64_t>("rng"), get<uint32_t>("threshold")}; }
 
@@ -114,7 +136,7 @@ PYBIND11_MODULE(LK_MODULE, m) {
   m.attr("SCALE_COLUMNS") = kScaleColumns;
   m.attr("ADAMW_CHUNK") = kAdamWChunk;
   m.attr("ADAMW_SCALARS") = sizeof(AdamWScalars) / sizeof(float);
-  m.attr("NF4_MAX_TOKENS") = kNf4MaxTokens;
+  m.attr("FEW_ROWS") = kFewRows;
   m.def("dh_columns", &dh_columns, py::arg("R"));
 
   bind(m, "lora_h", &lora_h, [](Arguments& a) {
@@ -132,14 +154,21 @@ PYBIND11_MODULE(LK_MODULE, m) {
                  a.dtype("dtype")};
   });
   bind(m, "lora_gemm", &lora_gemm, [](Arguments& a) {
-    return LoraGemm{a.pointer("x"),          a.stride("ld_x"),      a.pointer("weight"),
-                    a.stride("stride_wn"),   a.stride("stride_wk"), a.pointer<float>("column_scale"),
-                    a.pointer("bias"),       a.pointer<float>("u"), a.pointer("lora_e"),
-                    a.dtype("lora_e_dtype"), a.pointer("v"),        a.dtype("v_dtype"),
-                    a.stride("stride_vr"),   a.stride("stride_vn"), a.pointer("out"),
-                    a.extent("M"),           a.extent("N"),         a.extent("K"),
-                    a.extent("R"),           a.real("scale"),       a.dropout(),
-                    a.dtype("dtype")};
+    return LoraGemm{a.pointer("x"),        a.stride("ld_x"),
+                    a.pointer("weight"),   a.stride("stride_wn"),
+                    a.stride("stride_wk"), a.pointer<float>("column_scale"),
+                    a.pointer("bias"),     a.rank_parts("u_parts", "splits", "u"),
+                    a.pointer("lora_e"),   a.dtype("lora_e_dtype"),
+                    a.pointer("v"),        a.dtype("v_dtype"),
+                    a.stride("stride_vr"), a.stride("stride_vn"),
+                    a.pointer("out"),      a.extent("M"),
+                    a.extent("N"),         a.extent("K"),
+                    a.extent("R"),         a.real("scale"),
+                    a.dropout(),           a.dtype("dtype")};
+  });
+  bind(m, "lora_few_rows", &lora_few_rows, [](Arguments& a) {
+    return a.few_rows(
+        DenseWeight{a.pointer("weight"), a.stride("ld_weight"), a.get<int64_t>("N"), a.get<int64_t>("K")});
   });
   bind(m, "column_scale_bwd", &column_scale_bwd, [](Arguments& a) {
     return ColumnScaleBwd{a.pointer("dy"),
@@ -207,13 +236,7 @@ PYBIND11_MODULE(LK_MODULE, m) {
   });
   bind(m, "nf4_dequantize", &nf4_dequantize,
        [](Arguments& a) { return Nf4Dequantize{a.nf4_weight(), a.pointer("out"), a.dtype("dtype")}; });
-  bind(m, "nf4_linear", &nf4_linear, [](Arguments& a) {
-    return Nf4Linear{
-        a.nf4_weight(),      a.pointer("x"),          a.stride("ld_x"),    a.pointer<float>("column_scale"),
-        a.pointer("bias"),   a.pointer<float>("h"),   a.pointer("lora_b"), a.dtype("lora_b_dtype"),
-        a.pointer("lora_e"), a.dtype("lora_e_dtype"), a.pointer("y"),      a.extent("M"),
-        a.extent("R"),       a.real("scaling"),       a.dtype("dtype")};
-  });
+  bind(m, "nf4_few_rows", &nf4_few_rows, [](Arguments& a) { return a.few_rows(a.nf4_weight()); });
   bind(m, "adamw_prepare", &adamw_prepare, [](Arguments& a) { return a.adamw(); });
   bind(m, "adamw_step", &adamw_step, [](Arguments& a) { return a.adamw(); });
 

@@ -1,4 +1,5 @@
 #include "dispatch.cuh"
+#include "few_rows.cuh"
 #include "launch.cuh"
 #include "lora_linear.h"
 #include "numeric.cuh"
@@ -122,9 +123,9 @@ __device__ __forceinline__ void add_low_rank(float (&acc)[kWarpM / 16][kWarpN / 
       T* v_tile = u_tile + kBlockM * kBlockK;
       const int m = threadIdx.x / 2, u_rank = k + threadIdx.x % 2 * 8;
       float e[8];
+      load_h(e, p.u, p.M, p.R, m0 + m, r0 + u_rank, m0 + m < p.M ? ranks - u_rank : 0, n0 == 0);
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        e[i] = m0 + m < p.M && u_rank + i < ranks ? p.u[int64_t(m0 + m) * p.R + r0 + u_rank + i] * p.scale : 0.f;
+      for (int i = 0; i < 8; ++i) e[i] *= p.scale;
       if (p.lora_e != nullptr) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
@@ -282,6 +283,34 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) gemm_kernel(LoraGe
   }
 }
 
+// For few_rows_kernel: the lanes of a row take neighbouring chunks.
+template <class T, bool kIsAligned>
+class DenseSource {
+ public:
+  using Weight = DenseWeight;
+  static constexpr bool kAligned = kIsAligned;
+  // What two blocks have in flight covers the latency of memory.
+  static constexpr int kSharedFloats = 0, kBlocks = kAligned ? 2 : 1;
+  struct Loaded {
+    uint4 chunks[4];
+  };
+
+  __device__ __forceinline__ DenseSource(const DenseWeight& weight, float*) : w_(weight) {}
+  __device__ __forceinline__ static int column(int q, int c) { return 32 * c + 8 * q; }
+
+  __device__ __forceinline__ Loaded load(int64_t n, int k, int q) const {
+    const T* row = static_cast<const T*>(w_.data) + n * w_.ld;
+    Loaded loaded;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) loaded.chunks[c] = load8<kAligned>(row, k + column(q, c), n < w_.N ? int(w_.K) : 0);
+    return loaded;
+  }
+  __device__ __forceinline__ uint4 chunk(const Loaded& from, int c) const { return from.chunks[c]; }
+
+ private:
+  const DenseWeight& w_;
+};
+
 }  // namespace
 
 cudaError_t lora_h(const LoraH& p, cudaStream_t stream) {
@@ -311,6 +340,15 @@ cudaError_t lora_gemm(const LoraGemm& p, cudaStream_t stream) {
     const auto scaled = k_major ? gemm_kernel<T, true, true, kAligned> : gemm_kernel<T, false, true, kAligned>;
     const dim3 grid(int64_t(ceil_div(p.M, kBlockM)) * ceil_div(p.N, kBlockN));
     return launch(p.column_scale == nullptr ? plain : scaled, grid, dim3(kThreads), kGemmSharedBytes, stream, p);
+  });
+}
+
+cudaError_t lora_few_rows(const LoraFewRows<DenseWeight>& p, cudaStream_t stream) {
+  const bool is_aligned =
+      aligned(p.x) && aligned(p.weight.data) && p.ld_x % 8 == 0 && p.weight.ld % 8 == 0 && p.weight.K % 8 == 0;
+  return dispatch(p.dtype, is_aligned, [&](auto type, auto flag) {
+    using T = typename decltype(type)::type;
+    return launch_few_rows<DenseSource<T, decltype(flag)::value>, T>(p, stream);
   });
 }
 

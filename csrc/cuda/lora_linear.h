@@ -9,7 +9,9 @@
 #pragma once
 
 #include "dtype.cuh"
+#include "few_rows.h"
 #include "launch.cuh"
+#include "rank_parts.h"
 
 namespace lora_kernels::cuda {
 
@@ -40,7 +42,8 @@ struct LoraH {
 };
 
 // out [M,N] = column_scale ∘ (x [M,K] weightᵀ + dropout(scale · (u ∘ lora_e) v)) + bias, u [M,R] and v [R,N]. Forward:
-// x, W, h and lora_bᵀ. Backward: dy, Wᵀ, dh and lora_a, with N and K changing places. One stride of weight is 1.
+// x, W, h and lora_bᵀ. Backward: dy, Wᵀ, dh, in one part, and lora_a, with N and K changing places. One stride of
+// weight is 1.
 struct LoraGemm {
   const void* x;
   int64_t ld_x;
@@ -48,7 +51,7 @@ struct LoraGemm {
   int64_t stride_wn, stride_wk;
   const float* column_scale;  // [N] or null
   const void* bias;           // [N] or null
-  const float* u;
+  RankParts u;
   const void* lora_e;  // [R] or null
   DType lora_e_dtype;
   const void* v;
@@ -59,6 +62,12 @@ struct LoraGemm {
   float scale;
   Dropout dropout;
   DType dtype;
+};
+
+// For lora_few_rows: rows of one element type, ld elements apart.
+struct DenseWeight {
+  const void* data;
+  int64_t ld, N, K;
 };
 
 // Of y = column_scale ∘ z + bias: dz = dy ∘ column_scale, contiguous, and dscale_parts [splits,N] of Σ_m dy ∘ z over
@@ -129,6 +138,7 @@ struct LoraDloraA {
 // Each queues one kernel on `stream` of the current device.
 cudaError_t lora_h(const LoraH& params, cudaStream_t stream);
 cudaError_t lora_gemm(const LoraGemm& params, cudaStream_t stream);
+cudaError_t lora_few_rows(const LoraFewRows<DenseWeight>& params, cudaStream_t stream);
 cudaError_t column_scale_bwd(const ColumnScaleBwd& params, cudaStream_t stream);
 cudaError_t lora_dh_dlora_b(const LoraDhDloraB& params, cudaStream_t stream);
 cudaError_t lora_reduce(const LoraReduce& params, cudaStream_t stream);

@@ -2,9 +2,9 @@
 
 #include "../nf4_format.h"
 #include "dispatch.cuh"
+#include "few_rows.cuh"
 #include "nf4.h"
 #include "numeric.cuh"
-#include "ptx.cuh"
 
 namespace lora_kernels::cuda {
 namespace {
@@ -145,114 +145,79 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Nf4Dequantize p) {
   }
 }
 
-constexpr int kRows = 16;
+// For few_rows_kernel: a lane's 32 columns of W are neighbours.
+class Nf4Source {
+ public:
+  using Weight = Nf4Weight;
+  static constexpr int kSharedFloats = 16, kBlocks = 3;
 
-template <int kTokens>
-constexpr size_t linear_shared_bytes() {
-  return sizeof(float) * (16 + kWarps * kRows * kTokens);
-}
-
-// Elements k to k + 7 of row n, rounded to T, zeros beyond the row: for rows that don't begin with a block.
-template <class T>
-__device__ __forceinline__ uint4 decode_any(const Nf4Weight& w, const float* code, int64_t n, int k) {
-  float v[8];
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    v[e] = 0;
-    if (n < w.N && k + e < w.K) {
-      const int64_t i = n * w.K + k + e;
-      v[e] = __fmul_rn(code[w.packed[i / 2] >> (1 - i % 2) * 4 & 15], absmax_at(w, i >> w.block_shift));
-    }
+  __device__ __forceinline__ Nf4Source(const Nf4Weight& weight, float* shared) : w_(weight), code_(shared) {
+    fill_code(shared);
+    __syncthreads();
   }
-  return pack8<T>(v);
-}
+  __device__ __forceinline__ static int column(int q, int c) { return 32 * q + 8 * c; }
 
-// A block makes kRows columns of y for all tokens; its warps divide K. The weight is the A operand, so that one product
-// serves 8 tokens. As in h_kernel, the order of the sum is free: a lane takes 32 neighbours of a row, 16 bytes of
-// packed values in one block of the weight. kAligned: K is a multiple of 32.
-template <class T, int kTokens, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 3) linear_kernel(Nf4Linear p) {
-  float* code = dynamic_shared<float>();
-  float* sums = code + 16;  // [kWarps, kTokens, kRows]
-  fill_code(code);
-  __syncthreads();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int64_t n0 = int64_t(blockIdx.x) * kRows;
-  const Nf4Weight& w = p.weight;
-  const int K = int(w.K);
+ protected:
+  const Nf4Weight& w_;
+  const float* code_;
+};
 
-  auto load_weight = [&](int k, uint4(&words)[2], float (&absmax)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = n0 + 8 * half + g, i = n * K + k;
-      const bool valid = n < w.N && k < K;
-      words[half] = valid ? *reinterpret_cast<const uint4*>(w.packed + i / 2) : make_uint4(0, 0, 0, 0);
-      absmax[half] = valid ? absmax_at(w, i >> w.block_shift) : 0.f;
-    }
+// For rows that are multiples of 32 elements: a lane's columns are 16 bytes of packed values in one block of the
+// weight.
+template <class T>
+class Nf4Words : public Nf4Source {
+ public:
+  using Nf4Source::Nf4Source;
+  static constexpr bool kAligned = true;
+  struct Loaded {
+    uint4 words;
+    float absmax;
   };
 
-  float acc[kTokens / 8][4] = {};
-  uint4 words[2], next_words[2];
-  float absmax[2], next_absmax[2];
-  if constexpr (kAligned) load_weight(128 * warp + 32 * q, next_words, next_absmax);
-  for (int k0 = 128 * warp; k0 < K; k0 += 128 * kWarps) {
-    const int k = k0 + 32 * q;
-    if constexpr (kAligned) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) words[half] = next_words[half], absmax[half] = next_absmax[half];
-      load_weight(k + 128 * kWarps, next_words, next_absmax);
-    }
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      uint4 a[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if constexpr (kAligned) {
-          const uint32_t word = c == 0   ? words[half].x
-                                : c == 1 ? words[half].y
-                                : c == 2 ? words[half].z
-                                         : words[half].w;
-          float v[8];
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = __fmul_rn(code[code_in(word, e)], absmax[half]);
-          a[half] = pack8<T>(v);
-        } else {
-          a[half] = decode_any<T>(w, code, n0 + 8 * half + g, k + 8 * c);
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < kTokens / 8; ++t) {
-        const int m = 8 * t + g;
-        const uint4 x = load8<kAligned>(static_cast<const T*>(p.x) + m * p.ld_x, k + 8 * c, m < p.M ? K : 0);
-        mma_m16n8k16(acc[t], {a[0].x, a[1].x, a[0].y, a[1].y}, {x.x, x.y}, (T*)nullptr);
-        mma_m16n8k16(acc[t], {a[0].z, a[1].z, a[0].w, a[1].w}, {x.z, x.w}, (T*)nullptr);
-      }
-    }
+  __device__ __forceinline__ Loaded load(int64_t n, int k, int q) const {
+    const int K = int(w_.K);
+    const int64_t i = n * K + k + 32 * q;
+    if (n >= w_.N || k + 32 * q >= K) return {make_uint4(0, 0, 0, 0), 0.f};
+    return {*reinterpret_cast<const uint4*>(w_.packed + i / 2), absmax_at(w_, i >> w_.block_shift)};
   }
-#pragma unroll
-  for (int t = 0; t < kTokens / 8; ++t)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sums[(warp * kTokens + 8 * t + 2 * q + e % 2) * kRows + e / 2 * 8 + g] = acc[t][e];
-  __syncthreads();
 
-  const int m = threadIdx.x / kRows;
-  const int64_t n = n0 + threadIdx.x % kRows;
-  if (m >= p.M || n >= w.N) return;
-  float y = 0;
-  for (int i = 0; i < kWarps; ++i) y += sums[i * kTokens * kRows + threadIdx.x];
-  float low_rank = 0;
-  for (int r = 0; r < p.R; ++r) {
-    float h = p.h[int64_t(m) * p.R + r];
-    if (p.lora_e != nullptr) h *= load_any<T>(p.lora_e, p.lora_e_dtype, r);
-    low_rank += h * load_any<T>(p.lora_b, p.lora_b_dtype, n * p.R + r);
+  __device__ __forceinline__ uint4 chunk(const Loaded& from, int c) const {
+    const uint4& words = from.words;
+    const uint32_t word = c == 0 ? words.x : c == 1 ? words.y : c == 2 ? words.z : words.w;
+    float v[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = __fmul_rn(code_[code_in(word, e)], from.absmax);
+    return pack8<T>(v);
   }
-  y += p.scaling * low_rank;
-  if (p.column_scale != nullptr) y *= p.column_scale[n];
-  if (p.bias != nullptr) y += to_float(static_cast<const T*>(p.bias)[n]);
-  static_cast<T*>(p.y)[m * w.N + n] = from_float<T>(y);
-}
+};
 
-static_assert(kThreads >= kRows * kNf4MaxTokens, "one thread for each element of y");
+// For rows that don't begin with a block: element by element, and only when a chunk is wanted.
+template <class T>
+class Nf4Elements : public Nf4Source {
+ public:
+  using Nf4Source::Nf4Source;
+  static constexpr bool kAligned = false;
+  struct Loaded {
+    int64_t n;
+    int k;
+  };
+
+  __device__ __forceinline__ Loaded load(int64_t n, int k, int q) const { return {n, k + 32 * q}; }
+
+  __device__ __forceinline__ uint4 chunk(const Loaded& from, int c) const {
+    float v[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int k = from.k + 8 * c + e;
+      v[e] = 0;
+      if (from.n < w_.N && k < w_.K) {
+        const int64_t i = from.n * w_.K + k;
+        v[e] = __fmul_rn(code_[w_.packed[i / 2] >> (1 - i % 2) * 4 & 15], absmax_at(w_, i >> w_.block_shift));
+      }
+    }
+    return pack8<T>(v);
+  }
+};
 
 }  // namespace
 
@@ -289,16 +254,12 @@ cudaError_t nf4_dequantize(const Nf4Dequantize& p, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-cudaError_t nf4_linear(const Nf4Linear& p, cudaStream_t stream) {
-  if (p.M > kNf4MaxTokens) return cudaErrorInvalidValue;
+cudaError_t nf4_few_rows(const LoraFewRows<Nf4Weight>& p, cudaStream_t stream) {
   const bool is_aligned = aligned(p.x) && aligned(p.weight.packed) && p.ld_x % 8 == 0 && p.weight.K % 32 == 0;
-  const dim3 grid(ceil_div(p.weight.N, int64_t(kRows)));
   return dispatch(p.dtype, is_aligned, [&](auto type, auto flag) {
     using T = typename decltype(type)::type;
-    constexpr bool kAligned = decltype(flag)::value;
-    return p.M <= 8
-               ? launch(linear_kernel<T, 8, kAligned>, grid, dim3(kThreads), linear_shared_bytes<8>(), stream, p)
-               : launch(linear_kernel<T, 16, kAligned>, grid, dim3(kThreads), linear_shared_bytes<16>(), stream, p);
+    using Source = std::conditional_t<decltype(flag)::value, Nf4Words<T>, Nf4Elements<T>>;
+    return launch_few_rows<Source, T>(p, stream);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dtype.cuh"
+#include "few_rows.h"
 #include "launch.cuh"
 
 namespace lora_kernels::cuda {
@@ -44,31 +45,10 @@ struct Nf4Dequantize {
   DType dtype;
 };
 
-// y [M,N] = column_scale ∘ (x [M,K] Wᵀ + scaling · (h ∘ lora_e) lora_bᵀ) + bias for M <= kNf4MaxTokens, W rounded to
-// dtype (bfloat16 or float16, that of x, bias and y) as in the dense product. h [M,R] float32, lora_b [N,R]; R may be
-// 0.
-struct Nf4Linear {
-  Nf4Weight weight;
-  const void* x;
-  int64_t ld_x;
-  const float* column_scale;  // or null
-  const void* bias;           // or null
-  const float* h;
-  const void* lora_b;
-  DType lora_b_dtype;
-  const void* lora_e;  // or null
-  DType lora_e_dtype;
-  void* y;
-  int M, R;
-  float scaling;
-  DType dtype;
-};
-constexpr int kNf4MaxTokens = 16;
-
 // Each queues one kernel on `stream` of the current device.
 cudaError_t nf4_quantize(const Nf4Quantize& params, cudaStream_t stream);
 cudaError_t nf4_quantize_absmax(const Nf4QuantizeAbsmax& params, cudaStream_t stream);
 cudaError_t nf4_dequantize(const Nf4Dequantize& params, cudaStream_t stream);
-cudaError_t nf4_linear(const Nf4Linear& params, cudaStream_t stream);
+cudaError_t nf4_few_rows(const LoraFewRows<Nf4Weight>& params, cudaStream_t stream);
 
 }  // namespace lora_kernels::cuda

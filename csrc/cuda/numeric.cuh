@@ -3,6 +3,7 @@
 
 #include "dtype.cuh"
 #include "launch.cuh"
+#include "rank_parts.h"
 
 #ifndef LK_SIMT
 #include <cuda_bf16.h>
@@ -77,6 +78,34 @@ __device__ __forceinline__ void store_any(void* data, DType dtype, int64_t i, fl
     static_cast<float*>(data)[i] = value;
   else
     static_cast<T*>(data)[i] = from_float<T>(value);
+}
+
+// h[m, r] and following, zeros from the count-th on: the parts added up in order; kept, in h.sum, where `keep`.
+template <int kRanks>
+__device__ __forceinline__ void load_h(float (&e)[kRanks], const RankParts& h, int M, int R, int m, int r, int count,
+                                       bool keep) {
+  const int64_t first = int64_t(m) * R + r, size = int64_t(M) * R;
+#pragma unroll
+  for (int i = 0; i < kRanks; ++i) e[i] = 0;
+  // Eight loads at once, predicated, since a loop over what is left of the parts would wait for each.
+  constexpr int kBatch = 8 / kRanks;
+#pragma unroll 1
+  for (int part = 0; part < h.splits; part += kBatch) {
+    float more[kBatch][kRanks];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+#pragma unroll
+      for (int i = 0; i < kRanks; ++i)
+        more[j][i] = part + j < h.splits && i < count ? h.parts[(part + j) * size + first + i] : 0.f;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+#pragma unroll
+      for (int i = 0; i < kRanks; ++i) e[i] += more[j][i];
+  }
+  if (!keep || h.sum == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kRanks; ++i)
+    if (i < count) h.sum[first + i] = e[i];
 }
 
 // Elements `column` to column + 7 of a row of 16-bit values that ends at `columns`, zeros beyond. kAligned: row and
