@@ -20,7 +20,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -155,30 +155,37 @@ def _is_capturing() -> bool:
 
 @functools.cache
 def vendor_backend() -> SimpleNamespace:
-    """lora_linear's two functions with the large products by the vendor's library."""
+    """lora_linear's functions with the large products by the vendor's library."""
     from lora_kernels import triton
 
-    names = ("lora_linear_fwd", "lora_linear_bwd")
+    names = ("lora_linear_fwd", "lora_linear_bwd", "lora_linear_group_fwd", "lora_linear_group_bwd")
     functions = {name: functools.partial(getattr(triton, name), by_vendor=True) for name in names}
     return SimpleNamespace(**functions, column_scale_bwd=triton.column_scale_bwd)
 
 
-def _candidates(x: Tensor) -> dict[str, ModuleType | SimpleNamespace]:
+def _candidates(x: Tensor, op: str) -> dict[str, ModuleType | SimpleNamespace]:
     from lora_kernels import cuda, triton
 
     found = {"triton": triton}
-    if cuda.unavailable is None and x.dtype in cuda.ACTIVATION_DTYPES:
+    if hasattr(cuda, op) and cuda.unavailable is None and x.dtype in cuda.ACTIVATION_DTYPES:
         found["cuda"] = cuda
     if vendor.unsupported(x.dtype) is None:
         found["vendor"] = vendor_backend()
     return found
 
 
-def resolve(op: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: tuple, args: tuple) -> Any:
-    """The module, or what has its functions, to run `op` of lora_linear with `args`.
+def _kind(weight: Tensor | NF4) -> str:
+    if isinstance(weight, NF4):
+        return f"nf4/{weight.block_size}"
+    return "dense" if weight.stride(1) == 1 else "transposed"
 
-    variant: what of the arguments, besides the sizes and the kind of weight, changes the work. Raises ValueError for an
-    unknown LORA_KERNELS_STRATEGY, RuntimeError where it says "vendor" and that can't be used here.
+
+def resolve(op: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], variant: tuple, args: tuple) -> Any:
+    """The module, or what has its functions, to run `op` of lora_linear, or of its group, with `args`.
+
+    layers: (weight, lora_a) of each layer; variant: what of the arguments, besides the sizes and the kind of weight,
+    changes the work. Raises ValueError for an unknown LORA_KERNELS_STRATEGY, RuntimeError where it says "vendor" and
+    that can't be used here.
     """
     backend = backends.resolve(x, activations=True)
     if not _is_on_gpu(x) or backends.selected() != "auto" or backend.__name__ != "lora_kernels.triton":
@@ -189,18 +196,18 @@ def resolve(op: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: t
     if asked == "vendor":
         if reason := vendor.unsupported(x.dtype):
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=vendor can't be used with x of {x.dtype}: {reason}")
-        return _candidates(x)["vendor"]
-    (M, K), N, R = x.shape, weight.shape[0], lora_a.shape[0]
-    kind = f"nf4/{weight.block_size}" if isinstance(weight, NF4) else "dense" if weight.stride(1) == 1 else "transposed"
+        return _candidates(x, op)["vendor"]
+    M, K = x.shape
     rows = 1 << (M - 1).bit_length()
     choices = _choices()
-    case = (op, variant, x.get_device(), x.dtype, lora_a.dtype, kind, rows, N, K, R)
+    sizes = tuple((_kind(weight), weight.shape[0], lora_a.shape[0], lora_a.dtype) for weight, lora_a in layers)
+    case = (op, variant, x.get_device(), x.dtype, rows, K, sizes)
     if (backend := choices.resolved.get(case)) is not None:
         return backend
     flags = "".join(str(int(flag)) for flag in variant)
-    dtypes = f"{x.dtype}/{lora_a.dtype}".replace("torch.", "")
-    key = f"{op} {flags}, {_gpu_name(x.get_device())}, {dtypes}, {kind}, M<={rows} N={N} K={K} R={R}"
-    candidates = _candidates(x)
+    each = ", ".join(f"{kind} N={N} R={R} {dtype}" for kind, N, R, dtype in sizes)
+    key = f"{op} {flags}, {_gpu_name(x.get_device())}, {x.dtype}, M<={rows} K={K}, {each}".replace("torch.", "")
+    candidates = _candidates(x, op)
     chosen = choices.get(key)
     if chosen not in candidates:
         if _is_capturing():

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_kernels import reference
+from lora_kernels import NF4Weight, Projection, quantize_nf4, reference
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 FP32 = torch.float32
@@ -97,3 +97,44 @@ class GuardedBuffers:
     def check(self):
         for arena in self.arenas:
             assert (arena[: self.PAD] == CANARY).all() and (arena[-self.PAD :] == CANARY).all()
+
+
+GROUP = ((130, 4), (33, 7), (64, 16))  # N and R of its layers
+
+
+def group_case(M, dtype, adapter_dtype, nf4):
+    layers, dys = [], []
+    for index, (N, R) in enumerate(GROUP):
+        t = lora_inputs(M, N, 129, R, dtype, adapter_dtype, bias=index != 1, lora_e=index == 1, seed=index)
+        weight = quantize_nf4(t["weight"]) if nf4 else t["weight"]
+        layers.append(Projection(weight, t["lora_a"], t["lora_b"], 0.7 + index, t["bias"], t["lora_e"]))
+        dys.append(torch.randn(M, N, generator=torch.Generator().manual_seed(index)).to(dtype))
+    return lora_inputs(M, 1, 129, 1, dtype, seed=9)["x"], layers, dys
+
+
+def group_results(function, x, layers, dys, dropout_p, dtype=None):
+    """y of each layer, dx and the gradients of the adapters, in the dtypes given or in one for all."""
+    x, dys = x.to(dtype or x.dtype).requires_grad_(), [dy.to(dtype or dy.dtype) for dy in dys]
+    layers = [
+        layer._replace(**{
+            name: getattr(layer, name).to(dtype or getattr(layer, name).dtype).requires_grad_(name != "bias")
+            for name in ("lora_a", "lora_b", "bias", "lora_e")
+            if getattr(layer, name) is not None
+        })
+        for layer in layers
+    ]  # fmt: skip
+    adapters = [t for layer in layers for t in (layer.lora_a, layer.lora_b, layer.lora_e) if t is not None]
+    torch.manual_seed(3)
+    ys = function(x, layers, dropout_p)
+    return [*ys, *torch.autograd.grad(ys, [x, *adapters], dys)]
+
+
+def one_by_one(x, layers, dropout_p):
+    """reference.lora_linear_ref of each layer, all with the mask that a group draws."""
+    rng = torch.randint(2**62, (2,), dtype=torch.int64) if dropout_p else None
+    ys = []
+    for weight, lora_a, lora_b, scaling, bias, lora_e, _ in layers:
+        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight
+        args = (dense.to(x.dtype), lora_a, lora_b, scaling, bias, lora_e)
+        ys.append(reference.lora_linear_ref(x, *args, dropout_p, rng))
+    return tuple(ys)

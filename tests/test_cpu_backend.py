@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from lora_cases import group_case, group_results, one_by_one
 
-from lora_kernels import NF4Weight, Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
+from lora_kernels import Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
 from lora_kernels.ops.lora_linear import frozen_linear
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
@@ -111,47 +112,6 @@ def test_gradients_of_a_column_scale(isa):
     torch.testing.assert_close(first, dscale)
 
 
-GROUP = ((130, 4), (33, 7), (64, 16))  # N and R of its layers
-
-
-def group_case(M, dtype, adapter_dtype, nf4):
-    layers, dys = [], []
-    for index, (N, R) in enumerate(GROUP):
-        t = lora_inputs(M, N, 129, R, dtype, adapter_dtype, bias=index != 1, lora_e=index == 1, seed=index)
-        weight = quantize_nf4(t["weight"]) if nf4 else t["weight"]
-        layers.append(Projection(weight, t["lora_a"], t["lora_b"], 0.7 + index, t["bias"], t["lora_e"]))
-        dys.append(torch.randn(M, N, generator=torch.Generator().manual_seed(index)).to(dtype))
-    return lora_inputs(M, 1, 129, 1, dtype, seed=9)["x"], layers, dys
-
-
-def group_results(function, x, layers, dys, dropout_p, dtype=None):
-    """y of each layer, dx and the gradients of the adapters, in the dtypes given or in one for all."""
-    x, dys = x.to(dtype or x.dtype).requires_grad_(), [dy.to(dtype or dy.dtype) for dy in dys]
-    layers = [
-        layer._replace(**{
-            name: getattr(layer, name).to(dtype or getattr(layer, name).dtype).requires_grad_(name != "bias")
-            for name in ("lora_a", "lora_b", "bias", "lora_e")
-            if getattr(layer, name) is not None
-        })
-        for layer in layers
-    ]  # fmt: skip
-    adapters = [t for layer in layers for t in (layer.lora_a, layer.lora_b, layer.lora_e) if t is not None]
-    torch.manual_seed(3)
-    ys = function(x, layers, dropout_p)
-    return [*ys, *torch.autograd.grad(ys, [x, *adapters], dys)]
-
-
-def one_by_one(x, layers, dropout_p):
-    """reference.lora_linear_ref of each layer, all with the mask that a group draws."""
-    rng = torch.randint(2**62, (2,), dtype=torch.int64) if dropout_p else None
-    ys = []
-    for weight, lora_a, lora_b, scaling, bias, lora_e, _ in layers:
-        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight
-        args = (dense.to(x.dtype), lora_a, lora_b, scaling, bias, lora_e)
-        ys.append(reference.lora_linear_ref(x, *args, dropout_p, rng))
-    return tuple(ys)
-
-
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("M", [3, 65, 140])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -184,9 +144,9 @@ def test_few_rows_read_every_element_of_nf4(isa, M, block_size, double_quant):
     assert_close_to_reference(y, x @ dense.T, x.double() @ dense.double().T, "y")
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("dtype, native", [(FP32, False), (BF16, False), (BF16, True), (FP16, False)])
 @pytest.mark.parametrize("M", [1, 8, 30])
-def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, M):
+def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, native, M):
     inputs = lora_inputs(M, 1030, 1024, 1, dtype, bias=True)
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     plain = torch.nn.functional.linear(x, weight, bias)
@@ -194,8 +154,12 @@ def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, M):
     torchs = []
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: torchs.append(args) or plain)
     monkeypatch.setattr(cpu, "own_rows", lambda: cpu.OwnRows(128, 16, 32, 0))
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
     with torch.no_grad():
         y = frozen_linear(x.view(M, 1, 1024), weight, bias)
+        if native and M > 16:
+            assert len(torchs) == 1
+            return
         assert not torchs and y.shape == (M, 1, 1030)
         assert_close_to_reference(y.view(M, 1030), plain, exact, "y")
         # Small, many rows, of another layout, on another backend.
@@ -342,11 +306,12 @@ def test_needs(isa, needs):
         assert torch.equal(some[name], everything[name]) if need else some[name] is None
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("dtype, native", [(FP32, False), (BF16, False), (BF16, True), (FP16, False)])
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9999999])
 @pytest.mark.parametrize("rng", [[0, 0], [2**63 - 1, 2**40 + 9], [-1, 2**31]], ids=str)
-def test_mask_is_the_references(isa, dtype, dropout_p, rng):
+def test_mask_is_the_references(isa, monkeypatch, dtype, native, dropout_p, rng):
     """x = 1 and lora_a = identity make h the mask itself; dh = 1 makes it dx."""
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
     M, K = 101, 273
     rng = torch.tensor(rng)
     keep = reference.keep_mask(rng, dropout_p, M, K)
@@ -360,7 +325,9 @@ def test_mask_is_the_references(isa, dtype, dropout_p, rng):
     args = (torch.ones(M, 1, dtype=dtype), x, h, zero, torch.ones(1, K), torch.ones(1, 1), 1.0)
     dx, dlora_a, _, _ = cpu.lora_linear_bwd(*args, None, dropout_p, rng, (True, True, False, False))
     if scale < 60000:
-        assert torch.equal(dx != 0, keep)
+        # A native product has the term in all of dx, rounded; where it was dropped it is taken out again, unrounded.
+        left = scale * torch.finfo(dtype).eps / 2 if native else 0.0
+        assert (dx[keep] == torch.tensor(scale, dtype=dtype)).all() and (dx[~keep].abs() <= left).all()
     torch.testing.assert_close(dlora_a[0], keep.sum(0) * scale, rtol=1e-6, atol=0)
 
 

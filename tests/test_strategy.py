@@ -145,7 +145,7 @@ def fake_gpu(monkeypatch, path):
     monkeypatch.setattr(strategy, "_is_on_gpu", lambda x: True)
     monkeypatch.setattr(strategy, "_is_capturing", lambda: False)
     monkeypatch.setattr(strategy, "_gpu_name", lambda index: "NVIDIA Imaginary 1")
-    monkeypatch.setattr(strategy, "_candidates", lambda x: candidates)
+    monkeypatch.setattr(strategy, "_candidates", lambda x, op: candidates)
     monkeypatch.setattr(strategy.backends, "resolve", lambda x, activations: candidates["triton"])
     monkeypatch.setattr(strategy, "time_ms", timer)
     choices = strategy.Choices(path)
@@ -177,7 +177,7 @@ def test_forward_and_backward_are_measured_once_a_bucket(fake_gpu):
         step(**change)
         assert ("triton", "lora_linear_fwd") in fake_gpu.log, change
     key = next(iter(json.loads(fake_gpu.choices.path.read_text())["choices"]))
-    assert key == "lora_linear_fwd 000, NVIDIA Imaginary 1, float32/float32, dense, M<=8 N=6 K=7 R=2"
+    assert key == "lora_linear_fwd 000, NVIDIA Imaginary 1, float32, M<=8 K=7, dense N=6 R=2 float32"
 
 
 @pytest.mark.parametrize(("value", "expected"), [("fused", "triton"), ("vendor", "vendor")])

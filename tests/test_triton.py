@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, strided
+from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, group_case, group_results, one_by_one, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import reference
+from lora_kernels import lora_linear_group, reference, use_backend
 from lora_kernels import triton as backend
-from lora_kernels.testing import lora_inputs
+from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -183,6 +183,52 @@ def test_sums_in_parts(monkeypatch, adapter_dtype):
     assert min(parts[lora_linear._h_kernel], parts[lora_linear._dlora_a_kernel]) > 1
 
 
+@pytest.mark.parametrize("adapter_dtype", [BF16, FP32])
+@pytest.mark.parametrize("rank", [3, 20])
+def test_few_rows_add_up_the_parts_of_h(monkeypatch, adapter_dtype, rank):
+    monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": (33, 32)})
+    monkeypatch.setattr(lora_linear, "_programs", lambda t: 24)
+    case = Case(11, 150, 300, rank, dtype=BF16, adapter_dtype=adapter_dtype, bias=True, lora_e=True)
+    functions = lora_linear_fwd, lora_linear_bwd
+    with OperatorLog() as log:
+        case.run(*functions)
+    assert "sum" not in log.names
+    case.check()
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("M", [3, 65])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16)])
+def test_group_matches_float64(monkeypatch, dtype, adapter_dtype, dropout_p, M, nf4):
+    monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": (33, 32)})
+    case = group_case(M, dtype, adapter_dtype, nf4)
+    launches = []
+    launch = lora_linear._LoraLauncher.launch
+    monkeypatch.setattr(
+        lora_linear._LoraLauncher, "launch",
+        lambda self, kernel, *args, **constants: (launches.append(kernel), launch(self, kernel, *args, **constants)),
+    )  # fmt: skip
+    with use_backend("triton"):
+        actual = group_results(lora_linear_group, *case, dropout_p)
+    assert launches.count(lora_linear._h_kernel) == launches.count(lora_linear._dlora_a_kernel) == 1
+    assert launches.count(lora_linear._gemm_kernel) == 3 + 1
+    plain = group_results(one_by_one, *case, dropout_p, dtype)
+    exact = group_results(one_by_one, *case, dropout_p, torch.float64)
+    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_close_to_reference(a, p.to(a.dtype), e, f"result {index}")
+
+
+def test_group_computes_what_is_asked_for():
+    x, layers, dys = group_case(35, FP32, FP32, False)
+    leaves = [x.requires_grad_()] + [t.requires_grad_() for layer in layers for t in (layer.lora_a, layer.lora_b)]
+    with use_backend("triton"):
+        everything = torch.autograd.grad(lora_linear_group(x, layers), leaves, dys)
+        for leaf, expected in zip(leaves, everything, strict=True):
+            (found,) = torch.autograd.grad(lora_linear_group(x, layers), [leaf], dys)
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("options", [dict(bias=True, lora_e=True), dict(dropout_p=0.3, column_scale=True)])
 def test_tiles_by_the_copy_engine(monkeypatch, options, conv1d):
@@ -201,11 +247,11 @@ def test_tiles_by_the_copy_engine(monkeypatch, options, conv1d):
 
 
 def test_what_the_copy_engine_can_not_fetch():
-    run = lora_linear._LoraLauncher(torch.zeros(4, 64, dtype=BF16), 4, 0.0, None, False)
+    run = lora_linear._LoraLauncher(torch.zeros(4, 64, dtype=BF16), 0.0, None, False)
     run.family, config = "sm90", configs.lookup("sm90", "gemm", 16, False)
 
     def by_tma(x, weight, backward=False):
-        return run.by_tma(config, x, weight, backward)
+        return run.by_tma(config, [(x, weight)], backward)
 
     x, weight = torch.zeros(4, 64, dtype=BF16), torch.zeros(32, 64, dtype=BF16)
     assert by_tma(x, weight) is True and by_tma(x, weight, True) is False
@@ -213,7 +259,7 @@ def test_what_the_copy_engine_can_not_fetch():
     assert by_tma(x, torch.zeros(32, 68, dtype=BF16)[:, :64]) is None, "rows that don't start at 16 bytes"
     assert by_tma(torch.zeros(4, 65, dtype=BF16)[:, 1:], weight) is None, "x starts elsewhere"
     assert by_tma(x[:, :0], weight[:, :0]) is None
-    assert run.by_tma(configs.lookup("sm90", "gemm", 16, False, rows=64), x, weight, False) is None
+    assert run.by_tma(configs.lookup("sm90", "gemm", 16, False, rows=64), [(x, weight)], False) is None
 
 
 @pytest.mark.parametrize(("dtype", "K"), [(BF16, 256), (FP32, 300)])

@@ -26,6 +26,13 @@ DIVISIBLE = {
     "stride_xm",
     "stride_dym",
     "stride_om",
+    "stride_x1m",
+    "stride_x2m",
+    "stride_up",
+    "stride_um",
+    "stride_hm",
+    "K1",
+    "K2",
     "rows_per_split",
     "columns_per_split",
     "size",
@@ -119,6 +126,20 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
         """The epilogues over a product of the vendor's."""
         return [{**row, "label": f"{row['label']} finish", "finish": True} for row in gemms(rows)]
 
+    def group(rows: list[dict], layers: int = 3) -> list[dict]:
+        """The large products that make dx of so many layers."""
+        return [
+            {**row, "label": f"{row['label']} of {layers}", "layers": layers}
+            for row in rows
+            if row["low_rank"] == "dx" and row["kernel"].endswith("gemm")
+        ]
+
+    def in_parts(rows: list[dict], parts: int) -> list[dict]:
+        """The products of few rows that add up h."""
+        return [
+            {**row, "label": f"{row['label']} {parts} parts", "parts": parts} for row in rows if row["low_rank"] == "y"
+        ]
+
     def long(rows: list[dict]) -> list[dict]:
         return [row for row in rows if row["kernel"] == "dlora_a"]
 
@@ -129,6 +150,8 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
     chosen += tma(some("bf16", 16)) + tma(sized(some("bf16", 16), *mid)) + finish(some("bf16", 16))
     for size in (mid, small, low):
         chosen += sized(some("bf16", 16), *size)
+    chosen += group(some("bf16", 16)) + group(tma(some("bf16", 16))) + in_parts(skinny(some("bf16", 16)), 32)
+    chosen += in_parts(nf4("bf16", rows=16, double=True), 32)
     for rows in (32, 64):
         chosen += [{**row, "label": f"{row['label']} M={rows}", "rows": rows} for row in nf4("bf16")]
     if dtypes:
@@ -136,6 +159,11 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
     if full:
         for rows in (some("bf16", 16, dropout=False), some("fp16", 64, conv1d=True), scaled(some("bf16", 16))):
             chosen += tma(rows) + tma(sized(rows, *mid)) + finish(rows)
+        for rows in (some("bf16", 16, even=False), some("bf16", 16, dropout=False), some("fp16", 16, conv1d=True)):
+            chosen += group(rows) + group(rows, 2) + group(tma(rows), 2)
+        chosen += group(some("fp32", 16)) + group(sized(some("bf16", 16), *mid), 2) + group(skinny(some("bf16", 16)))
+        chosen += in_parts(skinny(some("fp32", 16)), 32) + in_parts(skinny(scaled(some("bf16", 64))), 8)
+        chosen += in_parts(nf4("fp32", rows=16), 32)
         chosen += tma(some("bf16", 16, even=False)) + tma(sized(some("bf16", 16, even=False), *mid))
         for rows in (32, 64):
             uneven = nf4("bf16", block_size=32, even=False)
@@ -208,10 +236,32 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         constants["column_scale_ptr"] = None
     if constants.get("HAS_DROPOUT") is False:
         constants["rng_ptr"] = None
+    if variant.get("parts", 1) == 1:
+        constants["u_sum_ptr"] = None
+    constants |= {"PARTS": variant.get("parts", 1), "OVERLAPS": configs.overlaps(family)}
+    for layer in range(variant.get("layers", 1), 3):
+        absent = [f"x{layer}_ptr", f"w{layer}_ptr", f"x{layer}_desc", f"w{layer}_desc"]
+        constants |= dict.fromkeys(absent)
+    for layer in range(1, variant.get("layers", 1)):
+        constants[f"stride_w{layer}{variant['unit_stride'][-1]}"] = 1
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
     pointers = dict.fromkeys(
-        ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "dy_ptr", "y_ptr", "dz_ptr", "weight_ptr"), variant["dtype"]
+        (
+            "x_ptr",
+            "w_ptr",
+            "x1_ptr",
+            "w1_ptr",
+            "x2_ptr",
+            "w2_ptr",
+            "bias_ptr",
+            "out_ptr",
+            "dy_ptr",
+            "y_ptr",
+            "dz_ptr",
+            "weight_ptr",
+        ),
+        variant["dtype"],
     )
     pointers |= {"rng_ptr": "i64", "packed_ptr": "u8", "codes_ptr": "u8"}
     if "nf4" in variant:
@@ -225,7 +275,7 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         elif name.endswith("_ptr"):
             signature[name] = "*" + pointers.get(name, "fp32")
         elif name.endswith("_desc"):
-            blocks = "MK" if name == "x_desc" else "NK" if constants["W_ROWS"] else "KN"
+            blocks = "MK" if name.startswith("x") else "NK" if constants["W_ROWS"] else "KN"
             rows, columns = (config[f"BLOCK_{letter}"] for letter in blocks)
             signature[name] = f"tensordesc<{variant['dtype']}[{rows}, {columns}]>"
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -53,15 +54,18 @@ def _frozen(weight: Tensor, shape: tuple[int, int], absmax=None, absmax_scale=No
     return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def _run(name: str, x: Tensor, weight: Tensor | NF4, lora_a: Tensor, variant: tuple, *args):
-    """Call the function ``name`` of the backend that is in force, or of the fastest; see `strategy.resolve`."""
+def _run(name: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], variant: tuple, *args):
+    """Call the function ``name`` of the backend that is in force, or of the fastest; see `strategy.resolve`.
+
+    layers: (weight, lora_a) of each.
+    """
     if not torch.is_autocast_enabled(x.device.type):
-        empty = not (x.numel() and weight.shape[0])
-        backend = reference if empty else strategy.resolve(name, x, weight, lora_a, variant, args)
+        empty = not x.numel() or (len(layers) == 1 and not layers[0][0].shape[0])
+        backend = reference if empty else strategy.resolve(name, x, layers, variant, args)
         return getattr(backend, name)(*args)
     # The op has chosen its dtypes already: autocast must not round inside it.
     with torch.autocast(x.device.type, enabled=False):
-        return _run(name, x, weight, lora_a, variant, *args)
+        return _run(name, x, layers, variant, *args)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
@@ -73,7 +77,7 @@ def _fwd(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, colum
     x, lora_a, lora_b, bias, lora_e = _rows(x), lora_a.contiguous(), lora_b.contiguous(), _vector(bias), _vector(lora_e)
     args = (x, frozen, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, _vector(column_scale))
     variant = (bias is not None, dropout_p > 0, column_scale is not None)
-    return _run("lora_linear_fwd", x, frozen, lora_a, variant, *args)
+    return _run("lora_linear_fwd", x, ((frozen, lora_a),), variant, *args)
 
 
 def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs, *nf4_parts):
@@ -81,7 +85,7 @@ def _bwd(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, need
     adapters = (lora_a.contiguous(), lora_b.contiguous())
     tensors = (_rows(dy), _rows(x), h.contiguous(), frozen, *adapters)
     args = (*tensors, scaling, _vector(lora_e), dropout_p, rng, needs)
-    grads = _run("lora_linear_bwd", x, frozen, lora_a, (dropout_p > 0, *needs), *args)
+    grads = _run("lora_linear_bwd", x, ((frozen, lora_a),), (dropout_p > 0, *needs), *args)
     # An op's schema has no optional results: a gradient that nobody asked for is an empty tensor.
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -199,11 +203,11 @@ class _Eager(torch.autograd.Function):
 
 
 class _Group(torch.autograd.Function):
-    """lora_linear_group on the CPU: the backend's two functions, with `_TENSORS` tensors of each layer."""
+    """lora_linear_group by a backend's two functions, with `_TENSORS` tensors of each layer."""
 
     @staticmethod
     def forward(ctx, x, dropout_p, rng, settings, *tensors):
-        results = cpu.lora_linear_group_fwd(x, _projections(x, settings, tensors), dropout_p, rng)
+        results = _group_fwd(x, _projections(x, settings, tensors), dropout_p, rng)
         ctx.save_for_backward(x, rng, *(h for _, h in results), *tensors)
         ctx.dropout_p, ctx.settings = dropout_p, settings
         return tuple(y for y, _ in results)
@@ -216,12 +220,22 @@ class _Group(torch.autograd.Function):
         need_x, _, _, _, *needs = ctx.needs_input_grad
         needs = [needs[i + 1 : i + 4] for i in range(0, len(needs), _TENSORS)]
         layers = _projections(x, ctx.settings, tensors)
-        with torch.autocast("cpu", enabled=False):
-            dx, grads = cpu.lora_linear_group_bwd(
-                [_rows(dy) for dy in dys], x, hs, layers, ctx.dropout_p, rng, need_x, needs
-            )
+        variant = (ctx.dropout_p > 0, need_x, *chain(*needs))
+        args = ([_rows(dy) for dy in dys], x, hs, layers, ctx.dropout_p, rng, need_x, needs)
+        dx, grads = _run("lora_linear_group_bwd", x, _frozen_and_lora_a(layers), variant, *args)
         adapters = ((None, *adapter, *[None] * (_TENSORS - 4)) for adapter in grads)
         return dx, None, None, None, *(grad for adapter in adapters for grad in adapter)
+
+
+def _group_fwd(
+    x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    variant = (dropout_p > 0, *(layer.bias is not None for layer in layers))
+    return _run("lora_linear_group_fwd", x, _frozen_and_lora_a(layers), variant, x, layers, dropout_p, rng)
+
+
+def _frozen_and_lora_a(layers: Sequence[Projection]) -> tuple[tuple[Tensor | NF4, Tensor], ...]:
+    return tuple((layer.weight, layer.lora_a) for layer in layers)
 
 
 # Of one layer in _Group: weight, lora_a, lora_b, lora_e, bias and the three tensors that come with an NF4 weight.
@@ -302,10 +316,11 @@ def lora_linear(
 def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float = 0.0) -> tuple[Tensor, ...]:
     """`lora_linear` of one x and several layers, such as query, key and value: (y of each layer).
 
-    dropout(x) is one for all of them (as in the merged projections of loralib, Hu et al. 2021). On the CPU x is read
-    once for the low-rank part of all layers, and so is its dropout drawn; backward writes dx once. Elsewhere, and where
-    a weight, a bias or a column_scale is trained or something sees the ops (a compiler, a mode), the layers are
-    computed one after the other, with the same result but for the order in which dx is summed.
+    dropout(x) is one for all of them (as in the merged projections of loralib, Hu et al. 2021). On the CPU, and in
+    groups of up to three by Triton's kernels, x is read once for the low-rank part of all layers, and so is its dropout
+    drawn; backward writes dx once. Elsewhere, and where a weight, a bias or a column_scale is trained or something sees
+    the ops (a compiler, a mode), the layers are computed one after the other, with the same result but for the order in
+    which dx is summed.
 
     Raises as `lora_linear` does, and ValueError where there is no layer.
     """
@@ -336,14 +351,17 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
     if torch.is_grad_enabled():
         ys = _Group.apply(rows, float(dropout_p), rng, settings, *tensors)
     else:
-        results = cpu.lora_linear_group_fwd(rows, _projections(rows, settings, tensors), float(dropout_p), rng)
+        results = _group_fwd(rows, _projections(rows, settings, tensors), float(dropout_p), rng)
         ys = [y for y, _ in results]
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
     """Whether `_Group` takes these layers."""
-    if not is_fused(x):
+    backend = backends.resolve(x, activations=True)
+    if not hasattr(backend, "lora_linear_group_fwd") or len(layers) > getattr(backend, "MAX_GROUP", math.inf):
+        return False
+    if not x.numel():
         return False
     for weight, lora_a, lora_b, _, bias, lora_e, column_scale in layers:
         dense = None if isinstance(weight, NF4Weight) else weight

@@ -24,7 +24,15 @@ else:
 if unavailable is None:
     from .adamw import adamw_step
     from .configs import unsupported_gpu
-    from .lora_linear import INTERPRETED, column_scale_bwd, lora_linear_bwd, lora_linear_fwd
+    from .lora_linear import (
+        INTERPRETED,
+        MAX_GROUP,
+        column_scale_bwd,
+        lora_linear_bwd,
+        lora_linear_fwd,
+        lora_linear_group_bwd,
+        lora_linear_group_fwd,
+    )
     from .nf4 import dequantize_nf4, quantize_nf4
 
     if isinstance(triton.language.zeros, triton.runtime.JITFunction) == INTERPRETED:
@@ -35,11 +43,14 @@ if unavailable is None:
         unavailable = unsupported_gpu()
 
 __all__ = [
+    "MAX_GROUP",
     "adamw_step",
     "column_scale_bwd",
     "dequantize_nf4",
     "lora_linear_bwd",
     "lora_linear_fwd",
+    "lora_linear_group_bwd",
+    "lora_linear_group_fwd",
     "quantize_nf4",
     "unavailable",
 ]

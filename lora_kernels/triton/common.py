@@ -13,6 +13,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 
+try:
+    # Nothing that AMD's compiler knows; only what `configs.overlaps` calls them.
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):

@@ -155,6 +155,11 @@ def by_tma(family: str, config: dict[str, int]) -> bool:
     return family == "sm90" and config["BLOCK_M"] >= 128
 
 
+def overlaps(family: str) -> bool:
+    """Whether kernels of this family may start before the one before them has ended (programmatic dependent launch)."""
+    return family in ("sm90", "sm100")
+
+
 def decodes_inside(family: str, rows: int, backward: bool) -> bool:
     """Whether a product of so many rows decodes its NF4 weight itself."""
     return rows <= _NF4_ROWS[family][backward] if family in _NF4_ROWS else True
