@@ -17,6 +17,10 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kBlockCols = 256;
 // One cache line more than a power of two: a column of the block must not fall into one cache set.
 constexpr int64_t kBlockStride = kBlockCols + 16;
+// A sum over a block is made of sums of so many terms each: of hundreds, added one by one, every addition would round
+// all that came before. It costs 3 to 6 % of these kernels, and the error falls by half.
+constexpr int64_t kPieceDepth = 16;
+
 // Panels of a [P, J] matrix, its columns padded with zeros to a multiple of `pad`: kLanes or kTileCols.
 struct Panels {
   int64_t P, J;
@@ -68,12 +72,23 @@ void accumulate(const float* a, int64_t lda, int64_t rows, const float* b, int64
     constexpr int kCols = decltype(cols)::value;
     for_row_tiles(rows, [&](auto tile, int64_t i) {
       constexpr int kRows = decltype(tile)::value;
-      vf acc[kRows][kCols];
-      multiply<kRows, kCols, kTransposed>(a + (kTransposed ? i : i * lda), lda, b, kCols * kLanes, P, acc);
+      vf total[kRows][kCols] = {};
+      auto piece = [&](int64_t p, int64_t depth) {
+        vf acc[kRows][kCols];
+        multiply<kRows, kCols, kTransposed>(a + (kTransposed ? i + p * lda : i * lda + p), lda, b + p * kCols * kLanes,
+                                            kCols * kLanes, depth, acc);
+#pragma GCC unroll 16
+        for (int ii = 0; ii < kRows; ++ii)
+#pragma GCC unroll 2
+          for (int j = 0; j < kCols; ++j) total[ii][j] += acc[ii][j];
+      };
+      int64_t p = 0;
+      for (; p + kPieceDepth <= P; p += kPieceDepth) piece(p, kPieceDepth);
+      if (p < P) piece(p, P - p);
       for (int ii = 0; ii < kRows; ++ii)
         for (int j = 0; j < kCols; ++j) {
           float* o = out + ((i + ii) * kCols + j) * kLanes;
-          store(o, load(o) + acc[ii][j]);
+          store(o, load(o) + total[ii][j]);
         }
     });
   };
