@@ -48,6 +48,21 @@ def dequantized(backend, parts, dtype):
     return out
 
 
+def assert_is_bitsandbytes(dense, packed, state):
+    """dense, of state's dtype, is what bitsandbytes makes of packed."""
+    dtype, theirs = state.dtype, bnb().dequantize_4bit(packed, state)
+    state.dtype = FP32
+    exact = bnb().dequantize_4bit(packed, state)
+    state.dtype = dtype
+    if dtype == FP16:
+        # Its library for CUDA is compiled for any x86: there its CPU code converts to float16 by hand, and away from
+        # zero what lies halfway between two numbers, for which numpy and the processor take the even one.
+        halfway = exact.view(torch.int32) & 0x1FFF == 0x1000
+        assert torch.equal(dense, torch.from_numpy(exact.numpy().astype(np.float16)))
+        dense, theirs = dense[~halfway], theirs[~halfway]
+    assert torch.equal(dense, theirs)
+
+
 def by_definition(weight, block_size):
     """Codes [N·K] and absmax of the format, element by element in numpy's float32."""
     flat = weight.float().numpy().reshape(-1)
@@ -89,7 +104,7 @@ def test_bits_of_bitsandbytes(backend, shape, dtype, block_size):
     assert torch.equal(parts.packed[:whole], packed.view(-1)[:whole])
     assert torch.equal(parts.absmax, state.absmax)
     if shape[1] % block_size == 0:  # elsewhere its AVX-512 path takes the scale of another block
-        assert torch.equal(dequantized(backend, parts, dtype), bnb().dequantize_4bit(packed, state))
+        assert_is_bitsandbytes(dequantized(backend, parts, dtype), packed, state)
 
 
 @pytest.mark.parametrize("shape, block_size", [((96, 128), 64), ((1024, 64), 32), ((200, 256), 64)])
@@ -110,7 +125,7 @@ def test_double_quantisation(backend, shape, block_size):
     theirs = NF4(packed.view(-1), state.absmax, state.state2.absmax, state.offset, block_size, shape)
     for dtype in DTYPES:
         state.dtype = dtype
-        assert torch.equal(dequantized(backend, theirs, dtype), bnb().dequantize_4bit(packed, state))
+        assert_is_bitsandbytes(dequantized(backend, theirs, dtype), packed, state)
 
 
 def test_dynamic_code_is_bitsandbytes():
