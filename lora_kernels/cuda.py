@@ -20,6 +20,9 @@ from torch import Tensor
 from lora_kernels.parts import ceil_div, in_parts
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, AdamWGroup, dropout_scale, dropout_threshold, dynamic_code
 
+# The name of a kernel, and its arguments by name: numbers, tensors and parts of one, as (tensor, first byte, bytes).
+_Launch = tuple[str, dict[str, Any]]
+
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -87,23 +90,28 @@ class Kernels:
             if adapter is not None and adapter.dtype not in (torch.float32, x.dtype):
                 raise ValueError(f"{name} is {adapter.dtype}; allowed: torch.float32 and x's {x.dtype}")
 
-    def _launch(self, kernel: str, on: Tensor, through: Sequence[Tensor] = (), **arguments) -> None:
-        """Queue a kernel on the current stream of the device of `on`; `through` is what it reaches by way of a table.
+    def _queue(self, on: Tensor, *launches: _Launch, through: Sequence[Tensor] = ()) -> None:
+        """Queue kernels, one after the other, on the current stream of the device of `on`; `through` is what they reach
+        by way of a table.
 
-        Tensors become addresses; the caller's frame keeps them alive until the kernel is queued, after which torch's
-        allocator gives their memory away in stream order only.
+        The launches keep their tensors alive until they are queued, after which torch's allocator gives their memory
+        away in stream order only.
         """
-        values = {}
-        for name, value in arguments.items():
-            if isinstance(value, Tensor):
-                value = value.data_ptr()
-            elif isinstance(value, torch.dtype):
-                value = self._dtypes[value]
-            values[name] = 0 if value is None else value
         device, stream = 0, 0
         if on.is_cuda:
-            device, stream = on.get_device(), torch.cuda.current_stream(on.device).cuda_stream
-        getattr(self._extension, kernel)(**values, device=device, stream=stream)
+            device = on.get_device()
+            # torch.cuda.current_stream takes longer than a launch.
+            stream = torch._C._cuda_getCurrentRawStream(device)
+        self._extension.queue(launches, device, stream)
+
+    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, tuple | None]:
+        """By name, memory for so many float32 as a kernel takes it, None for none; from one allocation."""
+        memory = torch.empty((sum(lengths.values()),), dtype=torch.float32, device=device)
+        parts, first = {}, 0
+        for name, length in lengths.items():
+            parts[name] = (memory, 4 * first, 4 * length) if length else None
+            first += length
+        return parts
 
     def _block_target(self, x: Tensor) -> int:
         """How many blocks keep the device busy."""
@@ -117,36 +125,38 @@ class Kernels:
         # The more parts, the longer each block of the product takes to add them up.
         return in_parts(K, step, blocks, self._block_target(x), worth=_COLUMNS_WORTH_PARTS, least=2 * step)
 
-    def _gemm(self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng) -> None:
+    def _gemm(
+        self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng
+    ) -> list[_Launch]:
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
         strides, and u is (its parts [splits, M, R], splits, where to keep their sum or None).
 
         The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
         """
+        launches, dtype = [], self._dtypes[x.dtype]
         if isinstance(weight, NF4):
             dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-            self.dequantize_nf4(weight, dense)
-            weight = dense.T if transposed else dense
-        elif transposed:
-            weight = weight.T
-        (M, K), (N, R) = x.shape, (weight.shape[0], v.shape[0])
-        self._launch(
-            "lora_gemm",
-            x,
+            launches.append(self._dequantize(weight, dense))
+            weight = dense
+        stride_wn, stride_wk = weight.stride()
+        N, (M, K), R = weight.shape[0], x.shape, v.shape[0]
+        if transposed:
+            N, stride_wn, stride_wk = weight.shape[1], stride_wk, stride_wn
+        arguments = dict(
             x=x,
             ld_x=x.stride(0),
             weight=weight,
-            stride_wn=weight.stride(0),
-            stride_wk=weight.stride(1),
+            stride_wn=stride_wn,
+            stride_wk=stride_wk,
             column_scale=column_scale,
             bias=bias,
             u_parts=u[0],
             splits=u[1],
             u=u[2],
             lora_e=lora_e,
-            lora_e_dtype=torch.float32 if lora_e is None else lora_e.dtype,
+            lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
             v=v,
-            v_dtype=v.dtype,
+            v_dtype=self._dtypes[v.dtype],
             stride_vr=v.stride(0),
             stride_vn=v.stride(1),
             out=out,
@@ -157,8 +167,9 @@ class Kernels:
             scale=scale,
             threshold=threshold,
             rng=rng if threshold else None,
-            dtype=x.dtype,
+            dtype=dtype,
         )
+        return [*launches, ("lora_gemm", arguments)]
 
     def lora_linear_fwd(
         self,
@@ -188,20 +199,19 @@ class Kernels:
             self.dequantize_nf4(weight, dense)
             return torch.nn.functional.linear(x, dense, bias), x.new_empty(M, 0)
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
-        threshold = _threshold(dropout_p, rng)
+        threshold, dtype, launches = _threshold(dropout_p, rng), self._dtypes[x.dtype], []
         splits, columns_per_split = self._parts_of_h(x, R)
-        h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
+        h = torch.empty((M, R), dtype=torch.float32, device=x.device)
+        h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device) if splits > 1 else h
         # The product adds the parts up.
-        h = torch.empty((M, R), dtype=torch.float32, device=x.device) if splits > 1 else None
+        kept = h if splits > 1 else None
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
         if R:
-            self._launch(
-                "lora_h",
-                x,
+            arguments = dict(
                 x=x,
                 ld_x=x.stride(0),
                 lora_a=lora_a,
-                lora_a_dtype=lora_a.dtype,
+                lora_a_dtype=self._dtypes[lora_a.dtype],
                 h_parts=h_parts,
                 M=M,
                 K=K,
@@ -210,37 +220,37 @@ class Kernels:
                 threshold=threshold,
                 rng=rng if threshold else None,
                 scale=dropout_scale(dropout_p),
-                dtype=x.dtype,
+                dtype=dtype,
             )
+            launches.append(("lora_h", arguments))
         is_nf4 = isinstance(weight, NF4)
         # The weight of a Conv1D is [K, N] in memory.
         if self._extension.FEW_ROWS >= M and (is_nf4 or weight.stride(1) == 1):
-            self._launch(
-                "nf4_few_rows" if is_nf4 else "lora_few_rows",
-                x,
-                **(self._nf4(weight) if is_nf4 else dict(weight=weight, ld_weight=weight.stride(0), N=N, K=K)),
+            arguments = self._nf4(weight) if is_nf4 else dict(weight=weight, ld_weight=weight.stride(0), N=N, K=K)
+            arguments |= dict(
                 x=x,
                 ld_x=x.stride(0),
                 column_scale=column_scale,
                 bias=bias,
                 h_parts=h_parts,
                 splits=splits,
-                h=h,
+                h=kept,
                 lora_b=lora_b,
-                lora_b_dtype=lora_b.dtype,
+                lora_b_dtype=self._dtypes[lora_b.dtype],
                 lora_e=lora_e,
-                lora_e_dtype=torch.float32 if lora_e is None else lora_e.dtype,
+                lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
                 y=y,
                 M=M,
                 R=R,
                 scaling=scaling,
-                dtype=x.dtype,
+                dtype=dtype,
             )
+            launches.append(("nf4_few_rows" if is_nf4 else "lora_few_rows", arguments))
         else:
-            self._gemm(
-                x, weight, False, column_scale, bias, (h_parts, splits, h), lora_e, lora_b.T, y, scaling, 0, None
-            )
-        return y, h_parts[0] if h is None else h
+            u = (h_parts, splits, kept)
+            launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
+        self._queue(x, *launches)
+        return y, h
 
     def column_scale_bwd(
         self, dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
@@ -255,9 +265,7 @@ class Kernels:
         splits, rows_per_split = in_parts(M, self._extension.SCALE_ROWS, column_blocks, self._block_target(dy))
         dz = torch.empty((M, N), dtype=dy.dtype, device=dy.device)
         parts = None if y is None else torch.empty((splits, N), dtype=torch.float32, device=dy.device)
-        self._launch(
-            "column_scale_bwd",
-            dy,
+        arguments = dict(
             dy=dy,
             ld_dy=dy.stride(0),
             y=y,
@@ -268,8 +276,9 @@ class Kernels:
             M=M,
             N=N,
             rows_per_split=rows_per_split,
-            dtype=dy.dtype,
+            dtype=self._dtypes[dy.dtype],
         )
+        self._queue(dy, ("column_scale_bwd", arguments))
         return dz, None if parts is None else parts.sum(0)
 
     def lora_linear_bwd(
@@ -299,47 +308,47 @@ class Kernels:
         rng = rng if threshold else None
         (M, K), (N, R) = x.shape, lora_b.shape
         need_dh = (need_dx or need_da) and R > 0
-
-        def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
-            return torch.empty(shape, dtype=dtype, device=x.device) if when else None
+        dtype, a_dtype, b_dtype = (self._dtypes[t.dtype] for t in (x, lora_a, lora_b))
+        e_dtype = dtype if lora_e is None else self._dtypes[lora_e.dtype]
 
         column_blocks = ceil_div(N, self._extension.dh_columns(R))
         splits, rows_per_split = in_parts(M, self._extension.DH_ROWS, column_blocks, self._block_target(x))
-        parts = {
-            "dh_parts": empty(column_blocks, M, R, when=need_dh),
-            "db_parts": empty(splits, N, R, when=need_db),
-            "de_parts": empty(splits, column_blocks, R, when=need_de),
-        }
-        e_dtype = torch.float32 if lora_e is None else lora_e.dtype
-        dh = empty(M, R, when=need_dh)
-        dx = empty(M, K, dtype=x.dtype, when=need_dx)
-        dlora_a = empty(R, K, dtype=lora_a.dtype, when=need_da)
-        dlora_b = empty(N, R, dtype=lora_b.dtype, when=need_db)
-        dlora_e = empty(R, dtype=e_dtype, when=need_de)
+        work = self._workspace(
+            x.device,
+            dh=M * R if need_dh else 0,
+            dh_parts=column_blocks * M * R if need_dh else 0,
+            db_parts=splits * N * R if need_db else 0,
+            de_parts=splits * column_blocks * R if need_de else 0,
+        )
+        dh = work.pop("dh")
+
+        def empty_like(t: Tensor, when: bool) -> Tensor | None:
+            return torch.empty(t.shape, dtype=t.dtype, device=t.device) if when else None
+
+        dx, dlora_a, dlora_b = empty_like(x, need_dx), empty_like(lora_a, need_da), empty_like(lora_b, need_db)
+        dlora_e = empty_like(lora_e, need_de)
+        launches = []
         if need_dh or need_db or need_de:
-            self._launch(
-                "lora_dh_dlora_b",
-                x,
+            arguments = dict(
+                **work,
                 dy=dy,
                 ld_dy=dy.stride(0),
                 h=h,
                 lora_b=lora_b,
-                lora_b_dtype=lora_b.dtype,
-                **parts,
+                lora_b_dtype=b_dtype,
                 M=M,
                 N=N,
                 R=R,
                 rows_per_split=rows_per_split,
-                dtype=x.dtype,
+                dtype=dtype,
             )
-            self._launch(
-                "lora_reduce",
-                x,
-                **parts,
+            launches.append(("lora_dh_dlora_b", arguments))
+            arguments = dict(
+                **work,
                 dh=dh,
                 dlora_b=dlora_b,
                 dlora_e=dlora_e,
-                dlora_b_dtype=lora_b.dtype,
+                dlora_b_dtype=b_dtype,
                 dlora_e_dtype=e_dtype,
                 lora_e=lora_e,
                 lora_e_dtype=e_dtype,
@@ -349,27 +358,29 @@ class Kernels:
                 N=N,
                 R=R,
                 scaling=scaling,
-                dtype=x.dtype,
+                dtype=dtype,
             )
+            launches.append(("lora_reduce", arguments))
         if need_da:
-            self._launch(
-                "lora_dlora_a",
-                x,
+            arguments = dict(
                 x=x,
                 ld_x=x.stride(0),
                 dh=dh,
                 dlora_a=dlora_a,
-                dlora_a_dtype=lora_a.dtype,
+                dlora_a_dtype=a_dtype,
                 M=M,
                 K=K,
                 R=R,
                 threshold=threshold,
                 rng=rng,
                 scale=keep_scale,
-                dtype=x.dtype,
+                dtype=dtype,
             )
+            launches.append(("lora_dlora_a", arguments))
         if need_dx:
-            self._gemm(dy, weight, True, None, None, (dh, 1, None), None, lora_a, dx, keep_scale, threshold, rng)
+            u = (dh, 1, None)
+            launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
+        self._queue(x, *launches)
         return dx, dlora_a, dlora_b, dlora_e
 
     def _nf4(self, weight: NF4) -> dict:
@@ -396,24 +407,21 @@ class Kernels:
         blocks = ceil_div(size, block_size)
         packed = torch.empty(((size + 1) // 2,), dtype=torch.uint8, device=device)
         absmax = torch.empty((blocks,), dtype=torch.float32, device=device)
-        self._launch(
-            "nf4_quantize",
-            weight,
+        arguments = dict(
             weight=weight,
-            dtype=weight.dtype,
+            dtype=self._dtypes[weight.dtype],
             size=size,
             block_shift=block_size.bit_length() - 1,
             packed=packed,
             absmax=absmax,
         )
+        self._queue(weight, ("nf4_quantize", arguments))
         if not double_quant:
             return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
         offset = absmax.mean()
         codes = torch.empty((blocks,), dtype=torch.uint8, device=device)
         absmax_scale = torch.empty((ceil_div(blocks, ABSMAX_BLOCK),), dtype=torch.float32, device=device)
-        self._launch(
-            "nf4_quantize_absmax",
-            weight,
+        arguments = dict(
             absmax=absmax,
             blocks=blocks,
             absmax_offset=offset,
@@ -421,12 +429,16 @@ class Kernels:
             codes=codes,
             absmax_scale=absmax_scale,
         )
+        self._queue(weight, ("nf4_quantize_absmax", arguments))
         return NF4(packed, codes, absmax_scale, offset, block_size, tuple(weight.shape))
 
     def dequantize_nf4(self, weight: NF4, out: Tensor) -> None:
         """Writes the dense weight to out, a contiguous [N, K], in one launch; see reference.dequantize_nf4."""
         self._check_device("weight", weight.packed)
-        self._launch("nf4_dequantize", out, **self._nf4(weight), out=out, dtype=out.dtype)
+        self._queue(out, self._dequantize(weight, out))
+
+    def _dequantize(self, weight: NF4, out: Tensor) -> _Launch:
+        return "nf4_dequantize", self._nf4(weight) | dict(out=out, dtype=self._dtypes[out.dtype])
 
     def adamw_step(
         self, groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache: dict[str, Any]
@@ -465,20 +477,18 @@ class Kernels:
         scalars = torch.empty((len(params), self._extension.ADAMW_SCALARS), dtype=torch.float32, device=device)
         partials = torch.empty((len(chunks),), dtype=torch.float32, device=device) if clips else None
         grad_norm = torch.empty((), dtype=torch.float32, device=device) if clips else None
-        for kernel in ("adamw_prepare", "adamw_step"):
-            self._launch(
-                kernel,
-                table,
-                through=[t for column in state for t in column if t is not None],
-                tensors=table,
-                chunks=table[len(rows) :],
-                groups=settings,
-                scalars=scalars,
-                partials=partials,
-                max_grad_norm=settings[-1:],
-                grad_norm=grad_norm,
-                count=len(chunks),
-            )
+        arguments = dict(
+            tensors=table,
+            chunks=table[len(rows) :],
+            groups=settings,
+            scalars=scalars,
+            partials=partials,
+            max_grad_norm=settings[-1:],
+            grad_norm=grad_norm,
+            count=len(chunks),
+        )
+        through = [t for column in state for t in column if t is not None]
+        self._queue(table, ("adamw_prepare", arguments), ("adamw_step", arguments), through=through)
         return grad_norm
 
 

@@ -8,7 +8,9 @@ order in which threads run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_kernels.cuda import Kernels
@@ -22,13 +24,31 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+def _buffer(value: Any) -> tuple[int, int] | None:
+    """(address, bytes) of a tensor or a part of one; None for any other argument of a kernel."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), _extent(value)
+    if isinstance(value, tuple):
+        memory, first, count = value
+        return memory.data_ptr() + first, count
+    return None
+
+
 class EmulatedKernels(Kernels):
-    def _launch(self, kernel: str, on: Tensor, through: Sequence[Tensor] = (), **arguments) -> None:
-        """As `Kernels._launch`; the kernel may access the memory of its own tensors and nothing else."""
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        tensors |= {f"tensor {index}": tensor for index, tensor in enumerate(through)}
-        self._extension.set_buffers({name: (t.data_ptr(), _extent(t)) for name, t in tensors.items()})
-        super()._launch(kernel, on, **arguments)
+    def _queue(self, on: Tensor, *launches: tuple[str, dict[str, Any]], through: Sequence[Tensor] = ()) -> None:
+        """As `Kernels._queue`; each kernel may access the memory of its own tensors and nothing else."""
+        reached = {f"tensor {index}": tensor for index, tensor in enumerate(through)}
+        for launch in launches:
+            buffers = {name: _buffer(value) for name, value in (launch[1] | reached).items()}
+            self._extension.set_buffers({name: buffer for name, buffer in buffers.items() if buffer is not None})
+            super()._queue(on, launch)
+
+    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, Tensor | None]:
+        """As `Kernels._workspace`; each from its own allocation, so that what leaves one doesn't enter the next."""
+        return {
+            name: torch.empty((length,), dtype=torch.float32, device=device) if length else None
+            for name, length in lengths.items()
+        }
 
 
 _kernels = EmulatedKernels("_simt", "cpu", "it is part of a build in place, for tests")

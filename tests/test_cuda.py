@@ -197,6 +197,38 @@ def test_launches(simt):
         assert len(kernels) == expected, kernels
 
 
+def test_a_pass_is_one_call_of_the_extension(simt, monkeypatch):
+    """As on a GPU, where the emulator's backend would name each kernel's buffers in between."""
+    case = Case(20, 33, 40, 5, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True, column_scale=True)
+    case.backend, calls, queue = cuda.Kernels("_simt", "cpu", "it is a test"), [], simt.queue
+    simt.set_buffers({})
+
+    def noted(launches, *where):
+        calls.append([kernel for kernel, _ in launches])
+        queue(launches, *where)
+
+    monkeypatch.setattr(simt, "queue", noted)
+    case.check()
+    backward = ["lora_dh_dlora_b", "lora_reduce", "lora_dlora_a", "lora_gemm"]
+    assert calls == [["lora_h", "lora_gemm"], ["column_scale_bwd"], backward]
+
+
+def test_the_arguments_of_a_kernel_are_checked(simt):
+    x = torch.zeros(8, dtype=BF16)
+    known = dict(weight=x, dtype=simt.BFLOAT16, size=8, block_shift=6, packed=x, absmax=x)
+    for arguments, error, message in (
+        ({**known, "sizes": 8}, TypeError, "an argument is not known"),
+        ({name: value for name, value in known.items() if name != "size"}, TypeError, "argument size is missing"),
+        ({**known, "block_shift": 2**31}, ValueError, "block_shift is too large"),
+        ({**known, "size": 0.5}, TypeError, "float"),
+        ({**known, "weight": 8}, AttributeError, "data_ptr"),
+    ):
+        with pytest.raises(error, match=message):
+            simt.queue([("nf4_quantize", arguments)], 0, 0)
+    with pytest.raises(ValueError, match="there is no kernel lora_g"):
+        simt.queue([("lora_g", {})], 0, 0)
+
+
 def test_the_low_rank_term_alone():
     case = Case(65, 63, 64, 8)
     case.inputs["weight"].zero_()

@@ -1,9 +1,14 @@
-// lora_kernels._cuda and, with LK_SIMT, lora_kernels._simt, which runs the same kernels on CPU tensors. Tensors arrive
-// as addresses; all checks are made in Python.
+// lora_kernels._cuda and, with LK_SIMT, lora_kernels._simt, which runs the same kernels on CPU tensors. Of tensors it
+// takes the addresses; all checks are made in Python.
 #include <pybind11/pybind11.h>
 
+#include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "adamw.h"
 #include "few_rows.h"
@@ -23,34 +28,47 @@ using namespace lora_kernels::cuda;
 
 namespace {
 
-// The keyword arguments of one call. Each must be taken, under the name of the field it is for.
+// The arguments of one launch, {name: value}. Each must be taken, under the name of the field it is for.
 class Arguments {
  public:
-  explicit Arguments(const py::kwargs& values) : values_(values) {}
+  // names: of the kernel's arguments in the order in which they are taken, the same at every launch, so that each is
+  // made a string only once.
+  Arguments(py::dict values, std::vector<PyObject*>& names) : values_(std::move(values)), names_(names) {}
 
-  template <class T>
-  T get(const char* name) {
-    if (!values_.contains(name)) throw py::type_error(std::string("argument ") + name + " is missing");
-    ++taken_;
-    return values_[name].cast<T>();
+  int64_t integer(const char* name) {
+    const long long value = PyLong_AsLongLong(get(name));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
   }
+  int extent(const char* name) {
+    const int64_t value = integer(name);
+    if (value != int(value)) throw py::value_error(std::string(name) + " is too large");
+    return int(value);
+  }
+  DType dtype(const char* name) { return DType(integer(name)); }
+  float real(const char* name) {
+    const double value = PyFloat_AsDouble(get(name));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return float(value);
+  }
+  // Of None, a tensor, or a part of one as (tensor, first byte, bytes).
   template <class T = void>
   T* pointer(const char* name) {
-    return reinterpret_cast<T*>(get<uintptr_t>(name));
+    const py::handle value = get(name);
+    if (value.is_none()) return nullptr;
+    if (!py::isinstance<py::tuple>(value)) return reinterpret_cast<T*>(address(value));
+    const auto part = py::reinterpret_borrow<py::tuple>(value);
+    return reinterpret_cast<T*>(address(part[0]) + part[1].cast<uintptr_t>());
   }
-  int extent(const char* name) { return get<int>(name); }
-  int64_t stride(const char* name) { return get<int64_t>(name); }
-  DType dtype(const char* name) { return DType(get<int>(name)); }
-  float real(const char* name) { return get<float>(name); }
   Nf4Weight nf4_weight() {
     return {pointer<uint8_t>("packed"),
             pointer("absmax"),
             pointer<float>("absmax_scale"),
             pointer<float>("absmax_code"),
             pointer<float>("absmax_offset"),
-            get<int>("block_shift"),
-            get<int64_t>("N"),
-            get<int64_t>("K")};
+            extent("block_shift"),
+            integer("N"),
+            integer("K")};
   }
   AdamWStep adamw() {
     return {pointer<AdamWTensor>("tensors"), pointer<AdamWChunk>("chunks"),
@@ -65,7 +83,7 @@ class Arguments {
   LoraFewRows<Weight> few_rows(const Weight& weight) {
     return {weight,
             pointer("x"),
-            stride("ld_x"),
+            integer("ld_x"),
             pointer<float>("column_scale"),
             pointer("bias"),
             rank_parts("h_parts", "splits", "h"),
@@ -79,52 +97,85 @@ class Arguments {
             real("scaling"),
             dtype("dtype")};
   }
-  Dropout dropout() { return {pointer<int64_t>("rng"), get<uint32_t>("threshold")}; }
+  Dropout dropout() { return {pointer<int64_t>("rng"), uint32_t(integer("threshold"))}; }
 
   void check_all_taken() const {
     if (taken_ != values_.size()) throw py::type_error("an argument is not known");
   }
 
  private:
-  const py::kwargs& values_;
+  static uintptr_t address(py::handle tensor) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    const auto result = py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(tensor.ptr(), data_ptr, nullptr));
+    if (!result) throw py::error_already_set();
+    return result.cast<uintptr_t>();
+  }
+
+  PyObject* get(const char* name) {
+    if (names_.size() == taken_) names_.push_back(PyUnicode_InternFromString(name));
+    PyObject* value = PyDict_GetItemWithError(values_.ptr(), names_[taken_++]);
+    if (value == nullptr) throw py::type_error(std::string("argument ") + name + " is missing");
+    return value;
+  }
+
+  const py::dict values_;
+  std::vector<PyObject*>& names_;
   size_t taken_ = 0;
 };
 
-void check(const char* kernel, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+// A kernel with its parameters.
+using Launch = std::function<cudaError_t(cudaStream_t)>;
+
+struct Kernel {
+  std::function<Launch(Arguments&)> read;
+  std::vector<PyObject*> argument_names;
+};
+std::map<std::string, Kernel, std::less<>> kernels;
+
+// `read` makes the parameters of `launcher` from the arguments.
+template <class Params, class Read>
+void add(const char* name, cudaError_t (*launcher)(const Params&, cudaStream_t), Read read) {
+  kernels[name].read = [=](Arguments& arguments) -> Launch {
+    return [launcher, params = Params(read(arguments))](cudaStream_t stream) { return launcher(params, stream); };
+  };
 }
 
-// Binds `launcher`, whose parameters `read` makes from the arguments; `device` and `stream` say where it is queued.
-template <class Params, class Read>
-void bind(py::module_& m, const char* name, cudaError_t (*launcher)(const Params&, cudaStream_t), Read read) {
-  m.def(name, [=](const py::kwargs& kwargs) {
-    Arguments arguments(kwargs);
-    const int device = arguments.get<int>("device");
-    auto* stream = arguments.pointer<std::remove_pointer_t<cudaStream_t>>("stream");
-    const Params params = read(arguments);
+// Queues kernels, each (name, {argument: value}), one after the other.
+void queue(const py::iterable& launches, int device, uintptr_t stream_address) {
+  std::vector<std::pair<const char*, Launch>> queued;
+  for (const py::handle launch : launches) {
+    const auto [name, values] = launch.cast<std::pair<std::string_view, py::dict>>();
+    const auto found = kernels.find(name);
+    if (found == kernels.end()) throw py::value_error("there is no kernel " + std::string(name));
+    Arguments arguments(values, found->second.argument_names);
+    queued.emplace_back(found->first.c_str(), found->second.read(arguments));
     arguments.check_all_taken();
-    cudaError_t error;
-    {
-      py::gil_scoped_release release;
-#ifdef LK_SIMT
-      (void)device;
-      error = launcher(params, stream);
-#else
-      int previous = device;
-      error = cudaGetDevice(&previous);
-      if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
-      if (error == cudaSuccess) error = launcher(params, stream);
-      if (previous != device) cudaSetDevice(previous);
+  }
+  auto* stream = reinterpret_cast<cudaStream_t>(stream_address);
+  cudaError_t error = cudaSuccess;
+  const char* kernel = "";
+  {
+    const py::gil_scoped_release release;
+#ifndef LK_SIMT
+    int previous = device;
+    error = cudaGetDevice(&previous);
+    if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
 #endif
+    for (size_t i = 0; i < queued.size() && error == cudaSuccess; ++i) {
+      kernel = queued[i].first;
+      error = queued[i].second(stream);
     }
-    check(name, error);
-  });
+#ifndef LK_SIMT
+    if (previous != device) cudaSetDevice(previous);
+#endif
+  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(LK_MODULE, m) {
-  m.doc() = "CUDA kernels of lora_kernels. Addresses in, nothing out; use lora_kernels.cuda instead.";
+  m.doc() = "CUDA kernels of lora_kernels. Tensors in, nothing out; use lora_kernels.cuda instead.";
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
@@ -137,11 +188,13 @@ PYBIND11_MODULE(LK_MODULE, m) {
   m.attr("ADAMW_CHUNK") = kAdamWChunk;
   m.attr("ADAMW_SCALARS") = sizeof(AdamWScalars) / sizeof(float);
   m.attr("FEW_ROWS") = kFewRows;
+  m.def("queue", &queue, py::arg("launches"), py::arg("device"), py::arg("stream"),
+        "Queues kernels, each (name, {argument: value}), one after the other on a stream of a device.");
   m.def("dh_columns", &dh_columns, py::arg("R"));
 
-  bind(m, "lora_h", &lora_h, [](Arguments& a) {
+  add("lora_h", &lora_h, [](Arguments& a) {
     return LoraH{a.pointer("x"),
-                 a.stride("ld_x"),
+                 a.integer("ld_x"),
                  a.pointer("lora_a"),
                  a.dtype("lora_a_dtype"),
                  a.pointer<float>("h_parts"),
@@ -153,26 +206,36 @@ PYBIND11_MODULE(LK_MODULE, m) {
                  a.real("scale"),
                  a.dtype("dtype")};
   });
-  bind(m, "lora_gemm", &lora_gemm, [](Arguments& a) {
-    return LoraGemm{a.pointer("x"),        a.stride("ld_x"),
-                    a.pointer("weight"),   a.stride("stride_wn"),
-                    a.stride("stride_wk"), a.pointer<float>("column_scale"),
-                    a.pointer("bias"),     a.rank_parts("u_parts", "splits", "u"),
-                    a.pointer("lora_e"),   a.dtype("lora_e_dtype"),
-                    a.pointer("v"),        a.dtype("v_dtype"),
-                    a.stride("stride_vr"), a.stride("stride_vn"),
-                    a.pointer("out"),      a.extent("M"),
-                    a.extent("N"),         a.extent("K"),
-                    a.extent("R"),         a.real("scale"),
-                    a.dropout(),           a.dtype("dtype")};
+  add("lora_gemm", &lora_gemm, [](Arguments& a) {
+    return LoraGemm{a.pointer("x"),
+                    a.integer("ld_x"),
+                    a.pointer("weight"),
+                    a.integer("stride_wn"),
+                    a.integer("stride_wk"),
+                    a.pointer<float>("column_scale"),
+                    a.pointer("bias"),
+                    a.rank_parts("u_parts", "splits", "u"),
+                    a.pointer("lora_e"),
+                    a.dtype("lora_e_dtype"),
+                    a.pointer("v"),
+                    a.dtype("v_dtype"),
+                    a.integer("stride_vr"),
+                    a.integer("stride_vn"),
+                    a.pointer("out"),
+                    a.extent("M"),
+                    a.extent("N"),
+                    a.extent("K"),
+                    a.extent("R"),
+                    a.real("scale"),
+                    a.dropout(),
+                    a.dtype("dtype")};
   });
-  bind(m, "lora_few_rows", &lora_few_rows, [](Arguments& a) {
-    return a.few_rows(
-        DenseWeight{a.pointer("weight"), a.stride("ld_weight"), a.get<int64_t>("N"), a.get<int64_t>("K")});
+  add("lora_few_rows", &lora_few_rows, [](Arguments& a) {
+    return a.few_rows(DenseWeight{a.pointer("weight"), a.integer("ld_weight"), a.integer("N"), a.integer("K")});
   });
-  bind(m, "column_scale_bwd", &column_scale_bwd, [](Arguments& a) {
+  add("column_scale_bwd", &column_scale_bwd, [](Arguments& a) {
     return ColumnScaleBwd{a.pointer("dy"),
-                          a.stride("ld_dy"),
+                          a.integer("ld_dy"),
                           a.pointer("y"),
                           a.pointer("bias"),
                           a.pointer<float>("column_scale"),
@@ -183,9 +246,9 @@ PYBIND11_MODULE(LK_MODULE, m) {
                           a.extent("rows_per_split"),
                           a.dtype("dtype")};
   });
-  bind(m, "lora_dh_dlora_b", &lora_dh_dlora_b, [](Arguments& a) {
+  add("lora_dh_dlora_b", &lora_dh_dlora_b, [](Arguments& a) {
     return LoraDhDloraB{a.pointer("dy"),
-                        a.stride("ld_dy"),
+                        a.integer("ld_dy"),
                         a.pointer<float>("h"),
                         a.pointer("lora_b"),
                         a.dtype("lora_b_dtype"),
@@ -198,7 +261,7 @@ PYBIND11_MODULE(LK_MODULE, m) {
                         a.extent("rows_per_split"),
                         a.dtype("dtype")};
   });
-  bind(m, "lora_reduce", &lora_reduce, [](Arguments& a) {
+  add("lora_reduce", &lora_reduce, [](Arguments& a) {
     return LoraReduce{a.pointer<float>("dh_parts"),
                       a.pointer<float>("db_parts"),
                       a.pointer<float>("de_parts"),
@@ -217,28 +280,28 @@ PYBIND11_MODULE(LK_MODULE, m) {
                       a.real("scaling"),
                       a.dtype("dtype")};
   });
-  bind(m, "lora_dlora_a", &lora_dlora_a, [](Arguments& a) {
+  add("lora_dlora_a", &lora_dlora_a, [](Arguments& a) {
     return LoraDloraA{
-        a.pointer("x"),  a.stride("ld_x"), a.pointer<float>("dh"), a.pointer("dlora_a"), a.dtype("dlora_a_dtype"),
-        a.extent("M"),   a.extent("K"),    a.extent("R"),          a.dropout(),          a.real("scale"),
+        a.pointer("x"),  a.integer("ld_x"), a.pointer<float>("dh"), a.pointer("dlora_a"), a.dtype("dlora_a_dtype"),
+        a.extent("M"),   a.extent("K"),     a.extent("R"),          a.dropout(),          a.real("scale"),
         a.dtype("dtype")};
   });
 
-  bind(m, "nf4_quantize", &nf4_quantize, [](Arguments& a) {
-    return Nf4Quantize{a.pointer("weight"),          a.dtype("dtype"),
-                       a.get<int64_t>("size"),       a.extent("block_shift"),
-                       a.pointer<uint8_t>("packed"), a.pointer<float>("absmax")};
+  add("nf4_quantize", &nf4_quantize, [](Arguments& a) {
+    return Nf4Quantize{
+        a.pointer("weight"),          a.dtype("dtype"),          a.integer("size"), a.extent("block_shift"),
+        a.pointer<uint8_t>("packed"), a.pointer<float>("absmax")};
   });
-  bind(m, "nf4_quantize_absmax", &nf4_quantize_absmax, [](Arguments& a) {
-    return Nf4QuantizeAbsmax{a.pointer<float>("absmax"),        a.get<int64_t>("blocks"),
+  add("nf4_quantize_absmax", &nf4_quantize_absmax, [](Arguments& a) {
+    return Nf4QuantizeAbsmax{a.pointer<float>("absmax"),        a.integer("blocks"),
                              a.pointer<float>("absmax_offset"), a.pointer<float>("absmax_code"),
                              a.pointer<uint8_t>("codes"),       a.pointer<float>("absmax_scale")};
   });
-  bind(m, "nf4_dequantize", &nf4_dequantize,
-       [](Arguments& a) { return Nf4Dequantize{a.nf4_weight(), a.pointer("out"), a.dtype("dtype")}; });
-  bind(m, "nf4_few_rows", &nf4_few_rows, [](Arguments& a) { return a.few_rows(a.nf4_weight()); });
-  bind(m, "adamw_prepare", &adamw_prepare, [](Arguments& a) { return a.adamw(); });
-  bind(m, "adamw_step", &adamw_step, [](Arguments& a) { return a.adamw(); });
+  add("nf4_dequantize", &nf4_dequantize,
+      [](Arguments& a) { return Nf4Dequantize{a.nf4_weight(), a.pointer("out"), a.dtype("dtype")}; });
+  add("nf4_few_rows", &nf4_few_rows, [](Arguments& a) { return a.few_rows(a.nf4_weight()); });
+  add("adamw_prepare", &adamw_prepare, [](Arguments& a) { return a.adamw(); });
+  add("adamw_step", &adamw_step, [](Arguments& a) { return a.adamw(); });
 
 #ifdef LK_SIMT
   simt::bind_simt(m);
