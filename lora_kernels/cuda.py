@@ -129,7 +129,8 @@ class Kernels:
         self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng
     ) -> list[_Launch]:
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
-        strides, and u is (its parts [splits, M, R], splits, where to keep their sum or None).
+        strides, and u is (its parts [splits, M, R], splits, where to keep their sum or None, whether lora_h makes them
+        just before).
 
         The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
         """
@@ -153,6 +154,7 @@ class Kernels:
             u_parts=u[0],
             splits=u[1],
             u=u[2],
+            just_queued=u[3] and not launches,
             lora_e=lora_e,
             lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
             v=v,
@@ -235,6 +237,7 @@ class Kernels:
                 h_parts=h_parts,
                 splits=splits,
                 h=kept,
+                just_queued=R > 0,
                 lora_b=lora_b,
                 lora_b_dtype=self._dtypes[lora_b.dtype],
                 lora_e=lora_e,
@@ -247,7 +250,7 @@ class Kernels:
             )
             launches.append(("nf4_few_rows" if is_nf4 else "lora_few_rows", arguments))
         else:
-            u = (h_parts, splits, kept)
+            u = (h_parts, splits, kept, R > 0)
             launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
         self._queue(x, *launches)
         return y, h
@@ -378,7 +381,7 @@ class Kernels:
             )
             launches.append(("lora_dlora_a", arguments))
         if need_dx:
-            u = (dh, 1, None)
+            u = (dh, 1, None, False)
             launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
         self._queue(x, *launches)
         return dx, dlora_a, dlora_b, dlora_e

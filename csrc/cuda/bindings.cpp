@@ -77,7 +77,7 @@ class Arguments {
             pointer<float>("grad_norm"),     extent("count")};
   }
   RankParts rank_parts(const char* parts, const char* splits, const char* sum) {
-    return {pointer<float>(parts), extent(splits), pointer<float>(sum)};
+    return {pointer<float>(parts), extent(splits), pointer<float>(sum), integer("just_queued") != 0};
   }
   template <class Weight>
   LoraFewRows<Weight> few_rows(const Weight& weight) {

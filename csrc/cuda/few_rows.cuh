@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, Source::kBlocks)
 
   const int m = threadIdx.x / kFewRowsColumns, column = threadIdx.x % kFewRowsColumns;
   float low_rank = 0;
+  wait_for_previous_kernel();
   // Once also without a rank: the warps' sums wait for the barrier too.
   for (int r0 = 0; r0 == 0 || r0 < p.R; r0 += kFewRowsRanks) {
     const int ranks = min(p.R - r0, kFewRowsRanks);
@@ -115,8 +116,10 @@ template <class Source, class T>
 cudaError_t launch_few_rows(const LoraFewRows<typename Source::Weight>& p, cudaStream_t stream) {
   if (p.M > kFewRows) return cudaErrorInvalidValue;
   const dim3 grid(ceil_div<int64_t>(p.weight.N, kFewRowsColumns)), block(kFewRowsThreads);
-  return p.M <= 8 ? launch(few_rows_kernel<Source, T, 8>, grid, block, few_rows_shared_bytes<Source, 8>(), stream, p)
-                  : launch(few_rows_kernel<Source, T, 16>, grid, block, few_rows_shared_bytes<Source, 16>(), stream, p);
+  return p.M <= 8 ? launch(few_rows_kernel<Source, T, 8>, grid, block, few_rows_shared_bytes<Source, 8>(), stream, p,
+                           p.h.just_queued)
+                  : launch(few_rows_kernel<Source, T, 16>, grid, block, few_rows_shared_bytes<Source, 16>(), stream, p,
+                           p.h.just_queued);
 }
 
 }  // namespace lora_kernels::cuda

@@ -8,15 +8,37 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
 namespace lora_kernels::cuda {
 
+#ifndef LK_SIMT
+// Whether a kernel can wait for the one before it while it runs: griddepcontrol is in code that was compiled for sm_90
+// or newer, which a newer GPU doesn't run where it compiles the PTX of an older one for itself. All kernels are
+// compiled for the same architectures.
+inline bool waits_by_itself(const void* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> ptx_versions[kDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int version = ptx_versions[device].load(std::memory_order_relaxed);
+  if (version == 0) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
+    ptx_versions[device].store(version = attributes.ptxVersion, std::memory_order_relaxed);
+  }
+  return version >= 90;
+}
+#endif
+
 // Runs kernel(params) on `stream` of the current device. Raises the limit of dynamic shared memory where needed.
+// early: it may start while the kernel queued just before it still runs, if that one calls let_next_kernel_start, and
+// calls wait_for_previous_kernel itself. RankParts::just_queued says why that is right where it is used.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t dynamic_smem, cudaStream_t stream,
-                   const Params& params) {
+                   const Params& params, bool early = false) {
   constexpr size_t kDefaultLimit = 48 << 10;
   if (dynamic_smem > kDefaultLimit) {
     const cudaError_t error =
@@ -24,6 +46,21 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t dynamic
     if (error != cudaSuccess) return error;
   }
   void* arguments[] = {const_cast<Params*>(&params)};
+#ifndef LK_SIMT
+  if (early && waits_by_itself(reinterpret_cast<const void*>(kernel))) {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = dynamic_smem;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  }
+#endif
   return cudaLaunchKernel(kernel, grid, block, arguments, dynamic_smem, stream);
 }
 

@@ -24,6 +24,7 @@ constexpr size_t h_shared_bytes() {
 // 16-byte load and one Philox call, as the terms that two fragments want of it. lora_a is taken in the same order.
 template <class T, int kRankFragments, bool kAligned>
 __global__ void __launch_bounds__(kThreads) h_kernel(LoraH p) {
+  let_next_kernel_start();
   constexpr int kRank = 8 * kRankFragments;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int m0 = blockIdx.x * kHRows, r0 = blockIdx.y * kRank, split = blockIdx.z;
@@ -240,6 +241,7 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) gemm_kernel(LoraGe
         for (int j = 0; j < kWarpN / 8; ++j) mma_m16n8k16(acc[i][j], a[i], b[j], (T*)nullptr);
     }
   }
+  wait_for_previous_kernel();
   add_low_rank<T>(acc, p, smem, m0, n0, warp_m, warp_n, lane);
   if constexpr (kScaled) {
 #pragma unroll
@@ -339,7 +341,8 @@ cudaError_t lora_gemm(const LoraGemm& p, cudaStream_t stream) {
     const auto plain = k_major ? gemm_kernel<T, true, false, kAligned> : gemm_kernel<T, false, false, kAligned>;
     const auto scaled = k_major ? gemm_kernel<T, true, true, kAligned> : gemm_kernel<T, false, true, kAligned>;
     const dim3 grid(int64_t(ceil_div(p.M, kBlockM)) * ceil_div(p.N, kBlockN));
-    return launch(p.column_scale == nullptr ? plain : scaled, grid, dim3(kThreads), kGemmSharedBytes, stream, p);
+    return launch(p.column_scale == nullptr ? plain : scaled, grid, dim3(kThreads), kGemmSharedBytes, stream, p,
+                  p.u.just_queued);
   });
 }
 

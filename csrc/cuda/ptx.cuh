@@ -1,5 +1,5 @@
-// The PTX instructions that the kernels use (sm_80 and newer), one function each. With LK_SIMT, csrc/simt/ptx.h defines
-// the same functions on the host.
+// The PTX instructions that the kernels use (sm_80 and newer; griddepcontrol sm_90), one function each. With LK_SIMT,
+// csrc/simt/ptx.h defines the same functions on the host.
 #pragma once
 
 #ifdef LK_SIMT
@@ -31,6 +31,20 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+// Lets the next kernel start, where it is launched `early`, once every block of this one has come here or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// In a kernel that is launched `early`: returns when the one before it has finished and what it wrote is visible.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
 }
 
 // ldmatrix: lane i of the warp gives the address of row i % 8 of 8x8 matrix i / 8, 16 bytes that are 16-byte aligned.

@@ -25,6 +25,10 @@ void cp_async_wait(simt::Site site = {}) {
   simt::async_wait(N, site);
 }
 
+// Kernels run one after the other.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row, simt::Site site = {}) {
   simt::load_matrices(r, 4, false, smem_row, site);
 }
