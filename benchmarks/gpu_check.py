@@ -11,6 +11,7 @@ Each stage runs in its own process with a time limit, so that whatever fails, th
   memcheck     a few of them under compute-sanitizer, where it is installed: accesses out of bounds
   racecheck    the same, but for cuBLAS: races in shared memory
   dense, nf4   times of one layer, as a ratio over the bare frozen linear (the dense one, also for NF4)
+  groups       the same of layers that read one x (q/k/v; gate and up): together, and apart
   kernels      the time of each kernel of a few layers, for docs/speed_model.md to be compared with
   rounding     how much of a small update arrives in y, by each contender
   steps        whole training steps of two models with random weights, and their peak of memory
@@ -67,7 +68,7 @@ TOTAL_SECONDS = 465
 # {stage: its limit in seconds}, in their order, those that run at the same time together; what is left of the total may
 # be less.
 GROUPS = [{"environment": 90}, {"build": 150}, {"tests": 120, "memcheck": 120, "racecheck": 120}, {"dense": 75},
-          {"nf4": 75}, {"kernels": 40}, {"rounding": 30}, {"steps": 60}, {"plot": 60}]  # fmt: skip
+          {"nf4": 75}, {"groups": 40}, {"kernels": 40}, {"rounding": 30}, {"steps": 60}, {"plot": 60}]  # fmt: skip
 STAGES = {stage: limit for group in GROUPS for stage, limit in group.items()}
 # What needs no GPU: to say that there is none, and to draw what there is.
 ANYWHERE = ("environment", "plot")
@@ -81,6 +82,8 @@ DRY_SIZES = [(33, 4), (1, 4)]
 FEW_ROWS = 16
 # (N, K, R) and M of the layers whose kernels are timed one by one
 KERNELS_OF, KERNELS_OF_ROWS = (4096, 4096, 16), (4096, 16, 1)
+GROUP_CONTENDERS = ("bare", "ours", "ours-apart", "peft", "ours-nf4", "ours-nf4-apart")
+GROUP_ROWS, GROUP_RANK = (4096, 512, 1), 16
 
 
 def gpu_timer() -> Callable[[Callable[[], Any]], float]:
@@ -220,6 +223,32 @@ def run_timings(kind: str, work: Path, dry: bool, deadline: float) -> dict[str, 
         report["rows"].append(row)
         # Kept after each row, for a process that is killed.
         save(work / f"{kind}.json", report)
+    return report
+
+
+def run_groups(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
+    from lora_kernels.bench.lora_linear import GROUPS, group_step
+
+    timer, device = (dry_timer, "cpu") if dry else (gpu_timer(), "cuda")
+    names, skipped = split(
+        {name: why_not("peft", "dense", dry) if name == "peft" else None for name in GROUP_CONTENDERS}
+    )
+    models = (
+        {"tiny": [((48, 16, 16), 64)]} if dry else {name: GROUPS[name] for name in ("Llama-3.2-1B", "Llama-3.1-8B")}
+    )
+    report: dict[str, Any] = {"skipped": skipped, "R": GROUP_RANK, "rows": []}
+    cases = [(model, M, N, K) for M in GROUP_ROWS for model, groups in models.items() for N, K in groups]
+    for model, M, N, K in cases:
+        if time.time() > deadline:
+            report["left_out"] = "time ran out"
+            break
+        options = {"M": M, "N": N, "K": K, "R": GROUP_RANK, "dropout_p": DROPOUT_P if M > FEW_ROWS else 0.0}
+        steps = {name: group_step(name, **options, dtype=torch.bfloat16, device=device) for name in names}
+        for step in steps.values():
+            step()
+        contenders = interleave(steps, 2 if dry else 11, "bare", timer)
+        report["rows"].append({"model": model, **options, "contenders": contenders})
+        save(work / "groups.json", report)
     return report
 
 
@@ -408,6 +437,7 @@ RUN = {
     "tests": run_tests,
     "dense": functools.partial(run_timings, "dense"),
     "nf4": functools.partial(run_timings, "nf4"),
+    "groups": run_groups,
     "memcheck": functools.partial(run_sanitizer, "memcheck"),
     "racecheck": functools.partial(run_sanitizer, "racecheck"),
     "kernels": run_kernels,
@@ -489,6 +519,9 @@ def print_times(kind: str, result: dict[str, Any]) -> None:
 def print_summary(report: dict[str, Any]) -> None:
     for kind in ("dense", "nf4"):
         print_times(kind, report[kind]["result"])
+    for row in report["groups"]["result"].get("rows", []):
+        times = ", ".join(f"{name} {values['ratio']:.2f}" for name, values in row["contenders"].items())
+        print(f"group {row['model']} M={row['M']} N={'+'.join(map(str, row['N']))}: {times}")
     for size, found in report["rounding"]["result"].items():
         if size != "skipped" and isinstance(found, dict):
             print(f"\nof a small update arrives at {size}:", ", ".join(f"{n} {v:.3f}" for n, v in found.items()))

@@ -38,11 +38,11 @@ def lora_inputs(
     column_scale: bool = False,
 ) -> dict[str, Tensor | None]:
     """x, weight, lora_a, lora_b, bias, lora_e and column_scale (around 1, some negative) by name, of the sizes that a
-    trained layer has, from a fixed seed."""
-    generator = torch.Generator().manual_seed(seed)
+    trained layer has, from a fixed seed of the device's generator."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float, dtype: torch.dtype) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).to(device, dtype)
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
 
     adapter_dtype = adapter_dtype or dtype
     inputs = {

@@ -102,14 +102,15 @@ class GuardedBuffers:
 GROUP = ((130, 4), (33, 7), (64, 16))  # N and R of its layers
 
 
-def group_case(M, dtype, adapter_dtype, nf4):
+def group_case(M, dtype, adapter_dtype, nf4, K=129, sizes=GROUP):
+    """x, layers and the dy of each."""
     layers, dys = [], []
-    for index, (N, R) in enumerate(GROUP):
-        t = lora_inputs(M, N, 129, R, dtype, adapter_dtype, bias=index != 1, lora_e=index == 1, seed=index)
+    for index, (N, R) in enumerate(sizes):
+        t = lora_inputs(M, N, K, R, dtype, adapter_dtype, bias=index != 1, lora_e=index == 1, seed=index)
         weight = quantize_nf4(t["weight"]) if nf4 else t["weight"]
         layers.append(Projection(weight, t["lora_a"], t["lora_b"], 0.7 + index, t["bias"], t["lora_e"]))
         dys.append(torch.randn(M, N, generator=torch.Generator().manual_seed(index)).to(dtype))
-    return lora_inputs(M, 1, 129, 1, dtype, seed=9)["x"], layers, dys
+    return lora_inputs(M, 1, K, 1, dtype, seed=9)["x"], layers, dys
 
 
 def group_results(function, x, layers, dys, dropout_p, dtype=None):

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from lora_cases import RNG, SCALING, LoraCase
+from lora_cases import GROUP, RNG, SCALING, LoraCase, group_case, group_results, one_by_one
 
 from lora_kernels import LoRAPlusAdamW, backends, cuda, lora_linear, quantize_nf4, reference, strategy, triton, vendor
-from lora_kernels.reference import NF4
+from lora_kernels.reference import NF4, Projection
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -134,6 +134,37 @@ def test_nf4(backend, case, double_quant):
     reference.dequantize_nf4(weight, problem.inputs["weight"])
     problem.backend = OnDevice(backend, weight=weight)
     problem.check()
+
+
+@_backends("triton", "vendor")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize(
+    ("M", "K", "sizes"),
+    [
+        (3, 129, GROUP),
+        (11, 4104, ((2048, 16), (520, 16))),
+        (300, 576, ((576, 16), (192, 16), (192, 16))),
+        (2048, 1032, ((2304, 16), (1032, 17), (264, 8))),
+    ],
+)
+def test_group(backend, M, K, sizes, nf4, dropout_p):
+    """Forward and backward of the module; the mask is the one that `one_by_one` draws."""
+    x, layers, dys = group_case(M, BF16, FP32, nf4, K, sizes)
+    torch.manual_seed(3)
+    rng = torch.randint(2**62, (2,), dtype=torch.int64) if dropout_p else None
+    frozen = [layer._replace(weight=layer.weight.tensors()) if nf4 else layer for layer in layers]
+    moved = [Projection(*(_move(part, "cuda") for part in layer)) for layer in frozen]
+    args, module = (x.cuda(), moved, dropout_p, _move(rng, "cuda")), _module(backend)
+    forward = module.lora_linear_group_fwd(*args)
+    hs = [h for _, h in forward]
+    needs = [(True, True, True)] * len(layers)
+    dx, grads = module.lora_linear_group_bwd([dy.cuda() for dy in dys], args[0], hs, *args[1:], True, needs)
+    actual = [*(y for y, _ in forward), dx, *(grad for each in grads for grad in each if grad is not None)]
+    plain = group_results(one_by_one, x, layers, dys, dropout_p, BF16)
+    exact = group_results(one_by_one, x, layers, dys, dropout_p, torch.float64)
+    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_close_to_reference(a.cpu(), p.to(a.dtype), e, f"result {index}")
 
 
 @_backends("triton", "cuda")

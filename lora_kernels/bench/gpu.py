@@ -16,6 +16,7 @@ from lora_kernels.bench.cases import SCALING
 from lora_kernels.bench.peers import AddmmLoRA, bitsandbytes_linear, peft_layer
 from lora_kernels.bench.train import SMOLLM2_135M, adapted, step_of
 from lora_kernels.bench.train import R as RANK
+from lora_kernels.nn.fused_decoder import fuse_decoder
 
 # name -> (settings of its LlamaConfig, rows of a batch, tokens of a row)
 MODELS = {
@@ -76,7 +77,11 @@ def training_step(contender: str, base: nn.Module, batch: int, length: int, roun
     before = torch.cuda.memory_allocated() if on_gpu else 0
     torch.manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (batch, length), device=device)
-    step = step_of(contender, adapted(contender, _quantised(contender, base)))
+    model = _quantised(contender, base)
+    if contender.startswith("ours"):
+        # As the trainers do.
+        fuse_decoder(model)
+    step = step_of(contender, adapted(contender, model))
 
     def seconds() -> float:
         start = time.perf_counter()

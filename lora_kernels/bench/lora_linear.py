@@ -28,6 +28,7 @@ GROUP = ("bare", "ours", "ours-apart", "peft", "ours-nf4", "ours-nf4-apart")
 GROUPS = {
     "SmolLM2-135M": [((576, 192, 192), 576), ((1536, 1536), 576)],
     "Llama-3.2-1B": [((2048, 512, 512), 2048), ((8192, 8192), 2048)],
+    "Llama-3.1-8B": [((4096, 1024, 1024), 4096), ((14336, 14336), 4096)],
 }
 # Rows up to which a step is a forward without dropout, as in generation; from there on forward and backward.
 FEW_ROWS = 16
@@ -75,12 +76,20 @@ def _our_layer(contender: str, inputs: dict[str, Tensor | None], dropout_p: floa
 
 
 def group_step(
-    contender: str, M: int, N: tuple[int, ...], K: int, R: int, dropout_p: float, dtype: torch.dtype
+    contender: str,
+    M: int,
+    N: tuple[int, ...],
+    K: int,
+    R: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> Step:
     """`make_step` for layers of out_features N over one x."""
     train = M > FEW_ROWS
-    x = lora_inputs(M, 1, K, 1, dtype)["x"].requires_grad_(train)
-    inputs = [lora_inputs(1, n, K, R, dtype, adapter_dtype=torch.float32, seed=seed) for seed, n in enumerate(N)]
+    x = lora_inputs(M, 1, K, 1, dtype, device=device)["x"].requires_grad_(train)
+    options = {"adapter_dtype": torch.float32, "device": device}
+    inputs = [lora_inputs(1, n, K, R, dtype, **options, seed=seed) for seed, n in enumerate(N)]
     weights = [tensors["weight"] for tensors in inputs]
     if contender == "bare":
         layers = [functools.partial(F.linear, weight=weight) for weight in weights]
@@ -101,8 +110,8 @@ def group_step(
 
     if not train:
         return torch.no_grad()(forward)
-    generator = torch.Generator().manual_seed(1)
-    dys = [torch.randn(M, n, generator=generator).to(dtype) for n in N]
+    generator = torch.Generator(device).manual_seed(1)
+    dys = [torch.randn(M, n, generator=generator, device=device).to(dtype) for n in N]
     return lambda: torch.autograd.grad(forward(), [x, *adapters], dys)
 
 
@@ -180,7 +189,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield case(M, N, K, rank, DROPOUT_P, settings)
         yield case(M, N, K, R, 0.0, settings)
         yield case(M, N, K, R, 0.0, settings, DORA)
-    for groups in GROUPS.values():
-        for N, K in groups:
+    for model in ("SmolLM2-135M", "Llama-3.2-1B"):
+        for N, K in GROUPS[model]:
             for rows in (1, 64, M, 2048):
                 yield group_case(rows, N, K, settings)

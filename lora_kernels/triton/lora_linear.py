@@ -653,7 +653,7 @@ class _LoraLauncher(Launcher):
             _gemm_kernel, (tiles, 1, 1), *tensors, *[None] * (2 * none), *nf4_parts, column_scale, bias,
             u if u_parts is None else u_parts, made, lora_e, v, rng, product, out, m, n, *depths, v.shape[0], parts,
             scale, self.threshold, *strides, *[0] * (3 * none), stride_up, u.stride(0), *v.stride(), out.stride(0),
-            **kind, ALIGNED=aligned, PARTS=triton.next_power_of_2(parts), **flags, **config,
+            **kind, ALIGNED=aligned, PARTS=1 << (parts - 1).bit_length(), **flags, **config,
         )  # fmt: skip
 
     def by_tma(self, config: dict[str, int], terms: list[_Term], backward: bool) -> bool | None:
@@ -734,6 +734,8 @@ MAX_GROUP = _TERMS
 
 def _columns(layers: Sequence[Projection]) -> list[slice]:
     """The columns of each layer's h in that of all."""
+    if len(layers) == 1:
+        return [slice(0, layers[0].lora_a.shape[0])]
     ends = list(itertools.accumulate((layer.lora_a.shape[0] for layer in layers), initial=0))
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
