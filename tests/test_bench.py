@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from lora_kernels.bench import cases, lora_linear, report, traffic
 from lora_kernels.bench.measure import Worker, interleave
 from lora_kernels.cli import app
+from lora_kernels.testing import assert_close_to_reference
 
 
 def test_interleave_gives_medians_and_ratios_of_the_same_round():
@@ -50,9 +51,11 @@ def test_a_worker_measures_the_memory_of_its_own_step():
 def test_contenders_compute_the_same():
     sizes = {"M": 33, "N": 48, "K": 64, "R": 4, "dropout_p": 0.0, "dtype": torch.float32}
     grads = {name: lora_linear.make_step(name, **sizes)() for name in ("bare", "ours", "eager", "addmm", "ours-dora")}
+    exact = lora_linear.make_step("addmm", **sizes | {"dtype": torch.float64})()
     for name in ("eager", "addmm"):
-        for ours, theirs in zip(grads["ours"], grads[name], strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for ours, theirs, wide in zip(grads["ours"], grads[name], exact, strict=True):
+            assert_close_to_reference(ours, theirs, wide, "ours")
+            assert_close_to_reference(theirs, ours, wide, name)
     # Their B starts at zero: dx is that of the frozen layer.
     pytest.importorskip("peft")
     for name in ("peft", "peft-dora"):

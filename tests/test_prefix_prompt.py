@@ -548,7 +548,7 @@ def test_run_from_files_moves_the_held_out_loss(changes, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(tiny_records(22)))
     files = {"model": "model", "data": "train.json", "eval_data": "train.json", "output_dir": "out"}
     files = {name: str(tmp_path / path) for name, path in files.items()}
-    config = SFTConfig(**TINY_RUN | changes | files | {"max_steps": 15, "lr": 3e-2})
+    config = SFTConfig(**TINY_RUN | changes | files | {"dtype": "float32", "max_steps": 15, "lr": 3e-2})
     base = AnswerLoss(tiny_llama().eval())
     dataset = tiny_dataset()
     batch = dataset.batch(range(len(dataset)))
