@@ -40,7 +40,11 @@ class EmulatedKernels(Kernels):
         reached = {f"tensor {index}": tensor for index, tensor in enumerate(through)}
         for launch in launches:
             buffers = {name: _buffer(value) for name, value in (launch[1] | reached).items()}
-            self._extension.set_buffers({name: buffer for name, buffer in buffers.items() if buffer is not None})
+            buffers = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+            # What the kernel before may still be writing.
+            parts = "h_parts" if "h_parts" in buffers else "u_parts"
+            late = parts if launch[1].get("just_queued") else ""
+            self._extension.set_buffers(buffers, late)
             super()._queue(on, launch)
 
     def _workspace(self, device: torch.device, **lengths: int) -> dict[str, Tensor | None]:

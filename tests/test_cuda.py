@@ -213,6 +213,28 @@ def test_a_pass_is_one_call_of_the_extension(simt, monkeypatch):
     assert calls == [["lora_h", "lora_gemm"], ["column_scale_bwd"], backward]
 
 
+@pytest.mark.parametrize("M", [3, 20])
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+@pytest.mark.parametrize("R", [0, 4])
+def test_a_product_starts_early_only_where_lora_h_is_just_queued(simt, monkeypatch, M, weight, R):
+    queued, queue = [None], simt.queue
+
+    def noted(launches, *where):
+        queued.extend(launches)
+        queue(launches, *where)
+
+    monkeypatch.setattr(simt, "queue", noted)
+    t = lora_inputs(M, 24, 64, 4, BF16)
+    w = t["weight"] if weight == "dense" else reference.quantize_nf4(t["weight"], 64, True)
+    adapters = t["lora_a"][:R], t["lora_b"][:, :R]
+    _, h = cuda_emulated.lora_linear_fwd(t["x"], w, *adapters, 1.0, None, None, 0.0, None)
+    *_, before, (_, product) = queued
+    assert product["just_queued"] == (before is not None and before[0] == "lora_h")
+    dy = torch.zeros(M, 24, dtype=BF16)
+    cuda_emulated.lora_linear_bwd(dy, t["x"], h, w, *adapters, 1.0, None, 0.0, None, (True, False, False, False))
+    assert queued[-1][0] == "lora_gemm" and not queued[-1][1]["just_queued"]
+
+
 def test_the_arguments_of_a_kernel_are_checked(simt):
     x = torch.zeros(8, dtype=BF16)
     known = dict(weight=x, dtype=simt.BFLOAT16, size=8, block_shift=6, packed=x, absmax=x)

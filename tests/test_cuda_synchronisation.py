@@ -13,7 +13,9 @@ from lora_kernels import cuda_emulated, reference
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 
 SOURCES = Path(__file__).parent.parent / "csrc/cuda"
-SYNCHRONISATION = re.compile(r"\b(__syncthreads\w*|__syncwarp|cp_async_commit|cp_async_wait<.*>)\(")
+SYNCHRONISATION = re.compile(
+    r"\b(__syncthreads\w*|__syncwarp|cp_async_commit|cp_async_wait<.*>|wait_for_previous_kernel)\("
+)
 
 
 def lora_linear():

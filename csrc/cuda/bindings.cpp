@@ -153,7 +153,7 @@ void queue(const py::iterable& launches, int device, uintptr_t stream_address) {
   }
   auto* stream = reinterpret_cast<cudaStream_t>(stream_address);
   cudaError_t error = cudaSuccess;
-  const char* kernel = "";
+  const char* kernel = "the device";
   {
     const py::gil_scoped_release release;
 #ifndef LK_SIMT

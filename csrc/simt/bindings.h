@@ -27,19 +27,21 @@ inline void bind_simt(pybind11::module_& m) {
       py::arg("order"), py::arg("seed") = 0,
       "The order in which blocks, warps and lanes run from now on: forward, reversed or shuffled by the seed.");
   m.def("set_skipped", &set_skipped, py::arg("file"), py::arg("line"),
-        "Leave out the __syncthreads, __syncwarp, cp_async_commit and cp_async_wait on this line of this file of "
+        "Leave out the __syncthreads, __syncwarp, cp_async_commit, cp_async_wait and wait_for_previous_kernel on this "
+        "line of this file of "
         "csrc/cuda, to show that a test needs it. Line 0: none.");
   m.def("set_shared_memory_limit", &set_shared_memory_limit, py::arg("bytes"),
         "The most dynamic shared memory that a kernel may ask for (99 KiB to begin with).");
   m.def(
       "set_buffers",
-      [](const std::map<std::string, std::pair<uintptr_t, size_t>>& named) {
+      [](const std::map<std::string, std::pair<uintptr_t, size_t>>& named, const std::string& late) {
         std::vector<Buffer> buffers;
-        for (const auto& [name, range] : named) buffers.push_back({name, range.first, range.second});
+        for (const auto& [name, range] : named) buffers.push_back({name, range.first, range.second, name == late});
         memory_set_buffers(buffers);
       },
-      py::arg("buffers"),
-      "The global memory that kernels may access from now on, {name: (address, bytes)}; if empty, all of it.");
+      py::arg("buffers"), py::arg("late") = "",
+      "The global memory that kernels may access from now on, {name: (address, bytes)}; if empty, all of it. `late`: "
+      "only after wait_for_previous_kernel.");
   m.def(
       "take_traffic",
       [](bool record) {

@@ -53,6 +53,7 @@ uintptr_t latest_page_number = 0;
 Page* latest_page = nullptr;
 
 std::vector<Buffer> buffers;  // empty: all of memory
+std::bitset<1024> waited;     // threads of the block, for the previous kernel
 
 bool recording = false;
 std::vector<Traffic> recorded;
@@ -176,16 +177,21 @@ std::string describe_global(uintptr_t address) {
          std::to_string(nearest->bytes) + " bytes";
 }
 
-bool allowed(uintptr_t address, size_t bytes) {
+const Buffer* buffer_of(uintptr_t address, size_t bytes) {
   for (const Buffer& buffer : buffers)
-    if (address - buffer.address < buffer.bytes && address + bytes <= buffer.address + buffer.bytes) return true;
-  return buffers.empty();
+    if (address - buffer.address < buffer.bytes && address + bytes <= buffer.address + buffer.bytes) return &buffer;
+  return nullptr;
 }
 
 std::string global_access(uintptr_t address, size_t bytes, bool store, const void* pc) {
-  if (!allowed(address, bytes))
+  const Buffer* buffer = buffer_of(address, bytes);
+  const auto problem = [&](const char* rest) {
     return (store ? "a store to " : "a load of ") + std::to_string(bytes) + " bytes from " + describe_global(address) +
-           " (" + describe(pc) + ")";
+           rest + " (" + describe(pc) + ")";
+  };
+  if (buffer == nullptr && !buffers.empty()) return problem("");
+  if (buffer != nullptr && buffer->is_late && !waited[running.thread])
+    return problem(", before wait_for_previous_kernel");
   const auto block = int32_t(running.block);
   for (uintptr_t a = address; a < address + bytes; ++a) {
     Page& page = page_of(a);
@@ -224,6 +230,7 @@ void memory_start_block(unsigned char* smem, size_t smem_bytes) {
   shared = smem;
   shared_bytes = smem_bytes;
   shared_state.resize(smem_bytes);
+  waited.reset();
   ++epoch;
 }
 
@@ -233,6 +240,7 @@ void memory_in_flight(const void* smem, size_t bytes, bool in_flight) {
 }
 
 void memory_block_synchronised() { ++epoch; }
+void memory_previous_kernel_finished() { waited[running.thread] = true; }
 void memory_warp_synchronised() { ++warp_epoch[running.warp]; }
 void memory_blocks_ordered() { blocks_ordered = true; }
 

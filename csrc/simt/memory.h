@@ -37,6 +37,8 @@ struct Buffer {
   std::string name;
   uintptr_t address;
   size_t bytes;
+  // The kernel before may still write it: a thread has to wait for that one first.
+  bool is_late = false;
 };
 void memory_set_buffers(std::vector<Buffer> allowed);
 
@@ -45,6 +47,7 @@ void memory_start_launch();
 constexpr size_t kGuardBytes = 1024;
 void memory_start_block(unsigned char* smem, size_t smem_bytes);
 void memory_block_synchronised();
+void memory_previous_kernel_finished();  // as the calling thread knows now
 void memory_warp_synchronised();
 // From the start to the end of a cp.async nothing may access its destination.
 void memory_in_flight(const void* smem, size_t bytes, bool in_flight);

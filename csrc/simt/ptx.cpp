@@ -67,6 +67,10 @@ void multiply(void* const (&arguments)[kWarpSize]) {
 
 }  // namespace
 
+void wait_for_previous_kernel(Site site) {
+  if (!is_skipped(site)) memory_previous_kernel_finished();
+}
+
 void load_matrices(uint32_t* registers, int count, bool transposed, const void* smem_row, Site site) {
   // The addresses of lanes that no matrix needs are not used.
   if (lane_index() < 8 * count) {

@@ -8,6 +8,7 @@
 
 namespace lora_kernels::simt {
 
+void wait_for_previous_kernel(Site site);
 void load_matrices(uint32_t* registers, int count, bool transposed, const void* smem_row, Site site);
 template <float convert(uint16_t)>
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Site site);
@@ -25,9 +26,9 @@ void cp_async_wait(simt::Site site = {}) {
   simt::async_wait(N, site);
 }
 
-// Kernels run one after the other.
+// Kernels run one after the other; what they may read before the wait is checked.
 inline void let_next_kernel_start() {}
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel(simt::Site site = {}) { simt::wait_for_previous_kernel(site); }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row, simt::Site site = {}) {
   simt::load_matrices(r, 4, false, smem_row, site);
