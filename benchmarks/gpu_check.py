@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -254,8 +255,9 @@ def run_groups(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
 
 def run_environment(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": machine(), "backends": backends.available()}
-    for package in ("triton", "peft", "bitsandbytes"):
-        found[package] = importlib.import_module(package).__version__ if importlib.util.find_spec(package) else None
+    for package in ("triton", "peft", "bitsandbytes", "unsloth"):
+        # Not by importing them, which takes longer than all the rest of this stage.
+        found[package] = importlib.metadata.version(package) if importlib.util.find_spec(package) else None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "capability": f"{properties.major}{properties.minor}"}

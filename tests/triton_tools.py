@@ -287,6 +287,8 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
     row = _compile(chip, kernel, signature, constants, attrs, options)
     # Dequantisation's code · scale + offset must round twice.
     row["contracted"] = row["fma"] and variant["kernel"] == "dequantize"
+    # Of a product, which the driver starts before the kernel whose result it needs has ended.
+    row["does_not_wait"] = bool(constants.get("OVERLAPS")) and variant["kernel"].endswith("gemm") and row["waits"] != 1
     about = {"kernel": variant["label"], "matrix_kernel": "low_rank" in variant and variant["kernel"] != "reduce"}
     return {**about, "config": config} | row
 
@@ -326,6 +328,7 @@ def _compile(chip: int | str, kernel, signature: dict, constants: dict, attrs: d
     row = {"chip": str(chip), "shared": compiled.metadata.shared, "shared_limit": configs.SHARED_MEMORY[chip]}
     assembly = compiled.asm["ptx" if isinstance(chip, int) else "amdgcn"]
     # v_fma_mixlo_f16 is no contraction: it multiplies, adds zero, and rounds to float32 before float16.
+    row["waits"] = assembly.count("griddepcontrol.wait")
     row["fma"] = bool(re.search(r"\bfma\.|v_(pk_)?fma_f32|v_fmac|v_mac_f32|v_mad_f32", assembly))
     return row | (_read_cubin(compiled) if isinstance(chip, int) else _read_amdgcn(compiled.asm["amdgcn"]))
 

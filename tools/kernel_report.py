@@ -106,6 +106,8 @@ def triton_problems(rows: list[dict]) -> list[str]:
             problems.append(f"{name}: {row['shared']} bytes of shared memory of {row['shared_limit']}")
         if row["matrix_kernel"] and not row["matrix"]:
             problems.append(f"{name}: no matrix instruction in a loop")
+        if row.get("does_not_wait"):
+            problems.append(f"{name}: starts before the kernel before it has ended, and doesn't wait for it")
         if row.get("contracted"):
             problems.append(f"{name}: code · scale + offset is contracted, so it isn't what bitsandbytes computes")
     return problems

@@ -13,12 +13,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 
-try:
-    # Nothing that AMD's compiler knows; only what `configs.overlaps` calls them.
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    gdc_launch_dependents = gdc_wait = None
-
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
@@ -45,6 +39,20 @@ def cast(value, DTYPE: tl.constexpr):
         # The interpreter loses denormals.
         return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return value.to(DTYPE)
+
+
+# Programmatic dependent launch, for what `configs.overlaps` says can do it. Not by triton.language.extra.cuda, whose
+# functions fail in Triton 3.4.
+@triton.jit
+def let_next_kernel_start():
+    """The kernel that is queued next may start, if it was launched so, once all programs came here or ended."""
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
+def wait_for_kernel_before():
+    """What the kernel before this one has written is there afterwards, all of it."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
 
 
 # AMD's kernels are chosen by more than what `launch` looks at.

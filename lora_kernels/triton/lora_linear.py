@@ -27,7 +27,7 @@ from lora_kernels.parts import ceil_div, in_parts
 from lora_kernels.reference import NF4, Projection, dropout_scale, dropout_threshold
 
 from . import configs
-from .common import INTERPRETED, Launcher, cast, dot, gdc_launch_dependents, gdc_wait
+from .common import INTERPRETED, Launcher, cast, dot, let_next_kernel_start, wait_for_kernel_before
 from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
 __all__ = [
@@ -69,7 +69,7 @@ def _h_kernel(
 ):  # fmt: skip
     """Partial sums [splits, M, R] of h = dropout(x) lora_aᵀ, each over columns_per_split columns of x."""
     if OVERLAPS:
-        gdc_launch_dependents()
+        let_next_kernel_start()
     m0 = tl.program_id(0) * BLOCK_M
     pid_s = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
@@ -293,7 +293,7 @@ def _gemm_kernel(
     there.
     """
     if OVERLAPS:
-        gdc_launch_dependents()
+        let_next_kernel_start()
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     if product_ptr is None:
@@ -317,7 +317,7 @@ def _gemm_kernel(
                                m0, n0, M, N, K, stride_xm, WEIGHT == "nf4_cols", BLOCK_SIZE, ALIGNED,
                                EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     if OVERLAPS:
-        gdc_wait()
+        wait_for_kernel_before()
     _finish(acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R,
             parts, scale, threshold, stride_up, stride_um, stride_vr, stride_vn, stride_om,
             HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE, PARTS,
@@ -353,7 +353,7 @@ def _tma_gemm_kernel(
     W_ROWS says that the rows of w_desc are the columns of out.
     """
     if OVERLAPS:
-        gdc_launch_dependents()
+        let_next_kernel_start()
     DTYPE: tl.constexpr = x_desc.dtype
     m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -363,7 +363,7 @@ def _tma_gemm_kernel(
     if x2_desc is not None:
         acc = _add_fetched_product(acc, x2_desc, w2_desc, m0, n0, K2, W_ROWS, PRECISION, BLOCK_K)
     if OVERLAPS:
-        gdc_wait()
+        wait_for_kernel_before()
     _finish(acc, column_scale_ptr, bias_ptr, u_ptr, None, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R,
             1, scale, threshold, 0, stride_um, stride_vr, stride_vn, stride_om,
             HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE, 1,
@@ -465,7 +465,7 @@ def _dlora_a_kernel(
 ):  # fmt: skip
     """Partial sums [splits, R, K] of dlora_a = dhᵀ dropout(x), each over rows_per_split rows."""
     if OVERLAPS:
-        gdc_launch_dependents()
+        let_next_kernel_start()
     k0 = tl.program_id(0) * BLOCK_K
     pid_s = tl.program_id(1)
     k = k0 + tl.arange(0, BLOCK_K)
