@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from lora_kernels.parts import ceil_div, in_parts
-from lora_kernels.reference import ABSMAX_BLOCK, NF4, AdamWGroup, dropout_scale, dropout_threshold, dynamic_code
+from lora_kernels.reference import (
+    ABSMAX_BLOCK,
+    NF4,
+    AdamWGroup,
+    Projection,
+    dropout_scale,
+    dropout_threshold,
+    dynamic_code,
+)
 
 # The name of a kernel, and its arguments by name: numbers, tensors and parts of one, as (tensor, first byte, bytes).
 _Launch = tuple[str, dict[str, Any]]
@@ -194,13 +202,32 @@ class Kernels:
         is not bfloat16 or float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type
         of device, and for dropout without rng; RuntimeError with CUDA's message where a launch fails.
         """
-        (M, K), (N, R) = x.shape, lora_b.shape
-        if x.dtype == torch.float32 and R == 0 and isinstance(weight, NF4) and column_scale is None:
+        if x.dtype == torch.float32 and lora_b.shape[1] == 0 and isinstance(weight, NF4) and column_scale is None:
             self._check_device("x", x)
             dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
             self.dequantize_nf4(weight, dense)
-            return torch.nn.functional.linear(x, dense, bias), x.new_empty(M, 0)
+            return torch.nn.functional.linear(x, dense, bias), x.new_empty(len(x), 0)
+        layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
+        return self.lora_linear_group_fwd(x, [layer], dropout_p, rng)[0]
+
+    def lora_linear_group_fwd(
+        self, x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(y, h) of `lora_linear_fwd` for each layer, all queued at once. dropout(x) is one for all of them."""
+        results, launches = [], []
+        for layer in layers:
+            y, h, own = self._forward(x, *layer, dropout_p, rng)
+            results.append((y, h))
+            launches += own
+        self._queue(x, *launches)
+        return results
+
+    def _forward(
+        self, x, weight, lora_a, lora_b, scaling, bias, lora_e, column_scale, dropout_p, rng
+    ) -> tuple[Tensor, Tensor, list[_Launch]]:
+        """y and h, and the launches that make them."""
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
+        (M, K), (N, R) = x.shape, lora_b.shape
         threshold, dtype, launches = _threshold(dropout_p, rng), self._dtypes[x.dtype], []
         splits, columns_per_split = self._parts_of_h(x, R)
         h = torch.empty((M, R), dtype=torch.float32, device=x.device)
@@ -252,8 +279,7 @@ class Kernels:
         else:
             u = (h_parts, splits, kept, R > 0)
             launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
-        self._queue(x, *launches)
-        return y, h
+        return y, h, launches
 
     def column_scale_bwd(
         self, dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
@@ -303,10 +329,47 @@ class Kernels:
         Arguments and errors are those of `lora_linear_fwd`, h its second result. Sums are taken in a fixed order: the
         result depends on the number of multiprocessors but not on timing.
         """
+        layer = Projection(weight, lora_a, lora_b, scaling, None, lora_e)
+        dx, (grads,) = self.lora_linear_group_bwd([dy], x, [h], [layer], dropout_p, rng, needs[0], [needs[1:]])
+        return dx, *grads
+
+    def lora_linear_group_bwd(
+        self,
+        dys: Sequence[Tensor],
+        x: Tensor,
+        hs: Sequence[Tensor],
+        layers: Sequence[Projection],
+        dropout_p: float,
+        rng: Tensor | None,
+        need_x: bool,
+        needs: Sequence[Sequence[bool]],
+    ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+        """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd, all queued at once; a layer's
+        needs are in that order. dx is the sum of what each layer's would be, rounded."""
+        dxs, grads, launches = [], [], []
+        for dy, h, layer, layer_needs in zip(dys, hs, layers, needs, strict=True):
+            dx, own_grads, own = self._backward(dy, x, h, layer, dropout_p, rng, (need_x, *layer_needs))
+            dxs.append(dx)
+            grads.append(own_grads)
+            launches += own
+        if launches:
+            self._queue(x, *launches)
+        dx = dxs[0]
+        if need_x:
+            for other in dxs[1:]:
+                dx += other
+        return dx, grads
+
+    def _backward(
+        self, dy: Tensor, x: Tensor, h: Tensor, layer: Projection, dropout_p: float, rng: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None], list[_Launch]]:  # fmt: skip
+        """dx and (dlora_a, dlora_b, dlora_e) of one layer, and the launches that make them."""
+        weight, lora_a, lora_b, scaling, _, lora_e, _ = layer
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
         need_dx, need_da, need_db, need_de = needs[0], needs[1], needs[2], needs[3] and lora_e is not None
         if not (need_dx or need_da or need_db or need_de):
-            return None, None, None, None
+            return None, (None, None, None), []
         threshold, keep_scale = _threshold(dropout_p, rng), dropout_scale(dropout_p)
         rng = rng if threshold else None
         (M, K), (N, R) = x.shape, lora_b.shape
@@ -336,7 +399,7 @@ class Kernels:
                 **work,
                 dy=dy,
                 ld_dy=dy.stride(0),
-                h=h,
+                h=h.contiguous(),
                 lora_b=lora_b,
                 lora_b_dtype=b_dtype,
                 M=M,
@@ -383,8 +446,7 @@ class Kernels:
         if need_dx:
             u = (dh, 1, None, False)
             launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
-        self._queue(x, *launches)
-        return dx, dlora_a, dlora_b, dlora_e
+        return dx, (dlora_a, dlora_b, dlora_e), launches
 
     def _nf4(self, weight: NF4) -> dict:
         """The arguments that describe an NF4 weight to a kernel."""
@@ -526,6 +588,8 @@ _kernels = Kernels("_cuda", "cuda", "it is built where nvcc is found")
 unavailable = _kernels.unavailable
 lora_linear_fwd = _kernels.lora_linear_fwd
 lora_linear_bwd = _kernels.lora_linear_bwd
+lora_linear_group_fwd = _kernels.lora_linear_group_fwd
+lora_linear_group_bwd = _kernels.lora_linear_group_bwd
 column_scale_bwd = _kernels.column_scale_bwd
 quantize_nf4 = _kernels.quantize_nf4
 dequantize_nf4 = _kernels.dequantize_nf4

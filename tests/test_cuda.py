@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, strided
+from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, group_case, group_results, one_by_one, strided
 
-from lora_kernels import backends, cuda, cuda_emulated, lora_linear, reference
-from lora_kernels.testing import lora_inputs
+from lora_kernels import backends, cuda, cuda_emulated, lora_linear, lora_linear_group, reference, use_backend
+from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 
@@ -114,6 +114,36 @@ def test_h_in_parts(monkeypatch, simt, M, K, R):
 )
 def test_forward_and_backward_against_float64(case):
     Case(**case).check()
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("M", [3, 65])
+def test_group_matches_float64(M, dropout_p, nf4):
+    case = group_case(M, BF16, FP32, nf4)
+    with use_backend("cuda-emulated"):
+        actual = group_results(lora_linear_group, *case, dropout_p)
+    plain = group_results(one_by_one, *case, dropout_p, BF16)
+    exact = group_results(one_by_one, *case, dropout_p, torch.float64)
+    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_close_to_reference(a, p.to(a.dtype), e, f"result {index}")
+
+
+def test_a_group_is_queued_at_once(monkeypatch):
+    x, layers, dys = group_case(5, BF16, FP32, False)
+    queued = []
+    monkeypatch.setattr(
+        cuda_emulated.EmulatedKernels,
+        "_queue",
+        lambda self, on, *launches: queued.append([name for name, _ in launches]),
+    )
+    forward = cuda_emulated.lora_linear_group_fwd(x, layers, 0.0, None)
+    # As Triton's are: columns of one matrix.
+    ranks = [layer.lora_a.shape[0] for layer in layers]
+    hs = torch.zeros(5, sum(ranks)).split(ranks, dim=1)
+    cuda_emulated.lora_linear_group_bwd(dys, x, hs, layers, 0.0, None, True, [(True, True, True)] * 3)
+    backward = ["lora_dh_dlora_b", "lora_reduce", "lora_dlora_a", "lora_gemm"]
+    assert queued == [["lora_h", "lora_few_rows"] * 3, backward * 3] and len(forward) == 3
 
 
 @pytest.mark.parametrize(

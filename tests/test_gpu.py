@@ -136,7 +136,7 @@ def test_nf4(backend, case, double_quant):
     problem.check()
 
 
-@_backends("triton", "vendor")
+@_backends("triton", "cuda", "vendor")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize(
