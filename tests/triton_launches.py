@@ -55,7 +55,7 @@ def main():
     configs._FULL = 1
 
     def init(self, name, t):
-        self.index, self.family, self.device = 0, "sm90", contextlib.nullcontext()
+        self.index, self.family, self.device, self.stream = 0, "sm90", contextlib.nullcontext(), 7
 
     common.Launcher.__init__ = init
     # Room for every result, so that each call has the same addresses.

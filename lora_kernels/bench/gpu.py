@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def training_step(contender: str, base: nn.Module, batch: int, length: int, roun
     {"ms", "tokens_per_s", "peak_mib"}; the peak is that of torch's allocator, 0 on a CPU, without `base` itself."""
     device = next(base.parameters()).device
     on_gpu = device.type == "cuda"
+    # Of the contender before, which else would be freed during the step.
+    gc.collect()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     torch.manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (batch, length), device=device)

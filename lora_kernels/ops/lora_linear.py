@@ -318,9 +318,9 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
 
     dropout(x) is one for all of them (as in the merged projections of loralib, Hu et al. 2021). On the CPU, and in
     groups of up to three by Triton's kernels, x is read once for the low-rank part of all layers, and so is its dropout
-    drawn; backward writes dx once. Elsewhere, and where a weight, a bias or a column_scale is trained or something sees
-    the ops (a compiler, a mode), the layers are computed one after the other, with the same result but for the order in
-    which dx is summed.
+    drawn; backward writes dx once. CUDA C++ queues the kernels of all layers at once. Elsewhere, and where a weight, a
+    bias or a column_scale is trained or something sees the ops (a compiler, a mode), the layers are computed one after
+    the other. The result is the same but for the order and the rounding in which dx is summed.
 
     Raises as `lora_linear` does, and ValueError where there is no layer.
     """

@@ -77,6 +77,7 @@ class Launcher:
                 "TRITON_INTERPRET=1 before triton is imported (slow, for tests) or use the cpu backend"
             )
         self.index = t.get_device()
+        self.stream = torch._C._cuda_getCurrentRawStream(self.index) if t.is_cuda else None
         self.device = contextlib.nullcontext()
         if t.is_cuda and self.index != torch.cuda.current_device():
             self.device = torch.cuda.device(self.index)
@@ -88,12 +89,13 @@ class Launcher:
         Triton examines each argument and every option in each launch, which takes longer than most of these kernels.
         What it compiled is kept here by what can change it: of a number its type, whether it is 1 and whether 16
         divides it; of a tensor its dtype; of a descriptor the dtype and the blocks. A tensor that doesn't start at a
-        multiple of 16 bytes goes Triton's way.
+        multiple of 16 bytes goes Triton's way. Tensors are handed over as addresses: those of objects are asked for
+        again, and looked up by the driver.
         """
         if not _KEEPS_COMPILED:
             kernel[grid](*args, **constants)
             return
-        key, addresses = [id(kernel), self.index, *constants.values()], 0
+        key, addresses, values = [id(kernel), self.index, *constants.values()], 0, []
         for arg in args:
             kind = type(arg)
             if kind is int:
@@ -104,13 +106,15 @@ class Launcher:
                 addresses |= arg.base.data_ptr()
                 key += (arg.base.dtype, *arg.block_shape)
             else:
-                addresses |= arg.data_ptr()
                 key.append(arg.dtype)
+                arg = arg.data_ptr()
+                addresses |= arg
+            values.append(arg)
         key = tuple(key)
         found = None if addresses % 16 else _compiled.get(key)
         if found is not None:
-            compiled, values = found
-            compiled[grid](*args, *values)
+            compiled, rest = found
+            compiled[grid](*values, *rest, stream=self.stream)
             return
         compiled = kernel[grid](*args, **constants)
         if not addresses % 16:
