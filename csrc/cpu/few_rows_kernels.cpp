@@ -40,37 +40,46 @@ LK_INLINE void sum_lanes(const vf* v, float* sums) {
 }
 #endif
 
+// A sum over columns is made of sums of so many: added one by one, thousands would round all that came before.
+constexpr int64_t kPieceColumns = 1024;
+
 // sums[m] = Σ_k W[n, k] x[m, k] + Σ_r b[r] h[m, r] for kRows rows m and one n, with the weight's row straight from
 // registers. R is a multiple of kLanes.
 template <int kRows, class W>
 LK_INLINE void dot_rows(const W& weight, int64_t n, const float* x, int64_t K, const float* b, const float* h,
                         int64_t R, float (&sums)[kLayerRows]) {
-  vf acc[(kRows + 3) / 4 * 4] = {};
+  vf total[(kRows + 3) / 4 * 4] = {};
   float rest[kRows] = {};
-  for_row(
-      weight, n, 0, K,
-      [&](int64_t k, const vf(&codes)[kChunkVecs], vf scale) {
-        // For few rows the sums are scaled, which makes shorter chains of additions; for more, the values once for all.
-        constexpr bool kScaleSums = kRows <= 2;
-        vf values[kChunkVecs];
-        for (int v = 0; v < kChunkVecs; ++v) values[v] = kScaleSums ? codes[v] : scale * codes[v];
+  for (int64_t first = 0; first < K; first += kPieceColumns) {
+    vf acc[kRows] = {};
+    for_row(
+        weight, n, first, min64(first + kPieceColumns, K),
+        [&](int64_t k, const vf(&codes)[kChunkVecs], vf scale) {
+          // For few rows the sums are scaled, which makes shorter chains of additions; for more, the values once for
+          // all.
+          constexpr bool kScaleSums = kRows <= 2;
+          vf values[kChunkVecs];
+          for (int v = 0; v < kChunkVecs; ++v) values[v] = kScaleSums ? codes[v] : scale * codes[v];
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) {
-          const float* row = x + m * K + k;
-          vf sum = values[0] * load(row);
-          if (!kScaleSums) sum += acc[m];
+          for (int m = 0; m < kRows; ++m) {
+            const float* row = x + m * K + k;
+            vf sum = values[0] * load(row);
+            if (!kScaleSums) sum += acc[m];
 #pragma GCC unroll 8
-          for (int v = 1; v < kChunkVecs; ++v) sum += values[v] * load(row + v * kLanes);
-          acc[m] = kScaleSums ? acc[m] + scale * sum : sum;
-        }
-      },
-      [&](int64_t k, float value) {
-        for (int m = 0; m < kRows; ++m) rest[m] += value * x[m * K + k];
-      });
+            for (int v = 1; v < kChunkVecs; ++v) sum += values[v] * load(row + v * kLanes);
+            acc[m] = kScaleSums ? acc[m] + scale * sum : sum;
+          }
+        },
+        [&](int64_t k, float value) {
+          for (int m = 0; m < kRows; ++m) rest[m] += value * x[m * K + k];
+        });
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) total[m] += acc[m];
+  }
   for (int64_t r = 0; r < R; r += kLanes)
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) acc[m] += load(b + r) * load(h + m * R + r);
-  for (int m = 0; m < kRows; m += 4) sum_lanes(acc + m, sums + m);
+    for (int m = 0; m < kRows; ++m) total[m] += load(b + r) * load(h + m * R + r);
+  for (int m = 0; m < kRows; m += 4) sum_lanes(total + m, sums + m);
   for (int m = 0; m < kRows; ++m) sums[m] += rest[m];
 }
 
