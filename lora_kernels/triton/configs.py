@@ -103,8 +103,11 @@ _LONG_DLORA_A = {
     64: _config(4, 2, BLOCK_M=32, BLOCK_K=128),
 }
 # kernel -> (from which length on a sum over rows or columns is cut into parts, the least length of a part). Adding the
-# parts up is one more launch, except for those of dh_dlora_b, which has another sum to make anyway.
+# parts up is one more launch, except for those of dh_dlora_b, which has another sum to make anyway, and for those of h
+# where rows are few.
 PARTS = {"h": (4096, 512), "dlora_a": (1025, 128), "dh_dlora_b": (1, 1)}
+# The parts of h that a product of few rows adds up have to fit its registers, all at once.
+MOST_PARTS_OF_H = 32
 
 # AdamW is bound by memory everywhere: elements of a tensor for one program and at once, tensors and chunks at once.
 ADAMW = _config(4, 1, CHUNK=4096, BLOCK=1024, BLOCK_T=256, BLOCK_C=1024)

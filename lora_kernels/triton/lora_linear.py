@@ -1,6 +1,7 @@
 """Fused LoRA linear in Triton: two launches forward, at most four backward, no atomics, no saved dropout mask.
 
-There is one more for a sum that is cut into parts (`configs.PARTS`), and for an NF4 weight that is dequantised first.
+There is one more for a sum that is cut into parts (`configs.PARTS`; few rows add those of h up in the product), and for
+an NF4 weight that is dequantised first. A group of layers has one h, one dlora_a and one dx.
 
 Forward:   h = dropout(x) lora_aᵀ;  y = c ∘ (x Wᵀ + scaling (h ∘ lora_e) lora_bᵀ) + bias in one accumulator.
 Backward:  dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
@@ -560,9 +561,10 @@ class _LoraLauncher(Launcher):
     def config(self, kernel: str, rank: int, depth: int = 0, rows: int = 0, columns: int = 0) -> dict[str, int]:
         return configs.lookup(self.family, kernel, rank, self.is_float32, depth, rows, columns)
 
-    def split(self, kernel: str, programs: int, length: int, step: int) -> tuple[int, int]:
-        """`in_parts` for the sum of `kernel`."""
-        return in_parts(length, step, programs, self.program_target, *configs.PARTS[kernel])
+    def split(self, kernel: str, programs: int, length: int, step: int, most: int = 1 << 31) -> tuple[int, int]:
+        """`in_parts` for the sum of `kernel`, into `most` parts at most."""
+        worth, least = configs.PARTS[kernel]
+        return in_parts(length, step, programs, self.program_target, worth, max(least, ceil_div(length, most)))
 
     def h(self, x: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor | None]:
         """(h [M, R] = dropout(x) lora_aᵀ, None), or with few rows and many columns (h, which `product` is to make, the
@@ -570,7 +572,8 @@ class _LoraLauncher(Launcher):
         (m, k), rank = x.shape, lora_a.shape[0]
         config = self.config("h", rank)
         row_blocks, rank_blocks = ceil_div(m, config["BLOCK_M"]), ceil_div(rank, config["BLOCK_R"])
-        splits, columns_per_split = self.split("h", row_blocks * rank_blocks, k, config["BLOCK_K"])
+        programs, most = row_blocks * rank_blocks, configs.MOST_PARTS_OF_H
+        splits, columns_per_split = self.split("h", programs, k, config["BLOCK_K"], most)
         parts = torch.empty((splits, m, rank), dtype=torch.float32, device=x.device)
         if rank:
             self.launch(
