@@ -441,3 +441,21 @@ def test_bad_state_dict_is_named():
     other = NF4Linear.from_linear(torch.nn.Linear(32, 48, bias=False))
     with pytest.raises(RuntimeError, match=r"shape is \(32, 48\)|shape is \[48, 32\], the layer needs \[48, 64\]"):
         layer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("name, dtype", [("reference", FP32), ("cpu", FP32), ("cpu", BF16), ("cuda-emulated", BF16)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_layer_keeps_nothing_for_backward(name, dtype, bias):
+    inputs = lora_inputs(12, 65, 129, 1, dtype, bias=bias)
+    weight = quantize_nf4(inputs["weight"])
+    x, b = inputs["x"].view(3, 4, 129).requires_grad_(), inputs["bias"]
+    dense, dy = weight.dequantize(dtype), torch.randn(3, 4, 65, generator=torch.Generator().manual_seed(1)).to(dtype)
+    kept = []
+    with use_backend(name), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        y = frozen_linear(x, weight, b)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    assert not kept
+    plain = torch.nn.functional.linear(x, dense, b)
+    exact = torch.nn.functional.linear(x.double(), dense.double(), None if b is None else b.double())
+    assert_close_to_reference(y, plain, exact, "y")
+    assert_close_to_reference(dx, dy @ dense, dy.double() @ dense.double(), "dx")

@@ -143,16 +143,20 @@ def _unwatched(*tensors: Tensor | None) -> bool:
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *scales, block_size = inputs
     y, h = output
     ctx.mark_non_differentiable(h)
+    _save(ctx, inputs, y, h)
+
+
+def _save(ctx, inputs, y, h):
+    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *scales, block_size = inputs
     # What the gradient of column_scale takes; y and bias are not kept for any other.
     scaled = (column_scale, y, bias) if ctx.needs_input_grad[9] else (column_scale, None, None)
     ctx.save_for_backward(x, h, weight, lora_a, lora_b, lora_e, rng, *scaled, *scales)
     ctx.scaling, ctx.dropout_p, ctx.block_size = scaling, dropout_p, block_size
 
 
-def _autograd(ctx, dy, _dh):
+def _autograd(ctx, dy, _dh=None):
     x, h, weight, lora_a, lora_b, lora_e, rng, column_scale, y, bias, *scales = ctx.saved_tensors
     shape, x, dy = x.shape, _matrix(x), _matrix(dy)
     need_x, need_weight, need_a, need_b, _, need_bias, need_e = ctx.needs_input_grad[:7]
@@ -193,13 +197,44 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *rest):
         y, h = _fwd(_matrix(x), *rest)
-        _setup_context(ctx, (x, *rest), (y, h))
+        _save(ctx, (x, *rest), y, h)
         if x.dim() != 2:
             # Not by a view: one that is made in here could not be changed in place outside.
             y.resize_(*x.shape[:-1], y.shape[-1])
-        return y, h
+        return y
 
     backward = staticmethod(_autograd)
+
+
+class _Frozen(torch.autograd.Function):
+    """frozen_linear of an NF4 weight, where x alone has a gradient, for which x need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight, ctx.shape = weight, x.shape
+        rows = _rows(_matrix(x))
+        lora_a, lora_b = _no_adapter(rows, weight)
+        args = (rows, weight, lora_a, lora_b, 1.0, _vector(bias), None, 0.0, None, None)
+        y, _ = _run("lora_linear_fwd", rows, ((weight, lora_a),), (bias is not None, False, False), *args)
+        return y.resize_(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, dy = ctx.weight, _rows(_matrix(dy))
+        lora_a, lora_b = _no_adapter(dy, weight)
+        # Only its shape, dtype and device are looked at.
+        x = dy.new_empty(()).expand(dy.shape[0], weight.shape[1])
+        needs = (True, False, False, False)
+        args = (dy, x, dy.new_empty(dy.shape[0], 0, dtype=torch.float32), weight, lora_a, lora_b, 1.0, None, 0.0, None)
+        dx, *_ = _run("lora_linear_bwd", x, ((weight, lora_a),), (False, *needs), *args, needs)
+        return dx.view(ctx.shape), None, None
+
+
+def _no_adapter(x: Tensor, weight: NF4) -> tuple[Tensor, Tensor]:
+    """lora_a and lora_b of rank 0."""
+    N, K = weight.shape
+    return x.new_empty(0, K), x.new_empty(N, 0)
 
 
 class _Group(torch.autograd.Function):
@@ -405,12 +440,19 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
         return torch.nn.functional.linear(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
     _check_shapes(x, weight, bias)
-    N, K = weight.shape
-    lora_a, lora_b = x.new_empty(0, K), x.new_empty(N, 0)
-    if past_the_op and x.numel() <= cpu.LAYER_ROWS * K:
+    if not dense and x.numel() and weight.shape[0] and _trains_x_alone(x, bias):
+        return _Frozen.apply(x, weight.tensors(), bias)
+    lora_a, lora_b = _no_adapter(x, weight)
+    if past_the_op and x.numel() <= cpu.LAYER_ROWS * weight.shape[1]:
         layer = Projection(weight if dense else weight.tensors(), lora_a, lora_b, 1.0, bias)
         return cpu.few_rows_layers(x, [cpu.few_rows_layer(layer)])[0]
     return _call(x, weight, lora_a, lora_b, 1.0, bias, None, 0.0, None)
+
+
+def _trains_x_alone(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient is taken of x but not of the bias, and nothing else sees the op."""
+    is_trained = torch.is_grad_enabled() and x.requires_grad and not (bias is not None and bias.requires_grad)
+    return is_trained and x.dtype != torch.float64 and _unwatched(x, bias)
 
 
 # Elements of a dense weight below which torch has the product before the checks are made.
@@ -485,7 +527,7 @@ def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, colu
     rest = (weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *nf4_parts)
     unwatched = _unwatched(*tensors)
     if unwatched and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Eager.apply(x, *rest)[0]
+        return _Eager.apply(x, *rest)
     op = _fwd if unwatched else torch.ops.lora_kernels.lora_linear_fwd
     y, _ = op(_matrix(x), *rest)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
