@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ from lora_kernels.reference import (
 
 # The name of a kernel, and its arguments by name: numbers, tensors and parts of one, as (tensor, first byte, bytes).
 _Launch = tuple[str, dict[str, Any]]
+
+
+class _RankParts(NamedTuple):
+    """h, or dh, as a product takes it: `parts` [splits, M, R] float32, which it adds up and keeps in `kept` [M, R]
+    unless that is None; just_queued: lora_h makes them just before."""
+
+    parts: Tensor | tuple | None
+    splits: int = 1
+    kept: Tensor | None = None
+    just_queued: bool = False
+
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -134,11 +145,10 @@ class Kernels:
         return in_parts(K, step, blocks, self._block_target(x), worth=_COLUMNS_WORTH_PARTS, least=2 * step)
 
     def _gemm(
-        self, x, weight, transposed, column_scale, bias, u, lora_e, v, out, scale, threshold, rng
+        self, x, weight, transposed, column_scale, bias, u: _RankParts, lora_e, v, out, scale, threshold, rng
     ) -> list[_Launch]:
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
-        strides, and u is (its parts [splits, M, R], splits, where to keep their sum or None, whether lora_h makes them
-        just before).
+        strides.
 
         The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
         """
@@ -159,10 +169,10 @@ class Kernels:
             stride_wk=stride_wk,
             column_scale=column_scale,
             bias=bias,
-            u_parts=u[0],
-            splits=u[1],
-            u=u[2],
-            just_queued=u[3] and not launches,
+            u_parts=u.parts,
+            splits=u.splits,
+            u=u.kept,
+            just_queued=u.just_queued and not launches,
             lora_e=lora_e,
             lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
             v=v,
@@ -232,8 +242,7 @@ class Kernels:
         splits, columns_per_split = self._parts_of_h(x, R)
         h = torch.empty((M, R), dtype=torch.float32, device=x.device)
         h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device) if splits > 1 else h
-        # The product adds the parts up.
-        kept = h if splits > 1 else None
+        u = _RankParts(h_parts, splits, h if splits > 1 else None, just_queued=R > 0)
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
         if R:
             arguments = dict(
@@ -261,10 +270,10 @@ class Kernels:
                 ld_x=x.stride(0),
                 column_scale=column_scale,
                 bias=bias,
-                h_parts=h_parts,
-                splits=splits,
-                h=kept,
-                just_queued=R > 0,
+                h_parts=u.parts,
+                splits=u.splits,
+                h=u.kept,
+                just_queued=u.just_queued,
                 lora_b=lora_b,
                 lora_b_dtype=self._dtypes[lora_b.dtype],
                 lora_e=lora_e,
@@ -277,7 +286,6 @@ class Kernels:
             )
             launches.append(("nf4_few_rows" if is_nf4 else "lora_few_rows", arguments))
         else:
-            u = (h_parts, splits, kept, R > 0)
             launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
         return y, h, launches
 
@@ -444,7 +452,7 @@ class Kernels:
             )
             launches.append(("lora_dlora_a", arguments))
         if need_dx:
-            u = (dh, 1, None, False)
+            u = _RankParts(dh)
             launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
         return dx, (dlora_a, dlora_b, dlora_e), launches
 

@@ -164,11 +164,11 @@ def vendor_backend() -> SimpleNamespace:
     return SimpleNamespace(**functions, column_scale_bwd=triton.column_scale_bwd)
 
 
-def _candidates(x: Tensor, op: str) -> dict[str, ModuleType | SimpleNamespace]:
+def _candidates(x: Tensor) -> dict[str, ModuleType | SimpleNamespace]:
     from lora_kernels import cuda, triton
 
     found = {"triton": triton}
-    if hasattr(cuda, op) and cuda.unavailable is None and x.dtype in cuda.ACTIVATION_DTYPES:
+    if cuda.unavailable is None and x.dtype in cuda.ACTIVATION_DTYPES:
         found["cuda"] = cuda
     if vendor.unsupported(x.dtype) is None:
         found["vendor"] = vendor_backend()
@@ -197,7 +197,7 @@ def resolve(op: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], v
     if asked == "vendor":
         if reason := vendor.unsupported(x.dtype):
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=vendor can't be used with x of {x.dtype}: {reason}")
-        return _candidates(x, op)["vendor"]
+        return _candidates(x)["vendor"]
     M, K = x.shape
     rows = 1 << (M - 1).bit_length()
     choices = _choices()
@@ -208,7 +208,7 @@ def resolve(op: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], v
     flags = "".join(str(int(flag)) for flag in variant)
     each = ", ".join(f"{kind} N={N} R={R} {dtype}" for kind, N, R, dtype in sizes)
     key = f"{op} {flags}, {_gpu_name(x.get_device())}, {x.dtype}, M<={rows} K={K}, {each}".replace("torch.", "")
-    candidates = _candidates(x, op)
+    candidates = _candidates(x)
     chosen = choices.get(key)
     if chosen not in candidates:
         if _is_capturing():

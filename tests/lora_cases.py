@@ -130,6 +130,14 @@ def group_results(function, x, layers, dys, dropout_p, dtype=None):
     return [*ys, *torch.autograd.grad(ys, [x, *adapters], dys)]
 
 
+def check_group(actual, x, layers, dys, dropout_p, dtype=None):
+    """What `group_results` gave, against float64, and torch's version in the dtypes given or in one for all."""
+    plain = group_results(one_by_one, x, layers, dys, dropout_p, dtype)
+    exact = group_results(one_by_one, x, layers, dys, dropout_p, torch.float64)
+    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_close_to_reference(a.cpu(), p.to(a.dtype) if dtype else p, e, f"result {index}")
+
+
 def one_by_one(x, layers, dropout_p):
     """reference.lora_linear_ref of each layer, all with the mask that a group draws."""
     rng = torch.randint(2**62, (2,), dtype=torch.int64) if dropout_p else None

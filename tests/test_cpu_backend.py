@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from lora_cases import group_case, group_results, one_by_one
+from lora_cases import check_group, group_case, group_results, one_by_one
 
 from lora_kernels import Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
 from lora_kernels.ops.lora_linear import frozen_linear
@@ -120,10 +120,7 @@ def test_group_matches_float64(isa, monkeypatch, dtype, adapter_dtype, native, d
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
     case = group_case(M, dtype, adapter_dtype, nf4)
     actual = group_results(lora_linear_group, *case, dropout_p)
-    plain = group_results(one_by_one, *case, dropout_p)
-    exact = group_results(one_by_one, *case, dropout_p, torch.float64)
-    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert_close_to_reference(a, p, e, f"result {index}")
+    check_group(actual, *case, dropout_p)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

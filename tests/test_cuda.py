@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, group_case, group_results, one_by_one, strided
+from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, check_group, group_case, group_results, strided
 
 from lora_kernels import backends, cuda, cuda_emulated, lora_linear, lora_linear_group, reference, use_backend
-from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.testing import lora_inputs
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 
@@ -129,10 +129,7 @@ def test_group_matches_float64(M, dropout_p, nf4):
     case = group_case(M, BF16, FP32, nf4)
     with use_backend("cuda-emulated"):
         actual = group_results(lora_linear_group, *case, dropout_p)
-    plain = group_results(one_by_one, *case, dropout_p, BF16)
-    exact = group_results(one_by_one, *case, dropout_p, torch.float64)
-    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert_close_to_reference(a, p.to(a.dtype), e, f"result {index}")
+    check_group(actual, *case, dropout_p, BF16)
 
 
 def test_a_group_is_queued_at_once(monkeypatch):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from lora_cases import GROUP, RNG, SCALING, LoraCase, group_case, group_results, one_by_one
+from lora_cases import GROUP, RNG, SCALING, LoraCase, check_group, group_case
 
 from lora_kernels import LoRAPlusAdamW, backends, cuda, lora_linear, quantize_nf4, reference, strategy, triton, vendor
 from lora_kernels.reference import NF4, Projection
@@ -161,10 +161,7 @@ def test_group(backend, M, K, sizes, nf4, dropout_p):
     needs = [(True, True, True)] * len(layers)
     dx, grads = module.lora_linear_group_bwd([dy.cuda() for dy in dys], args[0], hs, *args[1:], True, needs)
     actual = [*(y for y, _ in forward), dx, *(grad for each in grads for grad in each if grad is not None)]
-    plain = group_results(one_by_one, x, layers, dys, dropout_p, BF16)
-    exact = group_results(one_by_one, x, layers, dys, dropout_p, torch.float64)
-    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert_close_to_reference(a.cpu(), p.to(a.dtype), e, f"result {index}")
+    check_group(actual, x, layers, dys, dropout_p, BF16)
 
 
 @_backends("triton", "cuda")

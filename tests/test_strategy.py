@@ -145,7 +145,7 @@ def fake_gpu(monkeypatch, path):
     monkeypatch.setattr(strategy, "_is_on_gpu", lambda x: True)
     monkeypatch.setattr(strategy, "_is_capturing", lambda: False)
     monkeypatch.setattr(strategy, "_gpu_name", lambda index: "NVIDIA Imaginary 1")
-    monkeypatch.setattr(strategy, "_candidates", lambda x, op: candidates)
+    monkeypatch.setattr(strategy, "_candidates", lambda x: candidates)
     monkeypatch.setattr(strategy.backends, "resolve", lambda x, activations: candidates["triton"])
     monkeypatch.setattr(strategy, "time_ms", timer)
     choices = strategy.Choices(path)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, group_case, group_results, one_by_one, strided
+from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, check_group, group_case, group_results, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import lora_linear_group, reference, use_backend
 from lora_kernels import triton as backend
-from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.testing import lora_inputs
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -33,6 +33,20 @@ def forget_configurations():
     configs.lookup.cache_clear()
     yield
     configs.lookup.cache_clear()
+
+
+@pytest.fixture
+def noted_launches(monkeypatch):
+    """(kernel, grid) of each launch of lora_linear, in their order."""
+    launches = []
+    launch = lora_linear._LoraLauncher.launch
+
+    def noted(self, kernel, grid, *args, **constants):
+        launches.append((kernel, grid))
+        launch(self, kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(lora_linear._LoraLauncher, "launch", noted)
+    return launches
 
 
 @pytest.fixture(autouse=True)
@@ -166,20 +180,13 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32])
-def test_sums_in_parts(monkeypatch, adapter_dtype):
+def test_sums_in_parts(monkeypatch, noted_launches, adapter_dtype):
     """As on a GPU with many multiprocessors: h over columns of x, dlora_a over its rows."""
     small_blocks(monkeypatch)
     monkeypatch.setattr(configs, "PARTS", dict.fromkeys(configs.PARTS, (33, 32)))
     monkeypatch.setattr(lora_linear, "_programs", lambda t: 24)
-    parts = {}
-    launch = lora_linear._LoraLauncher.launch
-
-    def noted(self, kernel, grid, *args, **constants):
-        parts[kernel] = grid[1]
-        launch(self, kernel, grid, *args, **constants)
-
-    monkeypatch.setattr(lora_linear._LoraLauncher, "launch", noted)
     Case(100, 40, 300, 17, dtype=BF16, adapter_dtype=adapter_dtype, dropout_p=0.2, bias=True).check()
+    parts = {kernel: grid[1] for kernel, grid in noted_launches}
     assert min(parts[lora_linear._h_kernel], parts[lora_linear._dlora_a_kernel]) > 1
 
 
@@ -200,23 +207,15 @@ def test_few_rows_add_up_the_parts_of_h(monkeypatch, adapter_dtype, rank):
 @pytest.mark.parametrize("M", [3, 65])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16)])
-def test_group_matches_float64(monkeypatch, dtype, adapter_dtype, dropout_p, M, nf4):
+def test_group_matches_float64(monkeypatch, noted_launches, dtype, adapter_dtype, dropout_p, M, nf4):
     monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": (33, 32)})
     case = group_case(M, dtype, adapter_dtype, nf4)
-    launches = []
-    launch = lora_linear._LoraLauncher.launch
-    monkeypatch.setattr(
-        lora_linear._LoraLauncher, "launch",
-        lambda self, kernel, *args, **constants: (launches.append(kernel), launch(self, kernel, *args, **constants)),
-    )  # fmt: skip
     with use_backend("triton"):
         actual = group_results(lora_linear_group, *case, dropout_p)
+    launches = [kernel for kernel, _ in noted_launches]
     assert launches.count(lora_linear._h_kernel) == launches.count(lora_linear._dlora_a_kernel) == 1
     assert launches.count(lora_linear._gemm_kernel) == 3 + 1
-    plain = group_results(one_by_one, *case, dropout_p, dtype)
-    exact = group_results(one_by_one, *case, dropout_p, torch.float64)
-    for index, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert_close_to_reference(a, p.to(a.dtype), e, f"result {index}")
+    check_group(actual, *case, dropout_p, dtype)
 
 
 def test_group_computes_what_is_asked_for():
@@ -231,19 +230,13 @@ def test_group_computes_what_is_asked_for():
 
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("options", [dict(bias=True, lora_e=True), dict(dropout_p=0.3, column_scale=True)])
-def test_tiles_by_the_copy_engine(monkeypatch, options, conv1d):
+def test_tiles_by_the_copy_engine(monkeypatch, noted_launches, options, conv1d):
     monkeypatch.setattr(configs, "by_tma", lambda family, config: True)
-    launches = []
-    launch = lora_linear._LoraLauncher.launch
-    monkeypatch.setattr(
-        lora_linear._LoraLauncher, "launch",
-        lambda self, kernel, *args, **constants: (launches.append(kernel), launch(self, kernel, *args, **constants)),
-    )  # fmt: skip
     case = Case(130, 72, 136, 17, dtype=BF16, adapter_dtype=FP32, **options)
     if conv1d:
         case.inputs["weight"] = case.inputs["weight"].T.contiguous().T
     case.check()
-    assert launches.count(lora_linear._tma_gemm_kernel) == 2
+    assert [kernel for kernel, _ in noted_launches].count(lora_linear._tma_gemm_kernel) == 2
 
 
 def test_what_the_copy_engine_can_not_fetch():

@@ -60,7 +60,7 @@ def _run(name: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], va
     layers: (weight, lora_a) of each.
     """
     if not torch.is_autocast_enabled(x.device.type):
-        empty = not x.numel() or (len(layers) == 1 and not layers[0][0].shape[0])
+        empty = not x.numel() or not all(weight.shape[0] for weight, _ in layers)
         backend = reference if empty else strategy.resolve(name, x, layers, variant, args)
         return getattr(backend, name)(*args)
     # The op has chosen its dtypes already: autocast must not round inside it.
@@ -440,7 +440,7 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
         return torch.nn.functional.linear(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
     _check_shapes(x, weight, bias)
-    if not dense and x.numel() and weight.shape[0] and _trains_x_alone(x, bias):
+    if not dense and _trains_x_alone(x, bias):
         return _Frozen.apply(x, weight.tensors(), bias)
     lora_a, lora_b = _no_adapter(x, weight)
     if past_the_op and x.numel() <= cpu.LAYER_ROWS * weight.shape[1]:
@@ -452,7 +452,7 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
 def _trains_x_alone(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a gradient is taken of x but not of the bias, and nothing else sees the op."""
     is_trained = torch.is_grad_enabled() and x.requires_grad and not (bias is not None and bias.requires_grad)
-    return is_trained and x.dtype != torch.float64 and _unwatched(x, bias)
+    return is_trained and _unwatched(x, bias)
 
 
 # Elements of a dense weight below which torch has the product before the checks are made.

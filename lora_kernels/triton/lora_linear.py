@@ -226,12 +226,12 @@ def _add_product(
 ):  # fmt: skip
     """acc + x w for the tile at (m0, n0); x [M, K], w [K, N] with strides (wk, wn)."""
     rows = tl.arange(0, BLOCK_M)
-    cols = n0 + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
-    w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + (cols - n0)[None, :] * stride_wn
+    w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + cols[None, :] * stride_wn
     m_mask = (m0 + rows < M)[:, None]
-    n_mask = (cols < N)[None, :]
+    n_mask = (n0 + cols < N)[None, :]
     for k0 in range(0, K, BLOCK_K):
         x = tl.load(x_ptrs, mask=m_mask if EVEN_K else m_mask & (k[None, :] < K - k0), other=0.0)
         w = tl.load(w_ptrs, mask=n_mask if EVEN_K else n_mask & (k[:, None] < K - k0), other=0.0)
@@ -737,8 +737,6 @@ MAX_GROUP = _TERMS
 
 def _columns(layers: Sequence[Projection]) -> list[slice]:
     """The columns of each layer's h in that of all."""
-    if len(layers) == 1:
-        return [slice(0, layers[0].lora_a.shape[0])]
     ends = list(itertools.accumulate((layer.lora_a.shape[0] for layer in layers), initial=0))
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
