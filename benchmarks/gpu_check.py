@@ -325,7 +325,9 @@ def run_sanitizer(tool: str, work: Path, dry: bool, deadline: float) -> dict[str
     if dry:
         raise Skipped("a dry run has no device to watch")
     options = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-    chosen = "(63x65x129 or x63x129 or 16x65x4104 or 1030x72 or transposed or mask or (adamw and not graph))"
+    chosen = (
+        "(63x65x129 or x63x129 or 16x65x4104 or 300x40x8200 or 1030x72 or transposed or mask or (adamw and not graph))"
+    )
     if tool == "racecheck":
         # It reports hazards inside cuBLAS's own kernels (nvjet_*), which the vendor's implementation runs.
         chosen += " and not vendor"

@@ -80,6 +80,7 @@ CASES = [
     dict(M=1100, N=4096, K=1032, R=33, dtype=FP16, dropout_p=0.1),
     dict(M=16, N=65, K=4104, R=16, adapter_dtype=FP32, dropout_p=0.1),
     dict(M=300, N=40, K=8200, R=17, dropout_p=0.1),
+    dict(M=1100, N=4096, K=4104, R=17, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True),
     dict(M=1030, N=72, K=200, R=16, dropout_p=0.1),
     dict(M=65, N=136, K=200, R=130, dtype=FP16, adapter_dtype=FP32, dropout_p=0.5, lora_e=True),
     dict(M=520, N=1536, K=576, R=16, adapter_dtype=FP32, dropout_p=0.1, bias=True, column_scale=True),

@@ -183,19 +183,19 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
 def test_sums_in_parts(monkeypatch, noted_launches, adapter_dtype):
     """As on a GPU with many multiprocessors: h over columns of x, dlora_a over its rows."""
     small_blocks(monkeypatch)
-    monkeypatch.setattr(configs, "PARTS", dict.fromkeys(configs.PARTS, (33, 32)))
-    monkeypatch.setattr(lora_linear, "_programs", lambda t: 24)
+    monkeypatch.setattr(configs, "PARTS", dict.fromkeys(configs.PARTS, configs.Parts(2, 33, 32)))
+    monkeypatch.setattr(lora_linear, "_multiprocessors", lambda index: 12)
     Case(100, 40, 300, 17, dtype=BF16, adapter_dtype=adapter_dtype, dropout_p=0.2, bias=True).check()
     parts = {kernel: grid[1] for kernel, grid in noted_launches}
     assert min(parts[lora_linear._h_kernel], parts[lora_linear._dlora_a_kernel]) > 1
 
 
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32])
-@pytest.mark.parametrize("rank", [3, 20])
-def test_few_rows_add_up_the_parts_of_h(monkeypatch, adapter_dtype, rank):
-    monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": (33, 32)})
-    monkeypatch.setattr(lora_linear, "_programs", lambda t: 24)
-    case = Case(11, 150, 300, rank, dtype=BF16, adapter_dtype=adapter_dtype, bias=True, lora_e=True)
+@pytest.mark.parametrize(("M", "rank"), [(11, 3), (11, 20), (90, 3), (90, 20)])
+def test_products_add_up_the_parts_of_h(monkeypatch, adapter_dtype, M, rank):
+    monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": configs.Parts(2, 33, 32)})
+    monkeypatch.setattr(lora_linear, "_multiprocessors", lambda index: 12)
+    case = Case(M, 150, 300, rank, dtype=BF16, adapter_dtype=adapter_dtype, bias=True, lora_e=True)
     functions = lora_linear_fwd, lora_linear_bwd
     with OperatorLog() as log:
         case.run(*functions)
@@ -208,7 +208,7 @@ def test_few_rows_add_up_the_parts_of_h(monkeypatch, adapter_dtype, rank):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16)])
 def test_group_matches_float64(monkeypatch, noted_launches, dtype, adapter_dtype, dropout_p, M, nf4):
-    monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": (33, 32)})
+    monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": configs.Parts(2, 33, 32)})
     case = group_case(M, dtype, adapter_dtype, nf4)
     with use_backend("triton"):
         actual = group_results(lora_linear_group, *case, dropout_p)
@@ -231,7 +231,7 @@ def test_group_computes_what_is_asked_for():
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("options", [dict(bias=True, lora_e=True), dict(dropout_p=0.3, column_scale=True)])
 def test_tiles_by_the_copy_engine(monkeypatch, noted_launches, options, conv1d):
-    monkeypatch.setattr(configs, "by_tma", lambda family, config: True)
+    monkeypatch.setattr(configs, "by_tma", lambda family, rows, columns: True)
     case = Case(130, 72, 136, 17, dtype=BF16, adapter_dtype=FP32, **options)
     if conv1d:
         case.inputs["weight"] = case.inputs["weight"].T.contiguous().T
@@ -241,10 +241,10 @@ def test_tiles_by_the_copy_engine(monkeypatch, noted_launches, options, conv1d):
 
 def test_what_the_copy_engine_can_not_fetch():
     run = lora_linear._LoraLauncher(torch.zeros(4, 64, dtype=BF16), 0.0, None, False)
-    run.family, config = "sm90", configs.lookup("sm90", "gemm", 16, False)
+    run.family = "sm90"
 
-    def by_tma(x, weight, backward=False):
-        return run.by_tma(config, [(x, weight)], backward)
+    def by_tma(x, weight, backward=False, m=512):
+        return run.by_tma([(x, weight)], m, 4096, backward)
 
     x, weight = torch.zeros(4, 64, dtype=BF16), torch.zeros(32, 64, dtype=BF16)
     assert by_tma(x, weight) is True and by_tma(x, weight, True) is False
@@ -252,7 +252,7 @@ def test_what_the_copy_engine_can_not_fetch():
     assert by_tma(x, torch.zeros(32, 68, dtype=BF16)[:, :64]) is None, "rows that don't start at 16 bytes"
     assert by_tma(torch.zeros(4, 65, dtype=BF16)[:, 1:], weight) is None, "x starts elsewhere"
     assert by_tma(x[:, :0], weight[:, :0]) is None
-    assert run.by_tma(configs.lookup("sm90", "gemm", 16, False, rows=64), [(x, weight)], False) is None
+    assert by_tma(x, weight, m=64) is None
 
 
 @pytest.mark.parametrize(("dtype", "K"), [(BF16, 256), (FP32, 300)])
@@ -262,12 +262,17 @@ def test_the_blocks_for_few_rows(monkeypatch, dtype, K):
 
 
 def test_the_blocks_follow_the_size():
-    def blocks(rows, columns=4096, kernel="gemm"):
+    def blocks(rows, columns=4096, kernel="tma_gemm"):
         config = configs.lookup("sm90", kernel, 16, False, 4096, rows, columns)
         return config["BLOCK_M"], config["BLOCK_N"]
 
     few = configs.SKINNY_ROWS
-    assert [blocks(rows) for rows in (few, few + 1, 512, 4096)] == [(16, 16), (64, 32), (128, 128), (128, 256)]
+    assert [blocks(rows, kernel="gemm") for rows in (few, few + 1, 512, 4096)] == [
+        (16, 16),
+        (64, 32),
+        *[(128, 128)] * 2,
+    ]
+    assert [blocks(rows) for rows in (512, 4096)] == [(128, 128), (128, 256)]
     assert blocks(512, 576) == (64, 64) and blocks(few + 1, kernel="nf4_rows") == (32, 32)
 
 

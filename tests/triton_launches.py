@@ -58,6 +58,7 @@ def main():
         self.index, self.family, self.device, self.stream = 0, "sm90", contextlib.nullcontext(), 7
 
     common.Launcher.__init__ = init
+    lora_linear._multiprocessors = lambda index: 2
     # Room for every result, so that each call has the same addresses.
     pool = torch.empty(1 << 24, dtype=torch.uint8)
     offset = 0

@@ -61,7 +61,7 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
         notes = [dtype, f"R{rank}", *(["ragged K"] * (not even)), *(["p=0"] * (not dropout)), *(["W^T"] * conv1d)]
         return [
             {"kernel": kernel, "label": f"{label} {' '.join(notes)}", "dtype": dtype, "rank": rank,
-             "flags": flags, "depth": 0 if even else 1, "low_rank": label,
+             "flags": flags, "depth": 4096 if even else 4095, "low_rank": label,
              "unit_stride": "stride_wk" if (label == "y") != conv1d else "stride_wn"}
             for kernel, label, flags in kernels
         ]  # fmt: skip
@@ -135,13 +135,16 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
         ]
 
     def in_parts(rows: list[dict], parts: int) -> list[dict]:
-        """The products of few rows that add up h."""
+        """The products that add up h."""
         return [
             {**row, "label": f"{row['label']} {parts} parts", "parts": parts} for row in rows if row["low_rank"] == "y"
         ]
 
-    def long(rows: list[dict]) -> list[dict]:
-        return [row for row in rows if row["kernel"] == "dlora_a"]
+    def short(rows: list[dict]) -> list[dict]:
+        """The kernels that have blocks of their own for many rows, for fewer."""
+        return [
+            {**row, "label": f"{row['label']} M=512", "rows": 512} for row in rows if row["kernel"] in ("h", "dlora_a")
+        ]
 
     mid, small, low = (512, 4096, "M=512"), (512, 512, "512 x 512"), (64, 4096, "M=64")
     chosen = some("bf16", 16) + skinny(some("bf16", 16)) + scaled(some("bf16", 16)) + column_scale("bf16")
@@ -152,6 +155,8 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
         chosen += sized(some("bf16", 16), *size)
     chosen += group(some("bf16", 16)) + group(tma(some("bf16", 16))) + in_parts(skinny(some("bf16", 16)), 32)
     chosen += in_parts(nf4("bf16", rows=16, double=True), 32)
+    for rows in (some("bf16", 16), tma(some("bf16", 16)), nf4("bf16", double=True)):
+        chosen += in_parts(rows, 8)
     for rows in (32, 64):
         chosen += [{**row, "label": f"{row['label']} M={rows}", "rows": rows} for row in nf4("bf16")]
     if dtypes:
@@ -163,7 +168,12 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
             chosen += group(rows) + group(rows, 2) + group(tma(rows), 2)
         chosen += group(some("fp32", 16)) + group(sized(some("bf16", 16), *mid), 2) + group(skinny(some("bf16", 16)))
         chosen += in_parts(skinny(some("fp32", 16)), 32) + in_parts(skinny(scaled(some("bf16", 64))), 8)
-        chosen += in_parts(nf4("fp32", rows=16), 32)
+        chosen += in_parts(nf4("fp32", rows=16), 32) + in_parts(nf4("fp32"), 8) + in_parts(some("fp32", 16), 8)
+        for rows in (scaled(some("fp16", 64)), some("bf16", 16, even=False), sized(some("bf16", 16), *mid)):
+            chosen += in_parts(rows, 8) + in_parts(tma(rows), 8)
+        for rows in (sized(some("bf16", 16), *small), sized(some("bf16", 16), *low), finish(some("fp16", 16))):
+            chosen += in_parts(rows, 8)
+        chosen += in_parts(finish(some("fp32", 16)), 8)
         chosen += tma(some("bf16", 16, even=False)) + tma(sized(some("bf16", 16, even=False), *mid))
         for rows in (32, 64):
             uneven = nf4("bf16", block_size=32, even=False)
@@ -173,8 +183,7 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
         chosen += finish(some("fp32", 16)) + finish(some("fp32", 16, dropout=False)) + finish(some("bf16", 64))
         for dtype in FLOATS:
             for rank in (16, 32, 64):
-                short = [{**row, "label": f"{row['label']} M=512", "rows": 512} for row in long(some(dtype, rank))]
-                chosen += short
+                chosen += short(some(dtype, rank))
         chosen += scaled(some("bf16", 64, even=False, conv1d=True)) + scaled(some("fp32", 16)) + scaled(nf4("bf16"))
         chosen += (
             skinny(some("bf16", 64, even=False, conv1d=True)) + skinny(some("fp32", 16)) + skinny(some("fp16", 16))
@@ -197,7 +206,7 @@ def applies(chip: int | str, variant: dict) -> bool:
     """Whether a launch on the chip can take this variant."""
     from lora_kernels.triton import configs
 
-    return variant["kernel"] != "tma_gemm" or configs.by_tma(configs.families()[chip], {"BLOCK_M": 128})
+    return variant["kernel"] != "tma_gemm" or configs.by_tma(configs.families()[chip], 4096, 4096)
 
 
 def compile_variant(chip: int | str, variant: dict) -> dict:
@@ -213,7 +222,7 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         config = configs.codec(family, name, variant["block_size"])
     else:
         table = name if "nf4" not in variant else "nf4_ragged" if variant["ragged"] else variant["flags"]["WEIGHT"]
-        table = "finish" if variant.get("finish") else table.removeprefix("tma_")
+        table = "finish" if variant.get("finish") else table
         problem = (variant["rank"], is_float32, variant["depth"], variant.get("rows", 4096))
         config = configs.lookup(family, table, *problem, variant.get("columns", 4096))
     options = {name: value for name, value in config.items() if name in OPTIONS}
@@ -238,7 +247,8 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
         constants["rng_ptr"] = None
     if variant.get("parts", 1) == 1:
         constants["u_sum_ptr"] = None
-    constants |= {"PARTS": variant.get("parts", 1), "OVERLAPS": configs.overlaps(family)}
+    overlaps = configs.overlaps(family) and not variant.get("finish")
+    constants |= {"PARTS": variant.get("parts", 1), "OVERLAPS": overlaps}
     for layer in range(variant.get("layers", 1), 3):
         absent = [f"x{layer}_ptr", f"w{layer}_ptr", f"x{layer}_desc", f"w{layer}_desc"]
         constants |= dict.fromkeys(absent)
@@ -287,8 +297,9 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
     row = _compile(chip, kernel, signature, constants, attrs, options)
     # Dequantisation's code · scale + offset must round twice.
     row["contracted"] = row["fma"] and variant["kernel"] == "dequantize"
-    # Of a product, which the driver starts before the kernel whose result it needs has ended.
-    row["does_not_wait"] = bool(constants.get("OVERLAPS")) and variant["kernel"].endswith("gemm") and row["waits"] != 1
+    # The driver starts these before the kernel whose result they need has ended.
+    must_wait = bool(constants.get("OVERLAPS")) and (name.endswith("gemm") or name == "reduce")
+    row["does_not_wait"] = must_wait and row["waits"] != 1
     about = {"kernel": variant["label"], "matrix_kernel": "low_rank" in variant and variant["kernel"] != "reduce"}
     return {**about, "config": config} | row
 

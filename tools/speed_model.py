@@ -331,7 +331,9 @@ def dh_dlora_b(m: int, chip: Chip, block_m: int, block_n: int) -> Work:
 
 def sum_in_parts(kernel: str, programs: int, length: int, step: int, chip: Chip) -> tuple[int, int]:
     """Programs, and steps of each, as the launcher cuts the sum of `kernel`."""
-    parts, one = in_parts(length, step, programs, 2 * chip.multiprocessors, *configs.PARTS[kernel])
+    limits = configs.PARTS[kernel]
+    target = limits.programs * chip.multiprocessors
+    parts, one = in_parts(length, step, programs, target, limits.worth, limits.least)
     return programs * parts, one // step
 
 

@@ -189,7 +189,8 @@ for _name in ("lora_linear_bwd", "column_scale_bwd"):
 
 
 class _Eager(torch.autograd.Function):
-    """The op with the same autograd, where nothing else sees it: what torch.library generates takes as long as a layer.
+    """The op with the same autograd, where nothing else sees it and `_Group` doesn't take it: what torch.library
+    generates takes as long as a layer.
 
     So would `setup_context`, for which torch inspects the signature of forward in each call.
     """
@@ -238,28 +239,35 @@ def _no_adapter(x: Tensor, weight: NF4) -> tuple[Tensor, Tensor]:
 
 
 class _Group(torch.autograd.Function):
-    """lora_linear_group by a backend's two functions, with `_TENSORS` tensors of each layer."""
+    """lora_linear_group by a backend's two functions; the tensors after `layers` are lora_a, lora_b and lora_e of each.
+
+    Only what may have a gradient is an argument of its own: torch looks at each of them four times.
+    """
 
     @staticmethod
-    def forward(ctx, x, dropout_p, rng, settings, *tensors):
-        results = _group_fwd(x, _projections(x, settings, tensors), dropout_p, rng)
-        ctx.save_for_backward(x, rng, *(h for _, h in results), *tensors)
-        ctx.dropout_p, ctx.settings = dropout_p, settings
-        return tuple(y for y, _ in results)
+    def forward(ctx, x, dropout_p, rng, layers, *adapters):
+        results = _group_fwd(_rows(_matrix(x)), layers, dropout_p, rng)
+        ys, hs = zip(*results, strict=True)
+        ctx.save_for_backward(x, rng, *hs, *adapters)
+        ctx.dropout_p, ctx.layers = dropout_p, layers
+        if x.dim() != 2:
+            # Not by a view: one that is made in here could not be changed in place outside.
+            for y in ys:
+                y.resize_(*x.shape[:-1], y.shape[-1])
+        return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        x, rng, *rest = ctx.saved_tensors
-        hs, tensors = rest[: len(dys)], rest[len(dys) :]
+        layers = ctx.layers
+        # The adapters are those of the layers, unless something has changed them, which torch then says here.
+        x, rng, *hs = ctx.saved_tensors[: 2 + len(layers)]
         need_x, _, _, _, *needs = ctx.needs_input_grad
-        needs = [needs[i + 1 : i + 4] for i in range(0, len(needs), _TENSORS)]
-        layers = _projections(x, ctx.settings, tensors)
+        rows, needs = _rows(_matrix(x)), [needs[i : i + 3] for i in range(0, len(needs), 3)]
         variant = (ctx.dropout_p > 0, need_x, *chain(*needs))
-        args = ([_rows(dy) for dy in dys], x, hs, layers, ctx.dropout_p, rng, need_x, needs)
-        dx, grads = _run("lora_linear_group_bwd", x, _frozen_and_lora_a(layers), variant, *args)
-        adapters = ((None, *adapter, *[None] * (_TENSORS - 4)) for adapter in grads)
-        return dx, None, None, None, *(grad for adapter in adapters for grad in adapter)
+        args = ([_rows(_matrix(dy)) for dy in dys], rows, hs, layers, ctx.dropout_p, rng, need_x, needs)
+        dx, grads = _run("lora_linear_group_bwd", rows, _frozen_and_lora_a(layers), variant, *args)
+        return None if dx is None else dx.view(x.shape), None, None, None, *chain(*grads)
 
 
 def _group_fwd(
@@ -271,19 +279,6 @@ def _group_fwd(
 
 def _frozen_and_lora_a(layers: Sequence[Projection]) -> tuple[tuple[Tensor | NF4, Tensor], ...]:
     return tuple((layer.weight, layer.lora_a) for layer in layers)
-
-
-# Of one layer in _Group: weight, lora_a, lora_b, lora_e, bias and the three tensors that come with an NF4 weight.
-_TENSORS = 8
-
-
-def _projections(x: Tensor, settings: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[Projection]:
-    layers = []
-    for index, (scaling, block_size) in enumerate(settings):
-        weight, lora_a, lora_b, lora_e, bias, *scales = tensors[index * _TENSORS : (index + 1) * _TENSORS]
-        frozen = _frozen(weight, (lora_b.shape[0], x.shape[1]), *scales, block_size)
-        layers.append(Projection(frozen, lora_a, lora_b, scaling, bias, lora_e))
-    return layers
 
 
 def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -345,6 +340,9 @@ def lora_linear(
         _check_tensor("column_scale", column_scale, (weight.shape[0],), x, adapter_dtypes)
         column_scale = column_scale.to(adapter_dtypes[-1])
     rng = _dropout_rng(x, dropout_p)
+    layers = (Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale),)
+    if _as_one(x, layers):
+        return _call_group(x, layers, float(dropout_p), rng)[0]
     return _call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, column_scale)
 
 
@@ -361,50 +359,53 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
     """
     if not layers:
         raise ValueError("layers is empty; allowed: at least one Projection")
-    cast = [(_under_autocast(x, layer.weight, layer.bias), layer) for layer in layers]
-    layers = [layer._replace(weight=weight, bias=bias) for (_, weight, bias), layer in cast]
-    x = cast[0][0][0]
+    if torch.is_autocast_enabled(x.device.type):
+        cast = [_under_autocast(x, layer.weight, layer.bias) for layer in layers]
+        layers = [layer._replace(weight=w, bias=b) for layer, (_, w, b) in zip(layers, cast, strict=True)]
+        x = cast[0][0]
     for index, layer in enumerate(layers):
         try:
             _check_layer(x, layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.lora_e)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layers[{index}]: {error}") from None
     rng = _dropout_rng(x, dropout_p)
-    if not _as_one(x, layers):
-        results = []
-        for weight, lora_a, lora_b, scaling, bias, lora_e, column_scale in layers:
-            scale = None if column_scale is None else column_scale.to(_adapter_dtypes(x)[-1])
-            results.append(_call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, scale))
-        return tuple(results)
+    if _as_one(x, layers):
+        return _call_group(x, layers, float(dropout_p), rng)
+    results = []
+    for weight, lora_a, lora_b, scaling, bias, lora_e, column_scale in layers:
+        scale = None if column_scale is None else column_scale.to(_adapter_dtypes(x)[-1])
+        results.append(_call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, scale))
+    return tuple(results)
 
-    settings, tensors = [], []
+
+def _call_group(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None) -> tuple[Tensor, ...]:
+    """y of each layer, of which `_as_one` is true."""
+    ready = []
     for weight, lora_a, lora_b, scaling, bias, lora_e, _ in layers:
-        weight, *nf4_parts = weight.tensors()[:-1] if isinstance(weight, NF4Weight) else (weight, None, None, None, 0)
-        settings.append((float(scaling), nf4_parts[-1]))
-        tensors += [weight, *map(_vector, (lora_a, lora_b, lora_e, bias)), *nf4_parts[:-1]]
-    rows = _rows(_matrix(x))
+        frozen = weight.tensors() if isinstance(weight, NF4Weight) else _frozen(weight, weight.shape)
+        vectors = _vector(lora_a), _vector(lora_b), float(scaling), _vector(bias), _vector(lora_e)
+        ready.append(Projection(frozen, *vectors))
     if torch.is_grad_enabled():
-        ys = _Group.apply(rows, float(dropout_p), rng, settings, *tensors)
-    else:
-        results = _group_fwd(rows, _projections(rows, settings, tensors), float(dropout_p), rng)
-        ys = [y for y, _ in results]
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        adapters = chain.from_iterable((layer.lora_a, layer.lora_b, layer.lora_e) for layer in ready)
+        return _Group.apply(x, dropout_p, rng, ready, *adapters)
+    ys = [y for y, _ in _group_fwd(_rows(_matrix(x)), ready, dropout_p, rng)]
+    return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
     """Whether `_Group` takes these layers."""
-    backend = backends.resolve(x, activations=True)
-    if not hasattr(backend, "lora_linear_group_fwd") or len(layers) > getattr(backend, "MAX_GROUP", math.inf):
-        return False
-    if not x.numel():
-        return False
+    tensors = [x]
     for weight, lora_a, lora_b, _, bias, lora_e, column_scale in layers:
         dense = None if isinstance(weight, NF4Weight) else weight
-        if column_scale is not None or not weight.shape[0] or not _unwatched(x, dense, lora_a, lora_b, lora_e, bias):
+        if column_scale is not None or not weight.shape[0]:
             return False
-        if any(t is not None and t.requires_grad for t in (dense, bias)):
+        if dense is not None and dense.requires_grad or bias is not None and bias.requires_grad:
             return False
-    return True
+        tensors += (dense, lora_a, lora_b, lora_e, bias)
+    if not _unwatched(*tensors) or not x.numel():
+        return False
+    backend = backends.resolve(x, activations=True)
+    return hasattr(backend, "lora_linear_group_fwd") and len(layers) <= getattr(backend, "MAX_GROUP", math.inf)
 
 
 def is_plain_on_cpu(x: Tensor) -> bool:

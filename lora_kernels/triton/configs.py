@@ -6,6 +6,7 @@ tests/test_triton_aot.py compiles every entry for every chip of its family and r
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -23,22 +24,23 @@ def _config(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _gemm(
-    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, dropout_split: int = 2, group_m: int = 8
-):
+def _gemm(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, slices: int = 2, group_m: int = 8):
     return _config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=group_m,
-                   DROPOUT_SPLIT=dropout_split)  # fmt: skip
+                   SLICES=slices)  # fmt: skip
 
 
 # The two big GEMMs: family -> (16-bit, float32). The interpreter's cost is the number of operations, not their size.
 _GEMM = {
     "sm80": (_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 8, 3)),
     "sm86": (_gemm(128, 128, 32, 8, 4), _gemm(64, 64, 32, 8, 3)),
-    "sm90": (_gemm(128, 256, 64, 8, 3, 4, 16), _gemm(64, 64, 32, 8, 3)),
+    "sm90": (_gemm(128, 128, 64, 8, 4), _gemm(64, 64, 32, 8, 3)),
     "sm100": (_gemm(128, 256, 64, 8, 3, 4), _gemm(64, 64, 32, 8, 3)),
     "gfx9": (_gemm(128, 128, 32, 8, 2), _gemm(64, 64, 32, 8, 2)),
     "interpreter": (_gemm(64, 64, 64, 4, 1), _gemm(64, 64, 64, 4, 1)),
 }
+
+# The same where the copy engine fetches the tiles (`by_tma`), which leaves registers for a larger one.
+_TMA_GEMM = {"sm90": _gemm(128, 256, 64, 8, 3, 4, 16)}
 
 # The blocks to take, in this order, while those before are fewer than `_FULL`, which leaves a third of the 132
 # multiprocessors idle. Measured on an H200 (docs/performance.md), whose family alone has them.
@@ -67,16 +69,18 @@ _SKINNY_GEMM = {
     "nf4_rows": (_gemm(16, 16, 256, 4, 3, 1), _gemm(16, 16, 128, 4, 3, 1)),
     "nf4_cols": (_gemm(16, 32, 128, 4, 3, 1), _gemm(16, 32, 64, 4, 3, 1)),
 }
+# Two of its blocks fit the shared memory of a multiprocessor, 99 KiB.
+_SKINNY_GEMM_SM86 = _gemm(16, 16, 256, 4, 3, 1)
 # family -> (forward, backward): rows up to which an NF4 weight is decoded inside the product. With more it is
 # dequantised as a whole first, which takes N K values of x's dtype and less time than every row of blocks decoding it
 # anew. Measured on an H200, in bfloat16.
 _NF4_ROWS = {"sm90": (64, SKINNY_ROWS)}
 _NF4_LOW = {"sm90": (_gemm(32, 32, 128, 4, 3, 1), _gemm(64, 32, 128, 4, 3, 1))}
 # Where rows don't start at a block, bytes and scales are addressed one by one.
-_NF4_RAGGED = (_gemm(64, 64, 32, 4, 2, 2), _gemm(64, 64, 32, 8, 2, 1))
+_NF4_RAGGED = (_gemm(64, 64, 32, 4, 2, 2), _gemm(64, 64, 32, 4, 2, 1))
 
 # The epilogue alone, over a product that the vendor's library made: bound by memory, so many small programs.
-_FINISH = (_gemm(64, 64, 32, 4, 1, 1), _gemm(32, 64, 32, 4, 1, 1))
+_FINISH = (_gemm(64, 64, 32, 8, 1, 1), _gemm(32, 64, 32, 8, 1, 1))
 
 # The kernels bound by memory hardly differ between chips: kernel -> BLOCK_R -> configuration for 16-bit inputs.
 _SKINNY = {
@@ -96,24 +100,46 @@ _SKINNY = {
     },
 }
 
-# With many rows, whose sum is cut into parts: wider blocks, for which the mask is cheaper to make.
-_LONG_DLORA_A = {
-    16: _config(4, 5, BLOCK_M=32, BLOCK_K=128),
-    32: _config(4, 3, BLOCK_M=32, BLOCK_K=128),
-    64: _config(4, 2, BLOCK_M=32, BLOCK_K=128),
+# With many rows: larger blocks, for which the mask is cheaper to make; of h with so many columns that its parts are
+# enough for all multiprocessors.
+_LONG = {
+    "h": {
+        16: _config(4, 5, BLOCK_M=32, BLOCK_K=64),
+        32: _SKINNY["h"][32],
+        64: _SKINNY["h"][64],
+    },
+    "dlora_a": {
+        16: _config(4, 5, BLOCK_M=32, BLOCK_K=128),
+        32: _config(4, 3, BLOCK_M=32, BLOCK_K=128),
+        64: _config(4, 2, BLOCK_M=32, BLOCK_K=128),
+    },
 }
-# kernel -> (from which length on a sum over rows or columns is cut into parts, the least length of a part). Adding the
-# parts up is one more launch, except for those of dh_dlora_b, which has another sum to make anyway, and for those of h
-# where rows are few.
-PARTS = {"h": (4096, 512), "dlora_a": (1025, 128), "dh_dlora_b": (1, 1)}
-# The parts of h that a product of few rows adds up have to fit its registers, all at once.
-MOST_PARTS_OF_H = 32
+_MANY_ROWS = 1025
+
+
+class Parts(NamedTuple):
+    """When a sum over rows or columns is cut into parts."""
+
+    programs: int  # of all parts, at most, on a multiprocessor
+    worth: int  # the length from which on it is
+    least: int  # the least length of a part
+
+
+# Adding the parts up is one more launch, except for those of dh_dlora_b, which has another sum to make anyway, and for
+# those of h, which the product adds up.
+PARTS = {"h": Parts(4, 2048, 512), "dlora_a": Parts(2, _MANY_ROWS, 128), "dh_dlora_b": Parts(2, 1, 1)}
+
+
+def most_parts_of_h(rows: int) -> int:
+    """The product adds them up all at once, in the registers that its accumulator leaves."""
+    return 32 if rows <= SKINNY_ROWS else 8
+
 
 # AdamW is bound by memory everywhere: elements of a tensor for one program and at once, tensors and chunks at once.
 ADAMW = _config(4, 1, CHUNK=4096, BLOCK=1024, BLOCK_T=256, BLOCK_C=1024)
 
 
-GEMMS = ("gemm", "nf4_rows", "nf4_cols", "nf4_ragged", "finish")
+GEMMS = ("gemm", "tma_gemm", "nf4_rows", "nf4_cols", "nf4_ragged", "finish")
 
 
 def block_r(kernel: str, rank: int, is_float32: bool) -> int:
@@ -140,11 +166,14 @@ def _gemm_table(family: str, kernel: str, rows: int, columns: int) -> tuple[dict
     if kernel == "finish":
         return _FINISH
     if rows <= SKINNY_ROWS:
-        return _SKINNY_GEMM[kernel]
-    if kernel != "gemm":
+        sixteen_bit, float32 = _SKINNY_GEMM[kernel]
+        return (_SKINNY_GEMM_SM86 if family == "sm86" and kernel == "gemm" else sixteen_bit), float32
+    if kernel.startswith("nf4"):
         low = [config for config in _NF4_LOW.get(family, ()) if rows <= config["BLOCK_M"]]
         return (low[0], _NF4_GEMM[family][1]) if low else _NF4_GEMM[family]
     sixteen_bit, float32 = _GEMM[family]
+    if kernel == "tma_gemm":
+        sixteen_bit = _TMA_GEMM[family]
     if family in _LOW_GEMM and rows <= _LOW_ROWS:
         return _LOW_GEMM[family], float32
     for fewer in _FEWER_BLOCKS.get(family, ()):
@@ -153,9 +182,12 @@ def _gemm_table(family: str, kernel: str, rows: int, columns: int) -> tuple[dict
     return sixteen_bit, float32
 
 
-def by_tma(family: str, config: dict[str, int]) -> bool:
+@functools.lru_cache(maxsize=4096)
+def by_tma(family: str, rows: int, columns: int) -> bool:
     """Whether the copy engine fetches the tiles of a product in 16 bits: a tenth faster on an H200 for large blocks."""
-    return family == "sm90" and config["BLOCK_M"] >= 128
+    if family not in _TMA_GEMM or rows <= _LOW_ROWS:
+        return False
+    return _gemm_table(family, "tma_gemm", rows, columns)[0]["BLOCK_M"] >= 128
 
 
 def overlaps(family: str) -> bool:
@@ -173,12 +205,13 @@ def decodes_inside(family: str, rows: int, backward: bool) -> bool:
 def lookup(
     family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0, rows: int = 4096, columns: int = 4096
 ) -> dict[str, int]:
-    """Blocks, num_warps and num_stages for `kernel`: "gemm" (with a dense weight), "nf4_rows" (an NF4 weight, forward),
+    """Blocks, num_warps and num_stages for `kernel`: "gemm" (with a dense weight), "tma_gemm" (the
+    same by `by_tma`), "nf4_rows" (an NF4 weight, forward),
     "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks), "finish", "h", "dh_dlora_b", "reduce",
     "dlora_a" or "column_scale_bwd".
 
     `depth` is the length of a GEMM's sum; where BLOCK_K doesn't divide it, the masks need the registers of half a step.
-    `rows` and `columns` are those of a GEMM's result; for "dlora_a", `rows` is the length of its sum.
+    `rows` and `columns` are those of a GEMM's result. For "h" and "dlora_a" `rows` and `depth` are those of x.
     """
     step = block_r(kernel, rank, is_float32)
     if kernel in GEMMS:
@@ -191,8 +224,8 @@ def lookup(
         return _config(4, 1, BLOCK_P=16, BLOCK_L=2048 if family == "interpreter" else 128)
     if kernel == "column_scale_bwd":
         return _config(4, 1, BLOCK_M=16, BLOCK_N=256)
-    is_long = kernel == "dlora_a" and rows >= PARTS[kernel][0]
-    config = {**(_LONG_DLORA_A if is_long else _SKINNY[kernel])[step], "BLOCK_R": step}
+    is_long = kernel in _LONG and rows >= _MANY_ROWS and (kernel == "dlora_a" or depth >= PARTS[kernel].worth)
+    config = {**(_LONG if is_long else _SKINNY)[kernel][step], "BLOCK_R": step}
     if is_float32:
         config["BLOCK_K" if kernel == "h" or is_long else "BLOCK_M"] //= 2
         config["num_stages"] = 2
@@ -201,7 +234,7 @@ def lookup(
     if family == "gfx9":
         config["num_stages"] = min(config["num_stages"], 2)
         if kernel == "dh_dlora_b" and step == 32:
-            config["BLOCK_N"] = 128
+            config["BLOCK_N"] = 64
     return config
 
 

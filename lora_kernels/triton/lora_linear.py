@@ -129,22 +129,25 @@ def _low_rank(
 
 
 @triton.jit
-def _split_columns(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
-    return acc.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _finish_dropped(
-    acc, out_ptr, stride_om, u_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_um, stride_vr, stride_vn,
+def _dropped_low_rank(
+    u_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_um, stride_vr, stride_vn,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Store acc + mask ∘ (scale u v) for a slice of columns."""
+    """mask ∘ (scale u v) for the tile at (m0, n0).
+
+    What a product starts from and not what it ends with: the masked term beside the product would take twice the
+    registers.
+    """
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     term = _low_rank(zero, u_ptr, None, None, v_ptr, scale, m0, n0, M, N, R, 1, 0, stride_um, stride_vr, stride_vn,
                      False, PRECISION, DTYPE, 1, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
-    keep = _keep_mask(rng_ptr, m0, n0, threshold, BLOCK_M, BLOCK_N)
-    _store_tile(out_ptr, stride_om, acc + tl.where(keep, term, 0.0), m0, n0, M, N, BLOCK_M, BLOCK_N)
+    return tl.where(_keep_mask(rng_ptr, m0, n0, threshold, BLOCK_M, BLOCK_N), term, 0.0)
+
+
+@triton.jit
+def _split_columns(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return acc.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -158,6 +161,13 @@ def _finish_scaled(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _load_tile(ptr, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    m = m0 + tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    return tl.load(ptr + m.to(tl.int64)[:, None] * N + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
 
 
 @triton.jit
@@ -182,36 +192,31 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
 
 @triton.jit
 def _finish(
-    acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R, parts,
-    scale, threshold, stride_up, stride_um, stride_vr, stride_vn, stride_om,
+    acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, out_ptr, m0, n0, M, N, R, parts,
+    scale, stride_up, stride_um, stride_vr, stride_vn, stride_om,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Store column_scale ∘ (acc + dropout((scale u ∘ lora_e) v)) + bias for the tile at (m0, n0)."""
+    """Store column_scale ∘ (acc + (scale u ∘ lora_e) v) + bias for the tile at (m0, n0); with dropout, acc alone."""
     if HAS_DROPOUT:
         tl.static_assert(not HAS_E and not HAS_BIAS and not HAS_SCALE and PARTS == 1)
     else:
         acc = _low_rank(acc, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, parts, stride_up, stride_um,
                         stride_vr, stride_vn, HAS_E, PRECISION, DTYPE, PARTS, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
-    if HAS_DROPOUT or HAS_SCALE:
-        # Either costs many registers beside the accumulator, so the columns are finished slice by slice.
-        SLICE: tl.constexpr = BLOCK_N // DROPOUT_SPLIT
-        if DROPOUT_SPLIT == 1:
+    if HAS_SCALE:
+        # Scale and bias cost many registers beside the accumulator, so the columns are finished slice by slice.
+        SLICE: tl.constexpr = BLOCK_N // SLICES
+        if SLICES == 1:
             slices = (acc,)
-        elif DROPOUT_SPLIT == 2:
+        elif SLICES == 2:
             slices = _split_columns(acc, BLOCK_M, BLOCK_N)
         else:
             left, right = _split_columns(acc, BLOCK_M, BLOCK_N)
             slices = _split_columns(left, BLOCK_M, BLOCK_N // 2) + _split_columns(right, BLOCK_M, BLOCK_N // 2)
-        for i in tl.static_range(DROPOUT_SPLIT):
-            if HAS_DROPOUT:
-                _finish_dropped(slices[i], out_ptr, stride_om, u_ptr, v_ptr, rng_ptr, scale, threshold,
-                                m0, n0 + i * SLICE, M, N, R, stride_um, stride_vr, stride_vn,
-                                PRECISION, DTYPE, BLOCK_M, SLICE, BLOCK_R)  # fmt: skip
-            else:
-                _finish_scaled(slices[i], out_ptr, stride_om, column_scale_ptr, bias_ptr, m0, n0 + i * SLICE, M, N,
-                               HAS_BIAS, BLOCK_M, SLICE)  # fmt: skip
+        for i in tl.static_range(SLICES):
+            _finish_scaled(slices[i], out_ptr, stride_om, column_scale_ptr, bias_ptr, m0, n0 + i * SLICE, M, N,
+                           HAS_BIAS, BLOCK_M, SLICE)  # fmt: skip
     else:
         if HAS_BIAS:
             n = n0 + tl.arange(0, BLOCK_N)
@@ -281,7 +286,7 @@ def _gemm_kernel(
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr, OVERLAPS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] = column_scale ∘ (x [M, K] w + dropout((scale u ∘ lora_e) v)) + bias, the rank term after the K loop.
 
@@ -291,19 +296,21 @@ def _gemm_kernel(
     columns are (backward). BLOCK_SIZE and ALIGNED are those of `nf4.load_tile`. With product [M, N] in float32, that is
     the large product already, and K is zero.
     With OVERLAPS, the kernel before may still run until the K loop is done: it must write nothing that this one reads
-    there.
+    before, with dropout not even u.
     """
     if OVERLAPS:
         let_next_kernel_start()
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    if product_ptr is None:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_DROPOUT:
+        acc = _dropped_low_rank(u_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_um, stride_vr,
+                                stride_vn, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+        if product_ptr is not None:
+            acc += _load_tile(product_ptr, m0, n0, M, N, BLOCK_M, BLOCK_N)
+    elif product_ptr is not None:
+        acc = _load_tile(product_ptr, m0, n0, M, N, BLOCK_M, BLOCK_N)
     else:
-        m = m0 + tl.arange(0, BLOCK_M)
-        n = n0 + tl.arange(0, BLOCK_N)
-        product_ptrs = product_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-        acc = tl.load(product_ptrs, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if WEIGHT == "dense":
         acc = _add_product(acc, x_ptr, w_ptr, m0, n0, M, N, K, stride_xm, stride_wn, stride_wk,
                            EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
@@ -319,10 +326,10 @@ def _gemm_kernel(
                                EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     if OVERLAPS:
         wait_for_kernel_before()
-    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R,
-            parts, scale, threshold, stride_up, stride_um, stride_vr, stride_vn, stride_om,
+    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, out_ptr, m0, n0, M, N, R,
+            parts, scale, stride_up, stride_um, stride_vr, stride_vn, stride_om,
             HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE, PARTS,
-            BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT_SPLIT)  # fmt: skip
+            BLOCK_M, BLOCK_N, BLOCK_R, SLICES)  # fmt: skip
 
 
 @triton.jit
@@ -340,14 +347,15 @@ def _add_fetched_product(
     return acc
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "parts"])
 def _tma_gemm_kernel(
-    x_desc, w_desc, x1_desc, w1_desc, x2_desc, w2_desc, column_scale_ptr, bias_ptr, u_ptr, lora_e_ptr, v_ptr, rng_ptr,
-    out_ptr, M, N, K, K1, K2, R, scale, threshold, stride_um, stride_vr, stride_vn, stride_om, W_ROWS: tl.constexpr,
+    x_desc, w_desc, x1_desc, w1_desc, x2_desc, w2_desc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr,
+    rng_ptr, out_ptr, M, N, K, K1, K2, R, parts, scale, threshold, stride_up, stride_um, stride_vr, stride_vn,
+    stride_om, W_ROWS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT_SPLIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """_gemm_kernel of dense weights, tiles fetched by the copy engine.
 
@@ -357,7 +365,11 @@ def _tma_gemm_kernel(
         let_next_kernel_start()
     DTYPE: tl.constexpr = x_desc.dtype
     m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_DROPOUT:
+        acc = _dropped_low_rank(u_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_um, stride_vr,
+                                stride_vn, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = _add_fetched_product(acc, x_desc, w_desc, m0, n0, K, W_ROWS, PRECISION, BLOCK_K)
     if x1_desc is not None:
         acc = _add_fetched_product(acc, x1_desc, w1_desc, m0, n0, K1, W_ROWS, PRECISION, BLOCK_K)
@@ -365,23 +377,25 @@ def _tma_gemm_kernel(
         acc = _add_fetched_product(acc, x2_desc, w2_desc, m0, n0, K2, W_ROWS, PRECISION, BLOCK_K)
     if OVERLAPS:
         wait_for_kernel_before()
-    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, None, lora_e_ptr, v_ptr, rng_ptr, out_ptr, m0, n0, M, N, R,
-            1, scale, threshold, 0, stride_um, stride_vr, stride_vn, stride_om,
-            HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE, 1,
-            BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT_SPLIT)  # fmt: skip
+    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, out_ptr, m0, n0, M, N, R,
+            parts, scale, stride_up, stride_um, stride_vr, stride_vn, stride_om,
+            HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE, PARTS,
+            BLOCK_M, BLOCK_N, BLOCK_R, SLICES)  # fmt: skip
 
 
 @triton.jit
 def _dh_dlora_b_kernel(
     dy_ptr, h_ptr, lora_b_ptr, dh_parts_ptr, db_parts_ptr, de_parts_ptr, M, N, R, rows_per_split, stride_dym, stride_hm,
     NEED_DH: tl.constexpr, NEED_DB: tl.constexpr, NEED_DE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    OVERLAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of dy lora_b (over BLOCK_N columns) and dyᵀ h (over rows_per_split rows) from one read of dy.
 
     Parts carry neither scaling nor lora_e: dh_parts [column blocks, M, R], db_parts [splits, N, R] and, since
     dlora_e = Σ_n lora_b ∘ (dyᵀ h), de_parts [splits * column blocks, R].
     """
+    if OVERLAPS:
+        let_next_kernel_start()
     pid_n = tl.program_id(0)
     pid_s = tl.program_id(1)
     n0 = pid_n * BLOCK_N
@@ -439,10 +453,12 @@ def _sum_parts(
 def _reduce_kernel(
     dh_parts_ptr, db_parts_ptr, de_parts_ptr, dh_ptr, dlora_b_ptr, dlora_e_ptr, lora_e_ptr,
     dh_blocks, db_blocks, column_blocks, splits, M, N, R, stride_dhm, scaling,
-    NEED_DH: tl.constexpr, NEED_DB: tl.constexpr, NEED_DE: tl.constexpr, HAS_E: tl.constexpr,
+    NEED_DH: tl.constexpr, NEED_DB: tl.constexpr, NEED_DE: tl.constexpr, HAS_E: tl.constexpr, OVERLAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dh, dlora_b and dlora_e from the partial sums of _dh_dlora_b_kernel; each program finishes one block of one."""
+    if OVERLAPS:
+        wait_for_kernel_before()
     pid = tl.program_id(0)
     if NEED_DH:  # noqa: SIM102
         if pid < dh_blocks:
@@ -524,13 +540,9 @@ def _column_scale_bwd_kernel(
 
 
 @functools.lru_cache
-def _program_target(index: int) -> int:
-    return 2 * torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _programs(t: Tensor) -> int:
-    """How many programs keep the device busy."""
-    return _program_target(t.get_device()) if t.is_cuda else 4
+def _multiprocessors(index: int) -> int:
+    """Of the device of this index; 2 for the interpreter, whose index is -1."""
+    return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 2
 
 
 def _dequantized(weight: NF4, x: Tensor) -> Tensor:
@@ -551,7 +563,7 @@ class _LoraLauncher(Launcher):
         self.rng = rng
         self.inv_keep = dropout_scale(dropout_p)
         self.is_float32 = x.dtype == torch.float32
-        self.program_target = _programs(x)
+        self.multiprocessors = _multiprocessors(self.index)
         # Whether a product starts while the kernel before it still runs.
         self.overlaps = configs.overlaps(self.family)
         self.precision = "ieee"
@@ -563,16 +575,17 @@ class _LoraLauncher(Launcher):
 
     def split(self, kernel: str, programs: int, length: int, step: int, most: int = 1 << 31) -> tuple[int, int]:
         """`in_parts` for the sum of `kernel`, into `most` parts at most."""
-        worth, least = configs.PARTS[kernel]
-        return in_parts(length, step, programs, self.program_target, worth, max(least, ceil_div(length, most)))
+        parts = configs.PARTS[kernel]
+        target, least = parts.programs * self.multiprocessors, max(parts.least, ceil_div(length, most))
+        return in_parts(length, step, programs, target, parts.worth, least)
 
     def h(self, x: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(h [M, R] = dropout(x) lora_aᵀ, None), or with few rows and many columns (h, which `product` is to make, the
-        matrices [parts, M, R] whose sum it is)."""
+        """(h [M, R] = dropout(x) lora_aᵀ, None), or with many columns (h, which `product` is to make, the matrices
+        [parts, M, R] whose sum it is)."""
         (m, k), rank = x.shape, lora_a.shape[0]
-        config = self.config("h", rank)
+        config = self.config("h", rank, k, m)
         row_blocks, rank_blocks = ceil_div(m, config["BLOCK_M"]), ceil_div(rank, config["BLOCK_R"])
-        programs, most = row_blocks * rank_blocks, configs.MOST_PARTS_OF_H
+        programs, most = row_blocks * rank_blocks, configs.most_parts_of_h(m)
         splits, columns_per_split = self.split("h", programs, k, config["BLOCK_K"], most)
         parts = torch.empty((splits, m, rank), dtype=torch.float32, device=x.device)
         if rank:
@@ -583,23 +596,23 @@ class _LoraLauncher(Launcher):
             )  # fmt: skip
         if splits == 1:
             return parts.view(m, rank), None
-        if m <= configs.SKINNY_ROWS and not self.by_vendor:
-            return torch.empty((m, rank), dtype=torch.float32, device=x.device), parts
-        return parts.sum(0), None
+        return torch.empty((m, rank), dtype=torch.float32, device=x.device), parts
 
     def product(
         self, terms: list[_Term], column_scale: Tensor | None, bias: Tensor | None, u: Tensor, u_parts: Tensor | None,
-        lora_e: Tensor | None, v: Tensor, out: Tensor, scale: float, backward: bool = False,
+        lora_e: Tensor | None, v: Tensor, out: Tensor, scale: float, backward: bool = False, may_overlap: bool = True,
     ) -> None:  # fmt: skip
         """out = column_scale ∘ (Σ x Wᵀ + (scale u ∘ lora_e) v) + bias, or backward Σ x W + dropout(scale u v), over the
         terms (x, W).
 
         v [R, N] has any strides. W [N, K] is dense with any strides, or NF4. With u_parts [parts, M, R], u [M, R] is
         made: their sum. With `by_vendor` the large product is the vendor's, and finished by our kernel.
+        may_overlap: whether the kernel before makes nothing that this one reads, but for u when forward.
         """
         x, weight = terms[0]
         (m, _), n = x.shape, out.shape[1]
-        overlaps = self.overlaps and v.shape[0] > 0 and not self.by_vendor
+        dropout = backward and self.threshold > 0
+        overlaps = self.overlaps and may_overlap and v.shape[0] > 0 and not self.by_vendor
         if self.by_vendor or len(terms) > 1 or not configs.decodes_inside(self.family, m, backward):
             overlaps = overlaps and not any(isinstance(weight, NF4) for _, weight in terms)
             terms = [(x, _dequantized(weight, x) if isinstance(weight, NF4) else weight) for x, weight in terms]
@@ -619,9 +632,13 @@ class _LoraLauncher(Launcher):
             kind = {"WEIGHT": kernel, "BLOCK_SIZE": weight.block_size}
             kernel = kernel if aligned else "nf4_ragged"
             nf4_parts = (*weight[1:4], tables(x.device))
-        config = self.config(kernel if product is None else "finish", v.shape[0], math.gcd(*depths), m, n)
+        rows = self.by_tma(terms, m, n, backward)
+        if product is not None:
+            kernel = "finish"
+        elif rows is not None:
+            kernel = "tma_gemm"
+        config = self.config(kernel, v.shape[0], math.gcd(*depths), m, n)
         tiles = configs.tiles(config, m, n)
-        dropout = backward and self.threshold > 0
         flags = {"HAS_SCALE": column_scale is not None, "HAS_BIAS": bias is not None, "HAS_E": lora_e is not None,
                  "HAS_DROPOUT": dropout, "PRECISION": self.precision, "OVERLAPS": overlaps}  # fmt: skip
         if overlaps:
@@ -629,7 +646,12 @@ class _LoraLauncher(Launcher):
         none = _TERMS - len(terms)
         depths += [0] * none
         rng = self.rng if dropout else None
-        if (rows := self.by_tma(config, terms, backward)) is not None:
+        parts, made, stride_up = 1, None, 0
+        if u_parts is not None:
+            parts, made, stride_up = len(u_parts), u, u_parts.stride(0)
+        flags["PARTS"] = 1 << (parts - 1).bit_length()
+        low_rank = (u if u_parts is None else u_parts, made, lora_e, v)
+        if rows is not None:
             flags |= {name: value for name, value in config.items() if name != "EVEN_K"}
             x_block = [config["BLOCK_M"], config["BLOCK_K"]]
             w_block = [config["BLOCK_N" if rows else "BLOCK_K"], config["BLOCK_K" if rows else "BLOCK_N"]]
@@ -639,9 +661,9 @@ class _LoraLauncher(Launcher):
                 stored = weight if weight.stride(1) == 1 else weight.T
                 descriptors.append(TensorDescriptor.from_tensor(stored, w_block))
             self.launch(
-                _tma_gemm_kernel, (tiles, 1, 1), *descriptors, *[None] * (2 * none), column_scale, bias, u, lora_e, v,
-                rng, out, m, n, *depths, v.shape[0], scale, self.threshold, u.stride(0), *v.stride(), out.stride(0),
-                W_ROWS=rows, **flags,
+                _tma_gemm_kernel, (tiles, 1, 1), *descriptors, *[None] * (2 * none), column_scale, bias, *low_rank,
+                rng, out, m, n, *depths, v.shape[0], parts, scale, self.threshold, stride_up, u.stride(0), *v.stride(),
+                out.stride(0), W_ROWS=rows, **flags,
             )  # fmt: skip
             return
         tensors, strides = [], []
@@ -649,20 +671,16 @@ class _LoraLauncher(Launcher):
             tensors += (x, weight[0] if isinstance(weight, NF4) else weight)
             wn, wk = (0, 0) if isinstance(weight, NF4) else weight.stride()
             strides += (x.stride(0), wk, wn) if backward else (x.stride(0), wn, wk)
-        parts, made, stride_up = 1, None, 0
-        if u_parts is not None:
-            parts, made, stride_up = len(u_parts), u, u_parts.stride(0)
         self.launch(
-            _gemm_kernel, (tiles, 1, 1), *tensors, *[None] * (2 * none), *nf4_parts, column_scale, bias,
-            u if u_parts is None else u_parts, made, lora_e, v, rng, product, out, m, n, *depths, v.shape[0], parts,
-            scale, self.threshold, *strides, *[0] * (3 * none), stride_up, u.stride(0), *v.stride(), out.stride(0),
-            **kind, ALIGNED=aligned, PARTS=1 << (parts - 1).bit_length(), **flags, **config,
+            _gemm_kernel, (tiles, 1, 1), *tensors, *[None] * (2 * none), *nf4_parts, column_scale, bias, *low_rank, rng,
+            product, out, m, n, *depths, v.shape[0], parts, scale, self.threshold, *strides, *[0] * (3 * none),
+            stride_up, u.stride(0), *v.stride(), out.stride(0), **kind, ALIGNED=aligned, **flags, **config,
         )  # fmt: skip
 
-    def by_tma(self, config: dict[str, int], terms: list[_Term], backward: bool) -> bool | None:
+    def by_tma(self, terms: list[_Term], m: int, n: int, backward: bool) -> bool | None:
         """None where the copy engine can't fetch the tiles or gains nothing; else whether the columns of the result are
         the rows of the weights as they lie in memory."""
-        if self.is_float32 or not configs.by_tma(self.family, config) or isinstance(terms[0][1], NF4):
+        if self.is_float32 or not configs.by_tma(self.family, m, n) or isinstance(terms[0][1], NF4):
             return None
         if not terms[0][0].shape[1]:
             return None
@@ -698,9 +716,11 @@ class _LoraLauncher(Launcher):
         self.launch(
             _dh_dlora_b_kernel, (column_blocks, splits, ceil_div(rank, config["BLOCK_R"])),
             dy, h, layer.lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0), h.stride(0),
-            **flags, PRECISION=self.precision, **config,
+            **flags, PRECISION=self.precision, OVERLAPS=self.overlaps, **config,
         )  # fmt: skip
         config = self.config("reduce", rank)
+        if self.overlaps:
+            flags["launch_pdl"] = True
         dh_blocks = ceil_div(m * rank, config["BLOCK_L"]) if need_dh else 0
         db_blocks = ceil_div(n * rank, config["BLOCK_L"]) if need_db else 0
         de_blocks = ceil_div(rank, config["BLOCK_L"]) if need_de else 0
@@ -708,7 +728,7 @@ class _LoraLauncher(Launcher):
             _reduce_kernel, (dh_blocks + db_blocks + de_blocks, 1, 1),
             dh_parts, db_parts, de_parts, dh, dlora_b, dlora_e, layer.lora_e,
             dh_blocks, db_blocks, column_blocks, splits, m, n, rank, dh.stride(0) if need_dh else 0, layer.scaling,
-            **flags, HAS_E=layer.lora_e is not None, **config,
+            **flags, HAS_E=layer.lora_e is not None, OVERLAPS=self.overlaps, **config,
         )  # fmt: skip
         return dlora_b, dlora_e
 
@@ -794,7 +814,7 @@ def column_scale_bwd(
     config = configs.lookup(run.family, "column_scale_bwd", 0, False)
     column_blocks = ceil_div(n, config["BLOCK_N"])
     # As many programs as for the kernel that reads dy next; each of its rows costs little, so more would be no gain.
-    splits, rows_per_split = in_parts(m, config["BLOCK_M"], column_blocks, _programs(dy))
+    splits, rows_per_split = in_parts(m, config["BLOCK_M"], column_blocks, 2 * _multiprocessors(run.index))
     dz = torch.empty((m, n), dtype=dy.dtype, device=dy.device)
     parts = None if y is None else torch.empty((splits, n), dtype=torch.float32, device=dy.device)
     with run.device:
@@ -831,7 +851,8 @@ def lora_linear_group_bwd(
         if need_x:
             dx = torch.empty((m, k), dtype=x.dtype, device=x.device)
             terms = [(dy, layer.weight) for dy, layer in zip(dys, layers, strict=True)]
-            run.product(terms, None, None, dh, None, None, lora_a, dx, run.inv_keep, backward=True)
+            # Where dlora_a comes between, dh is there before this starts.
+            run.product(terms, None, None, dh, None, None, lora_a, dx, run.inv_keep, backward=True, may_overlap=need_a)
         if need_a:
             # After dx, whose kernel may overlap with the one that made the parts.
             dlora_a = parts.view(lora_a.shape) if len(parts) == 1 else parts.sum(0).to(lora_a.dtype)
