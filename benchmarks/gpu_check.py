@@ -401,6 +401,8 @@ def run_steps(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
 
     needs = {"peft-lora": "dense", "peft-qlora": "nf4"}
     skipped = {name: reason for name, kind in needs.items() if (reason := why_not("peft", kind, dry)) is not None}
+    if dry:
+        skipped |= {name: "it needs a GPU" for name in gpu.STEPS if name.endswith("-graphs")}
     if reason := missing("transformers", "accelerate"):
         raise Skipped(reason)
     models, device = (gpu.TINY_MODELS, "cpu") if dry else (gpu.MODELS, "cuda")

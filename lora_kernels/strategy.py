@@ -3,7 +3,7 @@
 Candidates: the Triton kernels; the CUDA C++ kernels (16-bit activations, where they are built); `vendor`, the Triton
 kernels with the large products by cuBLAS in float32 (`lora_kernels.vendor`). All give the same result up to rounding.
 Nothing is measured for CPU tensors, nor for a backend that was named, nor while a CUDA graph is captured: that takes
-what is known already, else Triton's.
+what is known already, else Triton's. (`for_graphs` is for the passes before it.)
 
 The environment variable LORA_KERNELS_STRATEGY: "auto" (default) measures; "fused" takes Triton's and "vendor" the
 vendor's product everywhere, and neither measures nor reads the cache. Choices are in `strategy.json` in the cache
@@ -20,7 +20,8 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -88,9 +89,9 @@ class Choices:
             warnings.warn(f"choices of {ENVIRONMENT_VARIABLE}=auto last for this process only: {error}", stacklevel=2)
 
 
-def time_ms(step: Callable[[], object]) -> float:
+def time_ms(step: Callable[[], object], queued_by_graph: bool = False) -> float:
     """The median of the time that `step` takes on the GPU, plus the least time that the CPU takes to queue it,
-    compilation excluded.
+    compilation excluded; the first alone where a graph will queue it.
 
     Either may be what a model waits for, and which it is depends on what else is in the model. The larger of the two
     alone would be a toss-up wherever all candidates are queued more slowly than they run. Other work on the CPU only
@@ -110,7 +111,7 @@ def time_ms(step: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         running.append(start.elapsed_time(end))
-    return statistics.median(running) + min(queueing)
+    return statistics.median(running) + (0.0 if queued_by_graph else min(queueing))
 
 
 def choose(
@@ -132,6 +133,21 @@ def choose(
         raise failure
     choices.put(key, times)
     return choices.get(key)
+
+
+# For the process, since autograd's threads must see it.
+_for_graphs = False
+
+
+@contextmanager
+def for_graphs() -> Iterator[None]:
+    """In the `with` block the time on the GPU alone decides: for passes that warm up a CUDA graph, and its capture."""
+    global _for_graphs
+    before, _for_graphs = _for_graphs, True
+    try:
+        yield
+    finally:
+        _for_graphs = before
 
 
 @functools.cache
@@ -202,12 +218,13 @@ def resolve(op: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], v
     rows = 1 << (M - 1).bit_length()
     choices = _choices()
     sizes = tuple((_kind(weight), weight.shape[0], lora_a.shape[0], lora_a.dtype) for weight, lora_a in layers)
-    case = (op, variant, x.get_device(), x.dtype, rows, K, sizes)
+    case = (op, variant, x.get_device(), x.dtype, rows, K, sizes, _for_graphs)
     if (backend := choices.resolved.get(case)) is not None:
         return backend
     flags = "".join(str(int(flag)) for flag in variant)
     each = ", ".join(f"{kind} N={N} R={R} {dtype}" for kind, N, R, dtype in sizes)
     key = f"{op} {flags}, {_gpu_name(x.get_device())}, {x.dtype}, M<={rows} K={K}, {each}".replace("torch.", "")
+    key += ", in a graph" * _for_graphs
     candidates = _candidates(x)
     chosen = choices.get(key)
     if chosen not in candidates:
@@ -215,6 +232,7 @@ def resolve(op: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], v
             return candidates["triton"]
         with _lock, torch.cuda.device_of(x):
             steps = {name: functools.partial(getattr(module, op), *args) for name, module in candidates.items()}
-            chosen = choose(choices, key, steps, time_ms)
+            timer = functools.partial(time_ms, queued_by_graph=True) if _for_graphs else time_ms
+            chosen = choose(choices, key, steps, timer)
     choices.resolved[case] = candidates[chosen]
     return candidates[chosen]

@@ -260,6 +260,45 @@ def test_adamw(backend):
     assert_close_to_reference(*_optimizers(3, backend), "params")
 
 
+def test_a_decoder_as_graphs():
+    """Losses and gradients of batches of several lengths, with and without graphs; the dropout of a graph is random."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from lora_kernels import LoRAConfig, inject
+    from lora_kernels.train.graphs import DecoderGraphs
+    from lora_kernels.train.sft import AnswerLoss
+
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=64))
+    model = inject(model.bfloat16().cuda(), LoRAConfig(r=4, lora_dropout=0.0, init="b_gaussian")).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss_of = AnswerLoss(model)
+    graphs = DecoderGraphs(loss_of.parts[0], 40)
+
+    def results(ids, with_graphs):
+        loss_of.graphs = graphs if with_graphs else None
+        loss = loss_of(ids, ids)["loss"]
+        loss.backward()
+        grads = [p.grad.clone() for p in trained]
+        model.zero_grad()
+        return [loss.detach(), *grads]
+
+    for length in (40, 7, 33, 40, 8, 5, 38, 6, 40):
+        ids = torch.randint(64, (3, length), device="cuda")
+        for found, expected in zip(results(ids, True), results(ids, False), strict=True):
+            error = (found - expected).norm() / expected.norm().clamp(min=1e-9)
+            assert error < 0.02, f"{error:.4f} off at {length} tokens"
+    assert len(graphs._graphed) == 2
+
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout = 0.5
+    graphs = DecoderGraphs(loss_of.parts[0], 40)
+    first, second = ([float(results(ids, True)[0]) for _ in range(6)] for _ in range(2))
+    assert len(set(first + second)) == 12
+
+
 @_backends("cuda")
 def test_adamw_in_a_graph(backend):
     assert_close_to_reference(*_optimizers(4, backend, capture=True), "params")

@@ -138,9 +138,9 @@ def fake_gpu(monkeypatch, path):
 
     candidates = {name: module(name) for name in ("triton", "vendor")}
 
-    def timer(step):
+    def timer(step, queued_by_graph=False):
         step()
-        return {"triton": 2.0, "vendor": 1.0}[log[-1][0]]
+        return {"triton": 0.5 if queued_by_graph else 2.0, "vendor": 1.0}[log[-1][0]]
 
     monkeypatch.setattr(strategy, "_is_on_gpu", lambda x: True)
     monkeypatch.setattr(strategy, "_is_capturing", lambda: False)
@@ -211,6 +211,21 @@ def test_nothing_is_measured_during_graph_capture(fake_gpu):
     fake_gpu.log.clear()
     step()
     assert fake_gpu.log == [("vendor", "lora_linear_fwd"), ("vendor", "lora_linear_bwd")], "a known choice holds there"
+
+
+def test_for_a_graph_the_time_on_the_gpu_decides(fake_gpu):
+    step()
+    with strategy.for_graphs():
+        step()
+        fake_gpu.monkeypatch.setattr(strategy, "_is_capturing", lambda: True)
+        fake_gpu.log.clear()
+        step()
+        assert fake_gpu.log == [("triton", "lora_linear_fwd"), ("triton", "lora_linear_bwd")]
+    fake_gpu.log.clear()
+    step()
+    assert fake_gpu.log == [("vendor", "lora_linear_fwd"), ("vendor", "lora_linear_bwd")]
+    keys = json.loads(fake_gpu.choices.path.read_text())["choices"]
+    assert sum(key.endswith(", in a graph") for key in keys) == 2 and len(keys) == 4
 
 
 def test_nothing_is_measured_for_a_named_backend(fake_gpu):

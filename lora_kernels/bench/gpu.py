@@ -35,7 +35,7 @@ TINY_MODELS = {
                num_key_value_heads=1), 1, 8,
     )
 }  # fmt: skip
-STEPS = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora")
+STEPS = ("frozen", "ours-lora", "ours-qlora", "ours-lora-graphs", "ours-qlora-graphs", "peft-lora", "peft-qlora")
 SMALL_UPDATE = 1e-3
 
 
@@ -62,7 +62,7 @@ def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -
 def _quantised(contender: str, base: nn.Module) -> nn.Module:
     """A copy of the model, its linear layers in NF4 where the contender has them so."""
     model = copy.deepcopy(base)
-    if contender == "ours-qlora":
+    if contender.startswith("ours-qlora"):
         _replace_linears(model, NF4Linear.from_linear)
     elif contender == "peft-qlora":
         _replace_linears(model, lambda linear: bitsandbytes_linear(linear.weight.data))

@@ -102,9 +102,12 @@ def step_of(contender: str, model: torch.nn.Module) -> Callable[[Tensor], None]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if contender.startswith("ours"):
         from lora_kernels import LoRAPlusAdamW
+        from lora_kernels.train.graphs import DecoderGraphs
         from lora_kernels.train.sft import AnswerLoss
 
         answer_loss = AnswerLoss(model)
+        if contender.endswith("-graphs"):
+            answer_loss.graphs = DecoderGraphs(answer_loss.parts[0], longest=1)
         optimizer = LoRAPlusAdamW(model, lr=LR, lr_ratio=1, max_grad_norm=MAX_GRAD_NORM)
 
         def loss(ids: Tensor) -> Tensor:

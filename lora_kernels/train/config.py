@@ -29,6 +29,7 @@ METHODS = tuple(LEARNING_RATES)
 ADALORA = ("init_r", "target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
 _INITS = {"dora": "default", "lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
 _TARGETS = {"full": "all"} | dict.fromkeys(("adalora", "dora", "lora", "qlora"), "all-linear")
+_GRAPHED = ("lora", "qlora", "dora", "full")  # what cuda_graphs takes
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -36,8 +37,8 @@ SCHEDULERS = ("cosine", "linear", "constant")
 # others must agree for a resumed run to continue the same computation.
 _NOT_IDENTITY = {
     *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
-    *("backend", "fuse_decoder", "chat_template", "max_length", "dtype", "epochs", "max_steps", "batch_size"),
-    *("gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
+    *("backend", "cuda_graphs", "fuse_decoder", "chat_template", "max_length", "dtype", "epochs", "max_steps"),
+    *("batch_size", "gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
     *("bad_rewards", "eval_prompts"),
 }
 _Config = TypeVar("_Config", bound="TrainConfig")
@@ -232,9 +233,21 @@ class TrainConfig:
 
 @dataclass
 class SFTConfig(TrainConfig):
-    """Settings of `run_sft`: those of `TrainConfig`."""
+    """Settings of `run_sft`: those of `TrainConfig`, and
+
+    cuda_graphs: run the decoder as CUDA graphs (see `lora_kernels.train.graphs.DecoderGraphs`), for models that are so
+        small, or batches, that the GPU waits for Python. It takes memory for the graphs, and is for lora, qlora, dora
+        and full without accumulation or gradient checkpointing.
+    """
 
     output_dir: str = "outputs/sft"
+    cuda_graphs: bool = False
+
+    def _check_own(self) -> None:
+        if self.cuda_graphs:
+            self._check("method", self.method in _GRAPHED, f"one of {', '.join(_GRAPHED)} with cuda_graphs")
+            self._check("gradient_accumulation_steps", self.gradient_accumulation_steps == 1, "1 with cuda_graphs")
+            self._check("gradient_checkpointing", not self.gradient_checkpointing, "left out with cuda_graphs")
 
 
 @dataclass

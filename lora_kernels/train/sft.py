@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lora_kernels.backends import backend_option
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset
+from lora_kernels.train.graphs import DecoderGraphs, check_graphs
 from lora_kernels.train.loop import Callback, make_accelerator
 from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.train.run import TrainResult, check_context, start, train
@@ -37,6 +38,8 @@ class AnswerLoss(nn.Module):
                 f"the model's output embedding must be an nn.Linear without adapter, got {found}; "
                 "leave it out of target"
             )
+        # Where it is set, it takes the decoder's place in training.
+        self.graphs: DecoderGraphs | None = None
         config = inner.config
         self.logit_softcap = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -57,9 +60,12 @@ class AnswerLoss(nn.Module):
 
     def _project(self, function: Callable[..., Any], input_ids: Tensor, labels: Tensor) -> Any:
         decoder, head = self.parts
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            hidden = self.graphs(input_ids)
+        else:
+            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return function(
-            hidden.to(head.weight.dtype),
+            hidden[:, :-1].to(head.weight.dtype),
             head.weight,
             labels[:, 1:],
             head.bias,
@@ -116,6 +122,9 @@ def train_sft(
     check_context(model, train_set, config)
     accelerator = accelerator or make_accelerator()
     module = AnswerLoss(model)
+    if config.cuda_graphs:
+        check_graphs(accelerator)
+        module.graphs = DecoderGraphs(module.parts[0], int(train_set.lengths.max()))
     with backend_option(config.backend):
         module.to(accelerator.device).check(torch.from_numpy(train_set.input_ids[0]).long())
     return train(module, model, train_set, eval_set, config, accelerator=accelerator, **options)

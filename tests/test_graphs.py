@@ -1,0 +1,135 @@
+"""The decoder as CUDA graphs, with torch's graphs played on the CPU: memory that every replay writes anew."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_sft import losses, settings, tiny_llama, train_tiny
+
+from lora_kernels import LoRAConfig, inject, strategy
+from lora_kernels.train import sft
+from lora_kernels.train.graphs import DecoderGraphs, check_graphs
+from lora_kernels.train.sft import AnswerLoss
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The shapes of which a graph was made."""
+    shapes = []
+
+    def make_graphed_callables(module, sample_args, allow_unused_input, pool):
+        (sample,) = sample_args
+        shapes.append(tuple(sample.shape))
+        assert strategy._for_graphs
+        # As warming up would, which must not show.
+        torch.rand(100)
+        parameters = tuple(module.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        memory = {id(p): torch.full_like(p, torch.nan) for p in trained}
+        hidden = torch.full_like(module(sample).detach(), torch.nan)
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, input_ids, *_):
+                assert input_ids.shape == sample.shape
+                sample.copy_(input_ids)
+                with torch.enable_grad():
+                    ctx.output = module(sample)
+                return hidden.copy_(ctx.output.detach()).detach()
+
+            @staticmethod
+            def backward(ctx, grad):
+                for p, new in zip(trained, torch.autograd.grad(ctx.output, trained, grad), strict=True):
+                    memory[id(p)].copy_(new)
+                return None, *(memory[id(p)].detach() if p.requires_grad else None for p in parameters)
+
+        return lambda input_ids: Replay.apply(input_ids, *parameters)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
+    return shapes
+
+
+def adapted(**options):
+    torch.manual_seed(1)
+    return inject(tiny_llama(), LoRAConfig(r=4, init="b_gaussian", **options)).train()
+
+
+def test_losses_and_gradients_are_those_of_the_decoder(captured):
+    model = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss_of = AnswerLoss(model)
+    decoder_graphs = DecoderGraphs(loss_of.parts[0], longest=60)
+
+    def results(ids, graphs):
+        loss_of.graphs = graphs
+        loss = loss_of(ids, ids)["loss"]
+        loss.backward()
+        grads = [p.grad.clone() for p in trained]
+        model.zero_grad(set_to_none=True)
+        return [loss.detach(), *grads]
+
+    for length in (60, 3, 57, 8, 60, 5, 58, 7, 59):
+        ids = torch.randint(64, (2, length))
+        for found, expected in zip(results(ids, decoder_graphs), results(ids, None), strict=True):
+            assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert captured == [(2, 64), (2, 8)], "the third batch of a shape makes its graph, one of at most eight lengths"
+
+
+def test_evaluation_goes_without_a_graph(captured):
+    model = adapted()
+    loss_of = AnswerLoss(model)
+    loss_of.graphs = DecoderGraphs(loss_of.parts[0], longest=8)
+    ids = torch.randint(64, (2, 8))
+    for _ in range(4):
+        loss_of.eval()
+        loss_of(ids, ids)
+        loss_of.train()
+        with torch.no_grad():
+            loss_of(ids, ids)
+    assert not captured
+
+
+def test_a_run_with_graphs_is_the_run_without(tmp_path, captured, monkeypatch):
+    monkeypatch.setattr(sft, "check_graphs", lambda accelerator: None)
+    options = dict(batch_size=2, epochs=4)
+    expected, _ = train_tiny(tmp_path / "without", **options)
+    found, _ = train_tiny(tmp_path / "with", cuda_graphs=True, **options)
+    assert captured
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
+    for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_it_refuses(tmp_path):
+    for changes, message in (
+        ({"method": "adalora"}, "method must be one of lora, qlora, dora, full with cuda_graphs, got 'adalora'"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1 with cuda_graphs, got 2"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing must be left out with cuda_graphs, got True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings(tmp_path, cuda_graphs=True, **changes)
+    for device, processes in (("cpu", 1), ("cuda", 2)):
+        accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
+        with pytest.raises(ValueError, match=f"one process on a CUDA GPU, not {processes} on {device}"):
+            check_graphs(accelerator)
+    check_graphs(SimpleNamespace(device=torch.device("cuda"), num_processes=1))
+    with pytest.raises(ValueError, match="cuda_graphs needs one process on a CUDA GPU"):
+        train_tiny(tmp_path, cuda_graphs=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_making_a_graph_takes_no_random_numbers(captured):
+    decoder = adapted(lora_dropout=0.5).get_decoder()
+    ids = torch.randint(64, (2, 8))
+
+    def draws(run):
+        torch.manual_seed(0)
+        for _ in range(4):
+            run(ids)
+        return torch.rand(3)
+
+    eager = draws(lambda ids: decoder(input_ids=ids).last_hidden_state)
+    assert torch.equal(draws(DecoderGraphs(decoder, longest=8)), eager) and captured == [(2, 8)]
