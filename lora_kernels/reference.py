@@ -200,6 +200,37 @@ def lora_linear_bwd(
     return dx, dlora_a, dlora_b, dlora_e
 
 
+def lora_linear_group_fwd(
+    x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(y, h) of lora_linear_fwd for each layer; dropout(x) is one for all of them."""
+    return [lora_linear_fwd(x, *layer[:-1], dropout_p, rng, layer.column_scale) for layer in layers]
+
+
+def lora_linear_group_bwd(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    hs: Sequence[Tensor],
+    layers: Sequence[Projection],
+    dropout_p: float,
+    rng: Tensor | None,
+    need_x: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+    """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd; a layer's needs are in that order.
+
+    dx is the sum of those of the layers, each rounded.
+    """
+    dxs, grads = [], []
+    for dy, h, layer, own in zip(dys, hs, layers, needs, strict=True):
+        weight, lora_a, lora_b, scaling, _, lora_e, _ = layer
+        args = (dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, (need_x, *own))
+        dx, *adapter = lora_linear_bwd(*args)
+        dxs.append(dx)
+        grads.append(tuple(adapter))
+    return sum(dxs[1:], dxs[0]) if need_x else None, grads
+
+
 def column_scale_bwd(
     dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:

@@ -93,7 +93,7 @@ def test_evaluation_goes_without_a_graph(captured):
 
 
 def test_a_run_with_graphs_is_the_run_without(tmp_path, captured, monkeypatch):
-    monkeypatch.setattr(sft, "check_graphs", lambda accelerator: None)
+    monkeypatch.setattr(sft, "check_graphs", lambda accelerator, decoder: None)
     options = dict(batch_size=2, epochs=4)
     expected, _ = train_tiny(tmp_path / "without", **options)
     found, _ = train_tiny(tmp_path / "with", cuda_graphs=True, **options)
@@ -114,11 +114,70 @@ def test_what_it_refuses(tmp_path):
     for device, processes in (("cpu", 1), ("cuda", 2)):
         accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
         with pytest.raises(ValueError, match=f"one process on a CUDA GPU, not {processes} on {device}"):
-            check_graphs(accelerator)
-    check_graphs(SimpleNamespace(device=torch.device("cuda"), num_processes=1))
+            check_graphs(accelerator, tiny_llama().model)
+    accelerator, decoder = SimpleNamespace(device=torch.device("cuda"), num_processes=1), tiny_llama().model
+    check_graphs(accelerator, decoder)
+    decoder.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(ValueError, match="rotary embedding depends.*dynamic"):
+        check_graphs(accelerator, decoder)
     with pytest.raises(ValueError, match="cuda_graphs needs one process on a CUDA GPU"):
         train_tiny(tmp_path, cuda_graphs=True)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_interrupted_run_is_the_same(tmp_path, captured, monkeypatch):
+    """With dropout, though the batches that go without a graph are others."""
+    monkeypatch.setattr(sft, "check_graphs", lambda accelerator, decoder: None)
+    options = dict(batch_size=2, lora_dropout=0.3, cuda_graphs=True, save_steps=5, lr_scheduler="constant")
+    options["warmup_ratio"] = 0.0
+    train_tiny(tmp_path / "whole", max_steps=15, **options)
+
+    def stop(record):
+        if record["step"] == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "parts", max_steps=15, callbacks=[stop], **options)
+    train_tiny(tmp_path / "parts", max_steps=15, resume=True, **options)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_padding_stays_in_the_context(captured):
+    decoder = adapted().model
+    decoder.config.max_position_embeddings = 50
+    graphs = DecoderGraphs(decoder, longest=50)
+    for length in (50, 41, 30, 50):
+        assert graphs(torch.randint(64, (1, length))).shape[1] == length
+    assert set(graphs._seen) == {(1, 50), (1, 48), (1, 32)}
+
+
+def test_gradients_have_to_be_none(captured):
+    decoder = adapted().model
+    graphs, ids = DecoderGraphs(decoder, longest=8), torch.randint(64, (1, 8))
+    graphs(ids).sum().backward()
+    with pytest.raises(RuntimeError, match="a gradient is not None"):
+        graphs(ids)
+
+
+def test_attention_keeps_its_causal_path(captured, monkeypatch):
+    """While a graph is captured transformers can't see that a row is one sequence."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    decoder = adapted().model
+    graphs, ids = DecoderGraphs(decoder, longest=8), torch.randint(64, (1, 8))
+    graphs(ids), graphs(ids)
+    assert masks and all(mask is not None for mask in masks), "the test sees the mask that is avoided"
+    masks.clear()
+    graphs._capture(ids)
+    assert masks and all(mask is None for mask in masks)
 
 
 def test_making_a_graph_takes_no_random_numbers(captured):

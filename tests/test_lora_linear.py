@@ -305,11 +305,38 @@ def test_autocast_runs_in_its_dtype_with_float32_adapters():
     torch.testing.assert_close(y, call(half), rtol=0, atol=0)
 
 
-def test_no_second_derivative():
-    inputs = with_grad(lora_inputs(4, 3, 5, 2))
-    (grad,) = torch.autograd.grad(call(inputs).square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        grad.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_y", [torch.sum, lambda y: y.square().sum()], ids=["sum", "square"])
+def test_no_second_derivative(dtype, of_y):
+    """Also where the gradient of y is a constant: the norm of dx would be one, silently."""
+    inputs = lora_inputs(4, 3, 5, 2, dtype)
+    for every in (True, False):
+        leaves = with_grad(inputs) if every else with_grad(inputs, ("x", "lora_a", "lora_b"))
+        (grad,) = torch.autograd.grad(of_y(call(leaves)), leaves["x"], create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            grad.norm().backward()
+
+
+def test_changes_between_forward_and_backward_are_noticed():
+    for name in ("weight", "x", "lora_a", "lora_b"):
+        inputs = with_grad(lora_inputs(12, 3, 5, 2), ("x", "lora_a", "lora_b"))
+        y = call(inputs)
+        with torch.no_grad():
+            inputs[name].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_backward_by_another_backend():
+    inputs = with_grad(lora_inputs(12, 3, 5, 2), ("x", "lora_a", "lora_b"))
+    grads = []
+    for backend in ("cpu", "reference"):
+        with use_backend("cpu"):
+            y = call(inputs)
+        with use_backend(backend):
+            grads.append(torch.autograd.grad(y.sum(), [inputs[name] for name in ("x", "lora_a", "lora_b")]))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("rows", [(6,), (2, 3)])

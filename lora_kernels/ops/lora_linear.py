@@ -68,6 +68,11 @@ def _run(name: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], va
         return _run(name, x, layers, variant, *args)
 
 
+def _parts_of(weight: Tensor | NF4) -> tuple[Tensor | None, ...]:
+    """The tensors that make up a weight, as `_frozen` takes them."""
+    return weight[:4] if isinstance(weight, NF4) else (weight, None, None, None)
+
+
 def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -241,15 +246,18 @@ def _no_adapter(x: Tensor, weight: NF4) -> tuple[Tensor, Tensor]:
 class _Group(torch.autograd.Function):
     """lora_linear_group by a backend's two functions; the tensors after `layers` are lora_a, lora_b and lora_e of each.
 
-    Only what may have a gradient is an argument of its own: torch looks at each of them four times.
+    Only what may have a gradient is an argument of its own: torch looks at each of them four times. All else of the
+    layers that backward reads is saved too, so that torch says where it has been changed, and frees it.
     """
 
     @staticmethod
     def forward(ctx, x, dropout_p, rng, layers, *adapters):
         results = _group_fwd(_rows(_matrix(x)), layers, dropout_p, rng)
         ys, hs = zip(*results, strict=True)
-        ctx.save_for_backward(x, rng, *hs, *adapters)
-        ctx.dropout_p, ctx.layers = dropout_p, layers
+        frozen = chain.from_iterable(_parts_of(layer.weight) for layer in layers)
+        ctx.save_for_backward(x, rng, *hs, *adapters, *frozen)
+        ctx.dropout_p = dropout_p
+        ctx.settings = [(layer.scaling, getattr(layer.weight, "block_size", 0)) for layer in layers]
         if x.dim() != 2:
             # Not by a view: one that is made in here could not be changed in place outside.
             for y in ys:
@@ -257,17 +265,40 @@ class _Group(torch.autograd.Function):
         return ys
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *dys):
-        layers = ctx.layers
-        # The adapters are those of the layers, unless something has changed them, which torch then says here.
-        x, rng, *hs = ctx.saved_tensors[: 2 + len(layers)]
-        need_x, _, _, _, *needs = ctx.needs_input_grad
-        rows, needs = _rows(_matrix(x)), [needs[i : i + 3] for i in range(0, len(needs), 3)]
-        variant = (ctx.dropout_p > 0, need_x, *chain(*needs))
-        args = ([_rows(_matrix(dy)) for dy in dys], rows, hs, layers, ctx.dropout_p, rng, need_x, needs)
-        dx, grads = _run("lora_linear_group_bwd", rows, _frozen_and_lora_a(layers), variant, *args)
-        return None if dx is None else dx.view(x.shape), None, None, None, *chain(*grads)
+        with torch.no_grad():
+            dx, grads, sources = _group_bwd(ctx, dys)
+        if torch.is_grad_enabled():
+            dx, *grads = _NoSecondDerivative.apply(1 + len(grads), dx, *grads, *sources)
+        return dx, None, None, None, *grads
+
+
+def _group_bwd(ctx, dys: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
+    """The gradients of x and of the adapters, and what they are made of."""
+    layers, count = [], len(dys)
+    x, rng, *rest = ctx.saved_tensors
+    hs, adapters, frozen = rest[:count], rest[count : 4 * count], rest[4 * count :]
+    for i, (scaling, block_size) in enumerate(ctx.settings):
+        lora_a, lora_b, lora_e = adapters[3 * i : 3 * i + 3]
+        weight, *scales = frozen[4 * i : 4 * i + 4]
+        weight = _frozen(weight, (lora_b.shape[0], x.shape[-1]), *scales, block_size)
+        layers.append(Projection(weight, lora_a, lora_b, scaling, None, lora_e))
+    need_x, _, _, _, *needs = ctx.needs_input_grad
+    rows, needs = _rows(_matrix(x)), [needs[i : i + 3] for i in range(0, len(needs), 3)]
+    variant = (ctx.dropout_p > 0, need_x, *chain(*needs))
+    args = ([_rows(_matrix(dy)) for dy in dys], rows, hs, layers, ctx.dropout_p, rng, need_x, needs)
+    dx, grads = _run("lora_linear_group_bwd", rows, _frozen_and_lora_a(layers), variant, *args)
+    return None if dx is None else dx.view(x.shape), list(chain(*grads)), [x, *adapters, *dys]
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The first `count` of the tensors, gradients, as something made of the others that nobody can differentiate."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    backward = staticmethod(_double_backward)
 
 
 def _group_fwd(

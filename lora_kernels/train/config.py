@@ -237,7 +237,7 @@ class SFTConfig(TrainConfig):
 
     cuda_graphs: run the decoder as CUDA graphs (see `lora_kernels.train.graphs.DecoderGraphs`), for models that are so
         small, or batches, that the GPU waits for Python. It takes memory for the graphs, and is for lora, qlora, dora
-        and full without accumulation or gradient checkpointing.
+        and full without accumulation or gradient checkpointing. A run that is resumed is the same up to rounding.
     """
 
     output_dir: str = "outputs/sft"

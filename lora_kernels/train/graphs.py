@@ -1,7 +1,8 @@
 """A decoder's hidden states by CUDA graphs, for models so small that the GPU waits for Python."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +16,19 @@ from lora_kernels.parts import ceil_div
 _LENGTHS = 8
 # A graph takes as long to make as some five steps, so only what comes back gets one.
 _STEPS_BEFORE = 2
+# Rotary embeddings that depend on the length of the row, pads included, and look at it.
+_BY_LENGTH = ("dynamic", "longrope")
 
 
-def check_graphs(accelerator: Accelerator) -> None:
-    """Raises ValueError where there can be no CUDA graphs."""
+def check_graphs(accelerator: Accelerator, decoder: nn.Module) -> None:
+    """Raises ValueError where there can be no CUDA graphs of the decoder."""
     device, processes = accelerator.device.type, accelerator.num_processes
     if device != "cuda" or processes > 1:
         raise ValueError(f"cuda_graphs needs one process on a CUDA GPU, not {processes} on {device}")
+    config = decoder.config
+    rope = str(getattr(config, "rope_parameters", None)) + str(getattr(config, "rope_scaling", None))
+    if any(kind in rope for kind in _BY_LENGTH):
+        raise ValueError(f"cuda_graphs pads rows, on which this model's rotary embedding depends: {rope}")
 
 
 class _LastHiddenState(nn.Module):
@@ -33,6 +40,24 @@ class _LastHiddenState(nn.Module):
         return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
+@contextlib.contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """transformers, which can't look at positions while a graph is captured, would make an explicit attention mask in
+    case that rows hold several sequences, and flash attention takes none."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name, None)
+    if found is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, found)
+
+
 class DecoderGraphs:
     """A decoder's last hidden state, forward and backward as CUDA graphs (`torch.cuda.make_graphed_callables`).
 
@@ -41,24 +66,35 @@ class DecoderGraphs:
     to the next of eight lengths up to `longest`; the first two batches of a shape run without a graph.
 
     The results are those of the decoder up to rounding and, where rows were padded, to which elements dropout takes.
-    Its parameters must stay the tensors that they are. The gradients that backward leaves in a parameter without one
-    are the graph's own memory, which the next backward writes to: there must be an optimizer step between any two.
+    Its parameters must stay the tensors that they are. The gradients that backward leaves in a parameter are the
+    graph's own memory, which the next backward writes to: before it, they must be set to None.
+
+    Calls raise RuntimeError where they aren't, and where the decoder can't be captured, as one that looks at its
+    tensors' values.
     """
 
     def __init__(self, decoder: nn.Module, longest: int) -> None:
         self.decoder = decoder
         self._step = 8 * ceil_div(longest, 8 * _LENGTHS)
+        self._context = getattr(decoder.config, "max_position_embeddings", None) or longest + self._step
+        self._trained = next(p for p in decoder.parameters() if p.requires_grad)
         self._seen: Counter[torch.Size] = Counter()
         self._graphed: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
         self._pool = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The last hidden state [B, T, H] of input_ids [B, T], for training."""
+        if self._trained.grad is not None:
+            raise RuntimeError(
+                "a gradient is not None: with graphs each backward needs optimizer.zero_grad() before it"
+            )
         length = input_ids.shape[1]
-        padded = F.pad(input_ids, (0, self._step * ceil_div(length, self._step) - length))
+        padded_length = max(length, min(self._context, self._step * ceil_div(length, self._step)))
+        padded = F.pad(input_ids, (0, padded_length - length))
         self._seen[padded.shape] += 1
         if self._seen[padded.shape] <= _STEPS_BEFORE:
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            # Padded too, so that dropout takes what it takes in a run that was interrupted.
+            return _LastHiddenState(self.decoder)(padded)[:, :length]
         if padded.shape not in self._graphed:
             self._graphed[padded.shape] = self._capture(padded)
         return self._graphed[padded.shape](padded)[:, :length]
@@ -67,8 +103,12 @@ class DecoderGraphs:
         if self._pool is None:
             # One for all: of two graphs, the second starts when the first has gone back and forth.
             self._pool = torch.cuda.graph_pool_handle()
+        module = _LastHiddenState(self.decoder)
         # The passes that warm up would take random numbers from those of training.
-        with torch.random.fork_rng([input_ids.device]), strategy.for_graphs():
-            sample = input_ids.clone()
-            module = _LastHiddenState(self.decoder)
-            return torch.cuda.make_graphed_callables(module, (sample,), allow_unused_input=True, pool=self._pool)
+        with torch.random.fork_rng([input_ids.device]), strategy.for_graphs(), _one_sequence_a_row():
+            try:
+                sample = (input_ids.clone(),)
+                return torch.cuda.make_graphed_callables(module, sample, allow_unused_input=True, pool=self._pool)
+            except RuntimeError as error:
+                name = type(self.decoder).__name__
+                raise RuntimeError(f"{name} can't be captured as a CUDA graph; train it without cuda_graphs") from error

@@ -123,7 +123,7 @@ def train_sft(
     accelerator = accelerator or make_accelerator()
     module = AnswerLoss(model)
     if config.cuda_graphs:
-        check_graphs(accelerator)
+        check_graphs(accelerator, module.parts[0])
         module.graphs = DecoderGraphs(module.parts[0], int(train_set.lengths.max()))
     with backend_option(config.backend):
         module.to(accelerator.device).check(torch.from_numpy(train_set.input_ids[0]).long())

@@ -1,6 +1,6 @@
 """Fused LoRA linear in Triton: two launches forward, at most four backward, no atomics, no saved dropout mask.
 
-There is one more for a sum that is cut into parts (`configs.PARTS`; few rows add those of h up in the product), and for
+There is one more for a sum that is cut into parts (`configs.PARTS`; those of h are added up in the product), and for
 an NF4 weight that is dequantised first. A group of layers has one h, one dlora_a and one dx.
 
 Forward:   h = dropout(x) lora_aᵀ;  y = c ∘ (x Wᵀ + scaling (h ∘ lora_e) lora_bᵀ) + bias in one accumulator.
@@ -288,7 +288,8 @@ def _gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = column_scale ∘ (x [M, K] w + dropout((scale u ∘ lora_e) v)) + bias, the rank term after the K loop.
+    """out [M, N] = column_scale ∘ (x [M, K] w + dropout((scale u ∘ lora_e) v)) + bias, the rank term after the K loop,
+    with dropout before it.
 
     Forward: x, Wᵀ, h, lora_bᵀ, without dropout. Backward: dy, W, dh, lora_a (and N, K change places); of a group also
     x1 w1 and x2 w2, the dy and W of its other layers.
@@ -793,10 +794,10 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
 
-    A sum over many columns of x is cut into parts, which with few rows the second launch adds up, and else torch in one
-    more. With `by_vendor` the large product is the vendor's (`lora_kernels.vendor`); the other arguments are those of
-    `lora_kernels.reference.lora_linear_fwd`. Raises TypeError for other dtypes than float32, float16, bfloat16 and
-    RuntimeError for CPU tensors outside Triton's interpreter.
+    A sum over many columns of x is cut into parts, which the second launch adds up. With `by_vendor` the large product
+    is the vendor's (`lora_kernels.vendor`); the other arguments are those of `lora_kernels.reference.lora_linear_fwd`.
+    Raises TypeError for other dtypes than float32, float16, bfloat16 and RuntimeError for CPU tensors outside Triton's
+    interpreter.
     """
     layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
     return lora_linear_group_fwd(x, [layer], dropout_p, rng, by_vendor)[0]
