@@ -232,7 +232,6 @@ def resolve(op: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], v
             return candidates["triton"]
         with _lock, torch.cuda.device_of(x):
             steps = {name: functools.partial(getattr(module, op), *args) for name, module in candidates.items()}
-            timer = functools.partial(time_ms, queued_by_graph=True) if _for_graphs else time_ms
-            chosen = choose(choices, key, steps, timer)
+            chosen = choose(choices, key, steps, functools.partial(time_ms, queued_by_graph=_for_graphs))
     choices.resolved[case] = candidates[chosen]
     return candidates[chosen]

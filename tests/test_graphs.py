@@ -93,7 +93,7 @@ def test_evaluation_goes_without_a_graph(captured):
 
 
 def test_a_run_with_graphs_is_the_run_without(tmp_path, captured, monkeypatch):
-    monkeypatch.setattr(sft, "check_graphs", lambda accelerator, decoder: None)
+    monkeypatch.setattr(sft, "check_graphs", lambda accelerator: None)
     options = dict(batch_size=2, epochs=4)
     expected, _ = train_tiny(tmp_path / "without", **options)
     found, _ = train_tiny(tmp_path / "with", cuda_graphs=True, **options)
@@ -114,12 +114,13 @@ def test_what_it_refuses(tmp_path):
     for device, processes in (("cpu", 1), ("cuda", 2)):
         accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
         with pytest.raises(ValueError, match=f"one process on a CUDA GPU, not {processes} on {device}"):
-            check_graphs(accelerator, tiny_llama().model)
-    accelerator, decoder = SimpleNamespace(device=torch.device("cuda"), num_processes=1), tiny_llama().model
-    check_graphs(accelerator, decoder)
+            check_graphs(accelerator)
+    check_graphs(SimpleNamespace(device=torch.device("cuda"), num_processes=1))
+    decoder = tiny_llama().model
+    DecoderGraphs(decoder, longest=8)
     decoder.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
     with pytest.raises(ValueError, match="rotary embedding depends.*dynamic"):
-        check_graphs(accelerator, decoder)
+        DecoderGraphs(decoder, longest=8)
     with pytest.raises(ValueError, match="cuda_graphs needs one process on a CUDA GPU"):
         train_tiny(tmp_path, cuda_graphs=True)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -127,7 +128,7 @@ def test_what_it_refuses(tmp_path):
 
 def test_an_interrupted_run_is_the_same(tmp_path, captured, monkeypatch):
     """With dropout, though the batches that go without a graph are others."""
-    monkeypatch.setattr(sft, "check_graphs", lambda accelerator, decoder: None)
+    monkeypatch.setattr(sft, "check_graphs", lambda accelerator: None)
     options = dict(batch_size=2, lora_dropout=0.3, cuda_graphs=True, save_steps=5, lr_scheduler="constant")
     options["warmup_ratio"] = 0.0
     train_tiny(tmp_path / "whole", max_steps=15, **options)

@@ -107,6 +107,7 @@ def step_of(contender: str, model: torch.nn.Module) -> Callable[[Tensor], None]:
 
         answer_loss = AnswerLoss(model)
         if contender.endswith("-graphs"):
+            # All rows are of one length, so they need no more padding than to a multiple of 8.
             answer_loss.graphs = DecoderGraphs(answer_loss.parts[0], longest=1)
         optimizer = LoRAPlusAdamW(model, lr=LR, lr_ratio=1, max_grad_norm=MAX_GRAD_NORM)
 

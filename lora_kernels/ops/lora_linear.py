@@ -68,9 +68,9 @@ def _run(name: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], va
         return _run(name, x, layers, variant, *args)
 
 
-def _parts_of(weight: Tensor | NF4) -> tuple[Tensor | None, ...]:
-    """The tensors that make up a weight, as `_frozen` takes them."""
-    return weight[:4] if isinstance(weight, NF4) else (weight, None, None, None)
+def _parts_of(weight: Tensor | NF4) -> tuple[Tensor | int | None, ...]:
+    """The four tensors that make up a weight and its block size, as `_frozen` and the op take them."""
+    return weight[:-1] if isinstance(weight, NF4) else (weight, None, None, None, 0)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
@@ -254,10 +254,10 @@ class _Group(torch.autograd.Function):
     def forward(ctx, x, dropout_p, rng, layers, *adapters):
         results = _group_fwd(_rows(_matrix(x)), layers, dropout_p, rng)
         ys, hs = zip(*results, strict=True)
-        frozen = chain.from_iterable(_parts_of(layer.weight) for layer in layers)
-        ctx.save_for_backward(x, rng, *hs, *adapters, *frozen)
+        frozen = [_parts_of(layer.weight) for layer in layers]
+        ctx.save_for_backward(x, rng, *hs, *adapters, *chain.from_iterable(parts[:-1] for parts in frozen))
         ctx.dropout_p = dropout_p
-        ctx.settings = [(layer.scaling, getattr(layer.weight, "block_size", 0)) for layer in layers]
+        ctx.settings = [(layer.scaling, parts[-1]) for layer, parts in zip(layers, frozen, strict=True)]
         if x.dim() != 2:
             # Not by a view: one that is made in here could not be changed in place outside.
             for y in ys:
@@ -367,14 +367,10 @@ def lora_linear(
     x, weight, bias = _under_autocast(x, weight, bias)
     _check_layer(x, weight, lora_a, lora_b, bias, lora_e)
     if column_scale is not None:
-        adapter_dtypes = _adapter_dtypes(x)
-        _check_tensor("column_scale", column_scale, (weight.shape[0],), x, adapter_dtypes)
-        column_scale = column_scale.to(adapter_dtypes[-1])
+        _check_tensor("column_scale", column_scale, (weight.shape[0],), x, _adapter_dtypes(x))
     rng = _dropout_rng(x, dropout_p)
-    layers = (Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale),)
-    if _as_one(x, layers):
-        return _call_group(x, layers, float(dropout_p), rng)[0]
-    return _call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, column_scale)
+    layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
+    return _call_layers(x, (layer,), float(dropout_p), rng)[0]
 
 
 def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float = 0.0) -> tuple[Tensor, ...]:
@@ -399,13 +395,17 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
             _check_layer(x, layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.lora_e)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layers[{index}]: {error}") from None
-    rng = _dropout_rng(x, dropout_p)
+    return _call_layers(x, layers, float(dropout_p), _dropout_rng(x, dropout_p))
+
+
+def _call_layers(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None) -> tuple[Tensor, ...]:
+    """y of each layer, all by one function where `_as_one` says so."""
     if _as_one(x, layers):
-        return _call_group(x, layers, float(dropout_p), rng)
+        return _call_group(x, layers, dropout_p, rng)
     results = []
     for weight, lora_a, lora_b, scaling, bias, lora_e, column_scale in layers:
         scale = None if column_scale is None else column_scale.to(_adapter_dtypes(x)[-1])
-        results.append(_call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, float(dropout_p), rng, scale))
+        results.append(_call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, dropout_p, rng, scale))
     return tuple(results)
 
 
@@ -552,9 +552,7 @@ def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
 
 def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None) -> Tensor:
     N, K = weight.shape
-    nf4_parts = (None, None, None, 0)
-    if isinstance(weight, NF4Weight):
-        weight, *nf4_parts = weight.tensors()[:-1]
+    weight, *nf4_parts = _parts_of(weight.tensors() if isinstance(weight, NF4Weight) else weight)
     tensors = (x, weight, lora_a, lora_b, bias, lora_e, column_scale)
     rest = (weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *nf4_parts)
     unwatched = _unwatched(*tensors)

@@ -14,21 +14,22 @@ from lora_kernels.parts import ceil_div
 
 # Rows are padded to one of so many lengths: each has graphs of its own, with the gradients of all parameters.
 _LENGTHS = 8
-# A graph takes as long to make as some five steps, so only what comes back gets one.
+# Making a graph takes four passes, so only what comes back gets one.
 _STEPS_BEFORE = 2
 # Rotary embeddings that depend on the length of the row, pads included, and look at it.
 _BY_LENGTH = ("dynamic", "longrope")
 
 
-def check_graphs(accelerator: Accelerator, decoder: nn.Module) -> None:
-    """Raises ValueError where there can be no CUDA graphs of the decoder."""
+def check_graphs(accelerator: Accelerator) -> None:
+    """Raises ValueError where there can be no CUDA graphs."""
     device, processes = accelerator.device.type, accelerator.num_processes
     if device != "cuda" or processes > 1:
         raise ValueError(f"cuda_graphs needs one process on a CUDA GPU, not {processes} on {device}")
-    config = decoder.config
-    rope = str(getattr(config, "rope_parameters", None)) + str(getattr(config, "rope_scaling", None))
-    if any(kind in rope for kind in _BY_LENGTH):
-        raise ValueError(f"cuda_graphs pads rows, on which this model's rotary embedding depends: {rope}")
+
+
+def last_hidden_state(decoder: nn.Module, input_ids: Tensor) -> Tensor:
+    """[B, T, H] of input_ids [B, T]."""
+    return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 class _LastHiddenState(nn.Module):
@@ -37,7 +38,7 @@ class _LastHiddenState(nn.Module):
         self.decoder = decoder
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return last_hidden_state(self.decoder, input_ids)
 
 
 @contextlib.contextmanager
@@ -69,22 +70,27 @@ class DecoderGraphs:
     Its parameters must stay the tensors that they are. The gradients that backward leaves in a parameter are the
     graph's own memory, which the next backward writes to: before it, they must be set to None.
 
-    Calls raise RuntimeError where they aren't, and where the decoder can't be captured, as one that looks at its
-    tensors' values.
+    Raises ValueError for a decoder whose rotary embedding depends on the length of the rows. Calls raise RuntimeError
+    where the gradients aren't None, and where the decoder can't be captured, as one that looks at its tensors' values.
     """
 
     def __init__(self, decoder: nn.Module, longest: int) -> None:
+        config = decoder.config
+        rope = str(getattr(config, "rope_parameters", None)) + str(getattr(config, "rope_scaling", None))
+        if any(kind in rope for kind in _BY_LENGTH):
+            raise ValueError(f"cuda_graphs pads rows, on which this model's rotary embedding depends: {rope}")
         self.decoder = decoder
         self._step = 8 * ceil_div(longest, 8 * _LENGTHS)
-        self._context = getattr(decoder.config, "max_position_embeddings", None) or longest + self._step
-        self._trained = next(p for p in decoder.parameters() if p.requires_grad)
+        self._context = getattr(config, "max_position_embeddings", None) or longest + self._step
+        # Of the parameters with a gradient one is enough to look at, since all are treated alike.
+        self._trained = next((p for p in decoder.parameters() if p.requires_grad), None)
         self._seen: Counter[torch.Size] = Counter()
         self._graphed: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
         self._pool = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The last hidden state [B, T, H] of input_ids [B, T], for training."""
-        if self._trained.grad is not None:
+        if self._trained is not None and self._trained.grad is not None:
             raise RuntimeError(
                 "a gradient is not None: with graphs each backward needs optimizer.zero_grad() before it"
             )
@@ -94,7 +100,7 @@ class DecoderGraphs:
         self._seen[padded.shape] += 1
         if self._seen[padded.shape] <= _STEPS_BEFORE:
             # Padded too, so that dropout takes what it takes in a run that was interrupted.
-            return _LastHiddenState(self.decoder)(padded)[:, :length]
+            return last_hidden_state(self.decoder, padded)[:, :length]
         if padded.shape not in self._graphed:
             self._graphed[padded.shape] = self._capture(padded)
         return self._graphed[padded.shape](padded)[:, :length]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lora_kernels.backends import backend_option
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset
-from lora_kernels.train.graphs import DecoderGraphs, check_graphs
+from lora_kernels.train.graphs import DecoderGraphs, check_graphs, last_hidden_state
 from lora_kernels.train.loop import Callback, make_accelerator
 from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.train.run import TrainResult, check_context, start, train
@@ -63,7 +63,7 @@ class AnswerLoss(nn.Module):
         if self.graphs is not None and self.training and torch.is_grad_enabled():
             hidden = self.graphs(input_ids)
         else:
-            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = last_hidden_state(decoder, input_ids)
         return function(
             hidden[:, :-1].to(head.weight.dtype),
             head.weight,
@@ -100,6 +100,9 @@ def run_sft(config: SFTConfig, callbacks: Sequence[Callback] = (), progress: boo
     ValueError for bad settings or data. A chat template that is not the model's own is saved beside the adapter, the
     whole tokenizer beside a fully fine-tuned model.
     """
+    if config.cuda_graphs:
+        # Here too, before a model is loaded.
+        check_graphs(make_accelerator())
     run = start(config, progress)
     train_set, eval_set = run.load(load_dataset)
     run.adapt()
@@ -123,7 +126,7 @@ def train_sft(
     accelerator = accelerator or make_accelerator()
     module = AnswerLoss(model)
     if config.cuda_graphs:
-        check_graphs(accelerator, module.parts[0])
+        check_graphs(accelerator)
         module.graphs = DecoderGraphs(module.parts[0], int(train_set.lengths.max()))
     with backend_option(config.backend):
         module.to(accelerator.device).check(torch.from_numpy(train_set.input_ids[0]).long())

@@ -44,7 +44,7 @@ _TMA_GEMM = {"sm90": _gemm(128, 256, 64, 8, 3, 4, 16)}
 
 # The blocks to take, in this order, while those before are fewer than `_FULL`, which leaves a third of the 132
 # multiprocessors idle. Measured on an H200 (docs/performance.md), whose family alone has them.
-_FEWER_BLOCKS = {"sm90": (_gemm(128, 128, 64, 8, 4), _gemm(64, 64, 64, 4, 5))}
+_FEWER_BLOCKS = {"sm90": (_GEMM["sm90"][0], _gemm(64, 64, 64, 4, 5))}
 _FULL = 92
 # Up to so many rows the weight is most of the traffic still.
 _LOW_ROWS = 128
@@ -205,10 +205,9 @@ def decodes_inside(family: str, rows: int, backward: bool) -> bool:
 def lookup(
     family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0, rows: int = 4096, columns: int = 4096
 ) -> dict[str, int]:
-    """Blocks, num_warps and num_stages for `kernel`: "gemm" (with a dense weight), "tma_gemm" (the
-    same by `by_tma`), "nf4_rows" (an NF4 weight, forward),
-    "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks), "finish", "h", "dh_dlora_b", "reduce",
-    "dlora_a" or "column_scale_bwd".
+    """Blocks, num_warps and num_stages for `kernel`: "gemm" (with a dense weight), "tma_gemm" (the same
+    `by_tma`), "nf4_rows" (an NF4 weight, forward), "nf4_cols" (backward), "nf4_ragged" (its rows aren't whole blocks),
+    "finish", "h", "dh_dlora_b", "reduce", "dlora_a" or "column_scale_bwd".
 
     `depth` is the length of a GEMM's sum; where BLOCK_K doesn't divide it, the masks need the registers of half a step.
     `rows` and `columns` are those of a GEMM's result. For "h" and "dlora_a" `rows` and `depth` are those of x.
