@@ -279,6 +279,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dtype"), py::arg("num_threads"));
 
   m.def(
+      "rotary",
+      [](uintptr_t x, int64_t x_batch, int64_t x_head, int64_t x_row, uintptr_t cos, uintptr_t sin, int64_t angle_batch,
+         bool transposed, uintptr_t y, int64_t B, int64_t H, int64_t T, int64_t D, int dtype, int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::rotary,
+               Rotary{pointer(x), x_batch, x_head, x_row, pointer(cos), pointer(sin), angle_batch, transposed,
+                      pointer(y), B, H, T, D, DType(dtype), num_threads});
+      },
+      py::kw_only(), py::arg("x"), py::arg("x_batch"), py::arg("x_head"), py::arg("x_row"), py::arg("cos"),
+      py::arg("sin"), py::arg("angle_batch"), py::arg("transposed"), py::arg("y"), py::arg("B"), py::arg("H"),
+      py::arg("T"), py::arg("D"), py::arg("dtype"), py::arg("num_threads"));
+
+  m.def(
       "adamw_step",
       [](const std::vector<uintptr_t>& param, const std::vector<uintptr_t>& grad, const std::vector<int>& grad_dtype,
          const std::vector<uintptr_t>& exp_avg, const std::vector<uintptr_t>& exp_avg_sq,

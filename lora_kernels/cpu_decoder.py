@@ -1,4 +1,7 @@
-"""RMSNorm and SwiGLU on the CPU: C++ kernels, each one pass over what it reads; see `lora_kernels.reference`."""
+"""RMSNorm, SwiGLU and rotary position embedding on the CPU: C++ kernels, each one pass over what it reads.
+
+`lora_kernels.reference` has their formulas.
+"""
 
 from __future__ import annotations
 
@@ -59,3 +62,29 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         "swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup, size=gate.numel(), dtype=cpu._DTYPES[gate.dtype]
     )
     return dgate, dup
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
+    """y [B, H, T, D], a transposed view of a contiguous [B, T, H, D], of x [B, H, T, D] with contiguous rows and
+    contiguous cos and sin [B or 1, T, D], all of one dtype; or, transposed, dx of dy."""
+    B, H, T, D = x.shape
+    y = recycling.empty(B, T, H, D, dtype=x.dtype)
+    x_batch, x_head, x_row, _ = x.stride()
+    cpu._launch(
+        "rotary",
+        x=x,
+        x_batch=x_batch,
+        x_head=x_head,
+        x_row=x_row,
+        cos=cos,
+        sin=sin,
+        angle_batch=0 if cos.shape[0] == 1 else T * D,
+        transposed=transposed,
+        y=y,
+        B=B,
+        H=H,
+        T=T,
+        D=D,
+        dtype=cpu._DTYPES[x.dtype],
+    )
+    return y.transpose(1, 2)

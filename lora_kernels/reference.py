@@ -469,6 +469,15 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: floa
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """y = x ∘ cos + [-x₂, x₁] ∘ sin with the halves x₁ and x₂ of the last dimension, for x [B, H, T, D] and cos and sin
+    [B or 1, T, D], in float32 or wider, rounded once."""
+    wide = _acc(x)
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (wide * _acc(cos).unsqueeze(1) + turned * _acc(sin).unsqueeze(1)).to(x.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """y = gate ∘ sigmoid(gate) ∘ up, in float32 or wider, rounded once."""
     wide = _acc(gate)

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU against float64, and models with them against the unmodified transformers models."""
+"""RMSNorm, SwiGLU and rotary position embedding against float64, and models with them against transformers' own."""
 
 import copy
 import inspect
@@ -11,7 +11,7 @@ from tiny_models import perturb, tiny_batch, tiny_model
 from torch import Tensor
 
 from lora_kernels import LoRAConfig, cpu, inject, reference, use_backend
-from lora_kernels.nn.fused_decoder import fuse_decoder
+from lora_kernels.nn.fused_decoder import _rotating, fuse_decoder
 from lora_kernels.ops import decoder
 from lora_kernels.testing import assert_close_to_reference
 
@@ -62,6 +62,22 @@ def test_swiglu(isa, dtype: torch.dtype, shape: tuple[int, ...], contiguous: boo
     y = decoder.swiglu(gate.requires_grad_(), up.requires_grad_())
     y.backward(dy)
     check([y.detach(), gate.grad, up.grad], reference.swiglu, [gate, up, dy])
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize(("B", "H", "T", "D"), [(1, 1, 1, 2), (2, 3, 5, 14), (2, 9, 33, 64), (1, 2, 3, 80)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary(isa, dtype: torch.dtype, B: int, H: int, T: int, D: int, projected: bool) -> None:
+    """`projected`: x is a view of a projection [B, T, H D], as models have it, and cos and sin are one for all."""
+    x, dy = tensors(2, (B, T, H, D) if projected else (B, H, T, D), dtype, contiguous=projected)
+    cos, sin = tensors(2, (1 if projected else B, T, D), dtype, contiguous=projected)
+    x = (x.transpose(1, 2) if projected else x).detach().requires_grad_()
+    dy = dy.transpose(1, 2) if projected else dy
+    y = decoder.rotary(x, cos, sin)
+    y.backward(dy)
+    check([y.detach(), x.grad], lambda x: reference.rotary(x, cos.to(x.dtype), sin.to(x.dtype)), [x, dy])
+    with torch.no_grad():
+        assert torch.equal(decoder.rotary(x, cos, sin), y)
 
 
 def test_swiglu_of_extreme_values() -> None:
@@ -116,6 +132,13 @@ def test_wrong_arguments() -> None:
         decoder.rms_norm(x, torch.ones(3).bfloat16(), EPS)
     with pytest.raises(ValueError, match="up has shape"):
         decoder.swiglu(x, x[:1])
+    x = torch.ones(2, 3, 4, 6)
+    with pytest.raises(ValueError, match=r"x has shape \[2, 3, 4, 5\]; allowed: \[B, H, T, D\] with an even D"):
+        decoder.rotary(x[..., :5], x[:, 0], x[:, 0])
+    with pytest.raises(ValueError, match=r"sin has shape \[2, 3, 6\]; expected \[2 or 1, 4, 6\]"):
+        decoder.rotary(x, x[:, 0], x[:, 0, :3])
+    with pytest.raises(ValueError, match="torch.bfloat16"):
+        decoder.rotary(x, x[:, 0], x[:, 0].bfloat16())
 
 
 def test_no_second_derivative() -> None:
@@ -196,6 +219,37 @@ def test_what_is_something_else_is_left_alone() -> None:
 
     assert fuse_decoder(torch.nn.Sequential(OddRMSNorm(8, eps=1e-6))) == 0
     assert fuse_decoder(tiny_model("gpt2")) == 1  # the output embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotary_position_embedding_is_ours(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the fused model alone: the function that its class calls stays what it was."""
+    plain, fused = pair(kind)
+    calls = []
+    kernel = decoder.cpu_decoder.rotary
+    monkeypatch.setattr(decoder.cpu_decoder, "rotary", lambda *args, **kw: calls.append(1) or kernel(*args, **kw))
+    loss_and_grads(plain)
+    assert not calls
+    loss_and_grads(fused)
+    assert len(calls) == 2 * 2 * 2, "queries and keys of two layers, forward and backward"
+    with use_backend("reference"):
+        loss_and_grads(fused)
+    assert len(calls) == 8
+
+
+def test_another_rotary_position_embedding_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cohere's turns neighbouring pairs; this Phi3's a half of D only."""
+    attention = transformers.models.cohere.modeling_cohere.CohereAttention
+    assert _rotating(attention.forward) is attention.forward
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(7)
+    options = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "partial_rotary_factor": 0.5}
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **options))
+    expected = loss_and_grads(model)
+    fuse_decoder(model)
+    monkeypatch.setattr(decoder.cpu_decoder, "rotary", None)
+    assert "forward" in vars(model.model.layers[0].self_attn)
+    torch.testing.assert_close(loss_and_grads(model)[0], expected[0])
 
 
 def test_dropout_and_checkpointing() -> None:

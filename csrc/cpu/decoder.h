@@ -1,5 +1,6 @@
-// The elementwise parts of a decoder layer: RMSNorm (Zhang & Sennrich 2019) and SwiGLU (Shazeer 2020).
-// All tensors are contiguous and, unless they say float, of one dtype. Arithmetic is fp32, rounded once where stored.
+// The elementwise parts of a decoder layer: RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020) and rotary position
+// embedding (Su et al. 2021). All tensors are contiguous, unless they have strides, and, unless they say float, of one
+// dtype. Arithmetic is fp32, rounded once where stored.
 #pragma once
 
 #include <cstdint>
@@ -54,12 +55,28 @@ struct SwigluBwd {
   int num_threads;
 };
 
+// With halves 1 and 2 of each row of D:  y1 = x1 * cos1 - x2 * sin1,  y2 = x2 * cos2 + x1 * sin2; or, transposed, what
+// gives dx from dy:  y1 = x1 * cos1 + x2 * sin2,  y2 = x2 * cos2 - x1 * sin1
+struct Rotary {
+  const void* x;  // [B, H, T, D], rows of D contiguous
+  int64_t x_batch, x_head, x_row;
+  const void* cos;  // [B, T, D], `angle_batch` apart: 0 where one is for all
+  const void* sin;
+  int64_t angle_batch;
+  bool transposed;
+  void* y;  // [B, T, H, D]
+  int64_t B, H, T, D;
+  DType dtype;
+  int num_threads;
+};
+
 // One instruction set's build of the kernels, which never run out of memory: all return true.
 struct DecoderKernels {
   bool (*rms_norm_fwd)(const RmsNormFwd&);
   bool (*rms_norm_bwd)(const RmsNormBwd&);
   bool (*swiglu_fwd)(const SwigluFwd&);
   bool (*swiglu_bwd)(const SwigluBwd&);
+  bool (*rotary)(const Rotary&);
 };
 
 }  // namespace lora_kernels::cpu

@@ -114,6 +114,22 @@ void swiglu_bwd_chunk(const SwigluBwd& p, int64_t first) {
   });
 }
 
+// All heads of position i % T of batch i / T.
+template <class T>
+void rotary_position(const Rotary& p, int64_t i) {
+  const int64_t b = i / p.T, t = i % p.T, half = p.D / 2;
+  const T *cos = (const T*)p.cos + b * p.angle_batch + t * p.D, *sin = (const T*)p.sin + b * p.angle_batch + t * p.D;
+  for (int64_t h = 0; h < p.H; ++h) {
+    const T* x = (const T*)p.x + b * p.x_batch + h * p.x_head + t * p.x_row;
+    T* y = (T*)p.y + (i * p.H + h) * p.D;
+    for_each_vector(half, [&](int64_t d, auto read, auto write) {
+      const vf x1 = read(x + d), x2 = read(x + half + d), sin1 = read(sin + d), sin2 = read(sin + half + d);
+      write(y + d, x1 * read(cos + d) + (p.transposed ? x2 * sin2 : -x2 * sin1));
+      write(y + half + d, x2 * read(cos + half + d) + (p.transposed ? -x1 * sin1 : x1 * sin2));
+    });
+  }
+}
+
 // work(i, type) for i = 0, step, 2 step... below `size`.
 template <class P, class F>
 bool parallel(const P& p, int64_t size, int64_t step, int64_t elements, F work) {
@@ -137,10 +153,14 @@ bool swiglu_fwd(const SwigluFwd& p) {
 bool swiglu_bwd(const SwigluBwd& p) {
   return parallel(p, p.size, kChunk, p.size, [&](int64_t i, auto* t) { swiglu_bwd_chunk<__typeof__(*t)>(p, i); });
 }
+bool rotary(const Rotary& p) {
+  const int64_t rows = p.B * p.T;
+  return parallel(p, rows, 1, rows * p.H * p.D, [&](int64_t i, auto* t) { rotary_position<__typeof__(*t)>(p, i); });
+}
 
 }  // namespace
 
 extern const DecoderKernels LK_CONCAT(decoder_, LK_ISA);
-const DecoderKernels LK_CONCAT(decoder_, LK_ISA) = {rms_norm_fwd, rms_norm_bwd, swiglu_fwd, swiglu_bwd};
+const DecoderKernels LK_CONCAT(decoder_, LK_ISA) = {rms_norm_fwd, rms_norm_bwd, swiglu_fwd, swiglu_bwd, rotary};
 
 }  // namespace lora_kernels::cpu

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import wraps
-from types import MethodType
+from functools import lru_cache, wraps
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -17,20 +18,24 @@ from lora_kernels.ops.lora_linear import frozen_linear
 
 # Linear layers of one module that read the same x.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# The function by which transformers' attentions rotate queries and keys; it is called with the arguments after it.
+_ROTARY, _ROTARY_ARGUMENTS = "apply_rotary_pos_emb", ("q", "k", "cos", "sin")
 _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 def fuse_decoder(model: nn.Module) -> int:
-    """Compute the RMSNorms and SwiGLUs of a Llama-like transformers model by `lora_kernels.ops.decoder`, and adapted
-    layers that read the same x (query, key and value; gate and up) by one `lora_linear_group`, with one dropout, and
-    the output embeddings by `frozen_linear`.
+    """Compute the RMSNorms, SwiGLUs and rotary position embeddings of a Llama-like transformers model by
+    `lora_kernels.ops.decoder`, and adapted layers that read the same x (query, key and value; gate and up) by one
+    `lora_linear_group`, with one dropout, and the output embeddings by `frozen_linear`.
 
     An RMSNorm is a module named so, with `weight` [K] alone, whose own result on a probe is that of the formula, with
     Gemma's offset or without; a SwiGLU is a module of gate_proj, up_proj, down_proj and a SiLU act_fn, whose result is
-    bit for bit the composition of these; layers of one input go by their names, and are computed apart again if they
-    turn out to read two. Their `forward` is replaced, on the instance, and nothing else: parameters,
-    state dict and types stay. Whatever isn't recognised is left alone. Call it before adapters are injected; twice
-    does no harm. In training, results that autograd would keep for the projections are computed again in backward.
+    bit for bit the composition of these; rotary position embedding is what a module's `forward` calls by the name of
+    apply_rotary_pos_emb, if its result on a probe is that of the formula; layers of one input go by their names, and
+    are computed apart again if they turn out to read two. Their `forward` is replaced, on the instance, and nothing
+    else: parameters, state dict and types stay. Whatever isn't recognised is left alone. Call it before adapters are
+    injected; twice does no harm. In training, results that autograd would keep for the projections are computed again
+    in backward.
 
     Tensors that the kernels don't take (see `ops.decoder.is_fused`) go to the module's own forward.
 
@@ -43,7 +48,7 @@ def fuse_decoder(model: nn.Module) -> int:
             module.lora_kernels_offset = offset
             module.forward = MethodType(_norm_forward, module)
         else:
-            forward = _mlp_forward if _is_swiglu(module) else type(module).forward
+            forward = _mlp_forward if _is_swiglu(module) else _rotating(type(module).forward)
             names = _projections(module)
             if names:
                 module.lora_kernels_apart = False
@@ -103,6 +108,49 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
         if all(is_linear(layer) for layer in layers) and len({layer.in_features for layer in layers}) == 1:
             return names
     return ()
+
+
+@lru_cache
+def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with its rotary position embedding by `decoder.rotary`, if it has one that we know.
+
+    The function's code with other globals: its module's, as they are now, but for that name. So nobody else who uses
+    the module sees a difference.
+    """
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return forward
+    original = forward.__globals__.get(_ROTARY)
+    if original is None or not _is_rotary(original):
+        return forward
+
+    @wraps(original)
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # With further arguments it may be something else.
+        if args or kwargs or not all(decoder.takes_rotary(t, cos, sin) and t.dtype == q.dtype for t in (q, k)):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return decoder.rotary(q, cos, sin), decoder.rotary(k, cos, sin)
+
+    module = {**forward.__globals__, _ROTARY: rotary}
+    made = FunctionType(forward.__code__, module, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+
+    @wraps(forward)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo looks globals up in the module.
+        return (forward if torch.compiler.is_compiling() else made)(self, *args, **kwargs)
+
+    return wrapped
+
+
+@torch.no_grad()
+def _is_rotary(function: Callable[..., Any]) -> bool:
+    if tuple(inspect.signature(function).parameters)[:4] != _ROTARY_ARGUMENTS:
+        return False
+    q, k = (_probe(2 * heads * 3 * 8, torch.float32)[0].view(2, heads, 3, 8) for heads in (2, 1))
+    cos, sin = _probe(2 * 3 * 8, torch.float32).view(2, 2, 3, 8)
+    found = function(q, k, cos, sin)
+    expected = (reference.rotary(t.double(), cos.double(), sin.double()) for t in (q, k))
+    return all(torch.allclose(a.double(), b, rtol=0, atol=1e-5) for a, b in zip(found, expected, strict=True))
 
 
 def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:

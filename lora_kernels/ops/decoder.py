@@ -1,7 +1,7 @@
-"""RMSNorm and SwiGLU with autograd, on the CPU, and the means not to keep their results for backward.
+"""RMSNorm, SwiGLU and rotary position embedding with autograd, on the CPU, and the means to keep less for backward.
 
-A linear layer that trains an adapter keeps its input, which is what these two return. Where `recomputing` is in force
-they aren't kept: backward makes them again, in one pass, from what the ops keep in any case.
+A linear layer that trains an adapter keeps its input, which is what the first two return. Where `recomputing` is in
+force they aren't kept: backward makes them again, in one pass, from what the ops keep in any case.
 """
 
 from __future__ import annotations
@@ -159,6 +159,61 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return cpu_decoder.swiglu_fwd(gate.contiguous(), up.contiguous())
     return _SwiGLU.apply(gate, up)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return cpu_decoder.rotary(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return cpu_decoder.rotary(_with_rows(dy), *ctx.saved_tensors, transposed=True), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """y = x ∘ cos + [-x₂, x₁] ∘ sin with the halves x₁ and x₂ of D: rotary position embedding (Su et al. 2021, section
+    3.4.2) of pairs that are D / 2 apart.
+
+    x [B, H, T, D], for any strides; cos and sin [B or 1, T, D], which get no gradient. All on the CPU and of one dtype:
+    float32, bfloat16 or float16. Computed in float32 and rounded once. Returns y [B, H, T, D], a transposed view of a
+    contiguous [B, T, H, D], as the projection that x comes from has it. No second derivatives.
+
+    Raises ValueError for tensors that don't fit, RuntimeError where the CPU backend can't run.
+    """
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {list(x.shape)}; allowed: [B, H, T, D] with an even D")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        if not _has_angles_of(angle, x):
+            B, _, T, D = x.shape
+            raise ValueError(f"{name} has shape {list(angle.shape)}; expected [{B} or 1, {T}, {D}] for this x")
+        _check(x, angle)
+    x, cos, sin = _with_rows(x), cos.contiguous(), sin.contiguous()
+    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else cpu_decoder.rotary(x, cos, sin)
+
+
+def _with_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _has_angles_of(angle: Tensor, x: Tensor) -> bool:
+    B, _, T, D = x.shape
+    return angle.shape in ((B, T, D), (1, T, D))
+
+
+def takes_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotary` takes these, and `is_fused`, and no gradient of cos and sin is asked for."""
+    return (
+        x.dim() == 4
+        and x.shape[-1] % 2 == 0
+        and is_fused(x)
+        and all(
+            _has_angles_of(angle, x) and (angle.device, angle.dtype) == (x.device, x.dtype) and not angle.requires_grad
+            for angle in (cos, sin)
+        )
+    )
 
 
 def _check(x: Tensor, other: Tensor) -> None:
