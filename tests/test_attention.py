@@ -303,17 +303,17 @@ def test_the_config_and_other_models_stay(calls, tmp_path) -> None:
 def test_arguments_that_change_the_result_go_to_torch(calls) -> None:
     attention = transformers.AttentionInterface()["sdpa"]
     module = pair()[1].model.layers[0].self_attn
-    q, k, v, _ = inputs(1, 4, 2, 40, 8)
-    o, _ = attention(module, q, k, v, None, scaling=0.2, sliding_window=8, position_ids=ids())
-    assert o.shape == (1, 40, 4, 8) and o.is_contiguous() and len(calls) == 1
+    q, k, v, _ = inputs(1, 4, 2, 70, 8)
+    o, _ = attention(module, q, k, v, None, scaling=0.2, sliding_window=8, position_ids=ids(1, 70))
+    assert o.shape == (1, 70, 4, 8) and o.is_contiguous() and len(calls) == 1
     torch.testing.assert_close(o.transpose(1, 2), reference.causal_attention(q, k, v, 0.2))
     with pytest.raises(ValueError, match="softcap"):
         attention(module, q, k, v, None, softcap=30.0)
     everything = attention(module, q, k, v, None, is_causal=False)[0]
     assert not torch.allclose(everything, o)
     attention(module, q[:, :, -1:], k, v, None)
-    attention(module, q[:, :, :35], k, v, None)
-    attention(module, q[:, :, :5], k[:, :, :5], v[:, :, :5], None)
+    attention(module, q[:, :, :65], k, v, None)
+    attention(module, q[:, :, :40], k[:, :, :40], v[:, :, :40], None)
     attention(module, q, k, v, None, unknown=1)
     attention(pair()[0].model.layers[0].self_attn, q, k, v, None)
     with torch.autocast("cpu", torch.bfloat16):

@@ -14,8 +14,9 @@ namespace {
 // Rows, and keys, of a block: whole tiles either way.
 constexpr int64_t kBlock = 96;
 static_assert(kBlock % kTileRows == 0 && kBlock % kTileCols == 0);
-// Pieces of work there should be, if need be by cutting a key/value head's query rows into several.
-constexpr int64_t kPieces = 12;
+// Pieces of work there should be, if need be by cutting a key/value head's query rows into several, and the
+// multiplications and additions from which another one is worth packing the keys and values again.
+constexpr int64_t kPieces = 12, kMinPiece = 1 << 19;
 
 struct Sizes {
   AttentionShape shape;
@@ -27,9 +28,10 @@ struct Sizes {
         keys(round_up(round_up(s.T, kTileRows), kTileCols)),
         cols(round_up(s.D, kTileCols)),
         ld(cols + 16),  // rows of a block must not fall into one cache set
-        slices(min64(group * blocks, (kPieces + s.B * s.KV - 1) / (s.B * s.KV))) {}
+        slices(min64(min64(group * blocks, 1 + group * s.T * s.T * s.D / kMinPiece),
+                     (kPieces + s.B * s.KV - 1) / (s.B * s.KV))) {}
   int64_t pieces() const { return shape.B * shape.KV * slices; }
-  int64_t row_blocks(int64_t i) const { return min64(kBlock, shape.T - i * kBlock); }
+  int64_t rows_of(int64_t i) const { return min64(kBlock, shape.T - i * kBlock); }
 
   // Item i of a key/value head is row block i % blocks of query head i / blocks. The first one of a slice: slices take
   // equal areas of the triangles under the diagonals.
@@ -168,7 +170,7 @@ struct FwdWork {
 
 template <class T>
 void fwd_block(const AttentionFwd& p, const Sizes& z, const FwdWork& w, int64_t b, int64_t h, int64_t block) {
-  const int64_t D = p.shape.D, q0 = block * kBlock, rows = z.row_blocks(block), padded = round_up(rows, kTileRows);
+  const int64_t D = p.shape.D, q0 = block * kBlock, rows = z.rows_of(block), padded = round_up(rows, kTileRows);
   pack_rows(row_of<T>(p.q, b, h, q0), p.q.row, rows, padded, D, p.shape.scale, w.q, z.ld);
   memset(w.o, 0, padded * z.cols * sizeof(float));
   memset(w.sum, 0, kBlock * sizeof(float));
@@ -256,7 +258,7 @@ LK_INLINE float dot(const T* a, const T* b, int64_t D) {
 template <class T>
 void bwd_block(const AttentionBwd& p, const Sizes& z, const BwdWork& w, int64_t b, int64_t h, int64_t block, float* dk,
                float* dv) {
-  const int64_t D = p.shape.D, q0 = block * kBlock, rows = z.row_blocks(block), padded = round_up(rows, kTileRows);
+  const int64_t D = p.shape.D, q0 = block * kBlock, rows = z.rows_of(block), padded = round_up(rows, kTileRows);
   pack_rows(row_of<T>(p.q, b, h, q0), p.q.row, rows, padded, D, p.shape.scale, w.q, z.ld);
   pack_rows(row_of<T>(p.dout, b, h, q0), p.dout.row, rows, padded, D, 1.0f, w.dout, z.ld);
   memset(w.dq, 0, padded * z.cols * sizeof(float));

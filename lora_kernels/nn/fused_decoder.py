@@ -20,9 +20,10 @@ from lora_kernels.ops.lora_linear import frozen_linear
 # Linear layers of one module that read the same x.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
-# Where attention was measured (avx2), or is made of the same tiles, and the fewest rows from which it is faster.
+# Where attention was measured (avx2), or is made of the same tiles; and from how many rows, and tokens in all, it was
+# faster than torch's.
 _ATTENTION_ISAS = ("avx2", "avx512")
-_MIN_ROWS = 32
+_MIN_ROWS, _MIN_TOKENS = 16, 64
 # What models pass to their attention functions and transformers' "sdpa" doesn't look at.
 _IGNORED = {"cache_position", "position_ids", "sliding_window", "use_cache"}
 
@@ -188,6 +189,7 @@ def _takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and key.dtype == value.dtype == query.dtype
         and H % key.shape[1] == 0
         and T >= _MIN_ROWS
+        and B * T >= _MIN_TOKENS
         and D <= MAX_HEAD_DIM
         and cpu._C.get_isa() in _ATTENTION_ISAS
         and (query.dtype == torch.float32 or not cpu.native_bfloat16())
