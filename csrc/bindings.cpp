@@ -50,6 +50,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Address, and how far apart batches, heads and rows are.
+using HeadsArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+Heads heads(const HeadsArgument& x) {
+  const auto& [address, batch, head, row] = x;
+  return {pointer(address), batch, head, row};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -280,15 +288,51 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "rotary",
-      [](uintptr_t x, int64_t x_batch, int64_t x_head, int64_t x_row, uintptr_t cos, uintptr_t sin, int64_t angle_batch,
-         bool transposed, uintptr_t y, int64_t B, int64_t H, int64_t T, int64_t D, int dtype, int num_threads) {
+      [](const HeadsArgument& x, uintptr_t cos, uintptr_t sin, int64_t angle_batch, bool transposed,
+         const HeadsArgument& y, int64_t B, int64_t H, int64_t T, int64_t D, int dtype, int num_threads) {
         launch(&Isa::decoder, &DecoderKernels::rotary,
-               Rotary{pointer(x), x_batch, x_head, x_row, pointer(cos), pointer(sin), angle_batch, transposed,
-                      pointer(y), B, H, T, D, DType(dtype), num_threads});
+               Rotary{heads(x), heads(y), pointer(cos), pointer(sin), angle_batch, transposed, B, H, T, D, DType(dtype),
+                      num_threads});
       },
-      py::kw_only(), py::arg("x"), py::arg("x_batch"), py::arg("x_head"), py::arg("x_row"), py::arg("cos"),
-      py::arg("sin"), py::arg("angle_batch"), py::arg("transposed"), py::arg("y"), py::arg("B"), py::arg("H"),
-      py::arg("T"), py::arg("D"), py::arg("dtype"), py::arg("num_threads"));
+      py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("angle_batch"), py::arg("transposed"),
+      py::arg("y"), py::arg("B"), py::arg("H"), py::arg("T"), py::arg("D"), py::arg("dtype"), py::arg("num_threads"));
+
+  m.def(
+      "attention_fwd",
+      [](const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& o, uintptr_t lse,
+         int64_t B, int64_t H, int64_t KV, int64_t T, int64_t D, float scale, int dtype, int num_threads) {
+        launch(&Isa::attention, &AttentionKernels::forward,
+               AttentionFwd{heads(q),
+                            heads(k),
+                            heads(v),
+                            heads(o),
+                            pointer<float>(lse),
+                            {B, H, KV, T, D, scale, DType(dtype), num_threads}});
+      },
+      py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("lse"), py::arg("B"), py::arg("H"),
+      py::arg("KV"), py::arg("T"), py::arg("D"), py::arg("scale"), py::arg("dtype"), py::arg("num_threads"));
+
+  m.def(
+      "attention_bwd",
+      [](const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& o,
+         const HeadsArgument& dout, const HeadsArgument& dq, const HeadsArgument& dk, const HeadsArgument& dv,
+         uintptr_t lse, int64_t B, int64_t H, int64_t KV, int64_t T, int64_t D, float scale, int dtype,
+         int num_threads) {
+        launch(&Isa::attention, &AttentionKernels::backward,
+               AttentionBwd{heads(q),
+                            heads(k),
+                            heads(v),
+                            heads(o),
+                            heads(dout),
+                            heads(dq),
+                            heads(dk),
+                            heads(dv),
+                            pointer<float>(lse),
+                            {B, H, KV, T, D, scale, DType(dtype), num_threads}});
+      },
+      py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("dout"), py::arg("dq"),
+      py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("B"), py::arg("H"), py::arg("KV"), py::arg("T"),
+      py::arg("D"), py::arg("scale"), py::arg("dtype"), py::arg("num_threads"));
 
   m.def(
       "adamw_step",

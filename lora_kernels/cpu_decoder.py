@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary position embedding on the CPU: C++ kernels, each one pass over what it reads.
+"""RMSNorm, SwiGLU, rotary position embedding and causal attention on the CPU, by C++ kernels.
 
 `lora_kernels.reference` has their formulas.
 """
@@ -64,27 +64,80 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return dgate, dup
 
 
+def _heads(t: Tensor) -> tuple[int, int, int, int]:
+    """[B, heads, T, D] as the kernels take it; its last stride is 1."""
+    return t.data_ptr(), *t.stride()[:3]
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    """[B, heads, T, D] of which all heads of a row lie side by side, as linear layers make and take them."""
+    B, heads, T, D = like.shape
+    return recycling.empty(B, T, heads, D, dtype=like.dtype).transpose(1, 2)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
-    """y [B, H, T, D], a transposed view of a contiguous [B, T, H, D], of x [B, H, T, D] with contiguous rows and
-    contiguous cos and sin [B or 1, T, D], all of one dtype; or, transposed, dx of dy."""
+    """y [B, H, T, D] of x [B, H, T, D], whose last stride is 1, and contiguous cos and sin [B or 1, T, D], all of one
+    dtype; or, transposed, dx of dy."""
     B, H, T, D = x.shape
-    y = recycling.empty(B, T, H, D, dtype=x.dtype)
-    x_batch, x_head, x_row, _ = x.stride()
+    y = _empty_heads(x)
     cpu._launch(
         "rotary",
-        x=x,
-        x_batch=x_batch,
-        x_head=x_head,
-        x_row=x_row,
+        x=_heads(x),
         cos=cos,
         sin=sin,
         angle_batch=0 if cos.shape[0] == 1 else T * D,
         transposed=transposed,
-        y=y,
+        y=_heads(y),
         B=B,
         H=H,
         T=T,
         D=D,
         dtype=cpu._DTYPES[x.dtype],
     )
-    return y.transpose(1, 2)
+    return y
+
+
+def _attention_shape(q: Tensor, k: Tensor) -> dict[str, int]:
+    B, H, T, D = q.shape
+    return {"B": B, "H": H, "KV": k.shape[1], "T": T, "D": D, "dtype": cpu._DTYPES[q.dtype]}
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o [B, H, T, D], a transposed view of a contiguous [B, T, H, D], and lse [B, H, T], float32.
+
+    q is [B, H, T, D], k and v are [B, KV, T, D], of one dtype and with the last stride 1.
+    """
+    o, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    cpu._launch(
+        "attention_fwd",
+        q=_heads(q),
+        k=_heads(k),
+        v=_heads(v),
+        o=_heads(o),
+        lse=lse,
+        scale=scale,
+        **_attention_shape(q, k),
+    )
+    return o, lse
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, laid out as o is; the last stride of dout is 1."""
+    dq, dk, dv = (_empty_heads(t) for t in (q, k, v))
+    cpu._launch(
+        "attention_bwd",
+        q=_heads(q),
+        k=_heads(k),
+        v=_heads(v),
+        o=_heads(o),
+        dout=_heads(dout),
+        dq=_heads(dq),
+        dk=_heads(dk),
+        dv=_heads(dv),
+        lse=lse,
+        scale=scale,
+        **_attention_shape(q, k),
+    )
+    return dq, dk, dv

@@ -489,3 +489,35 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     wide, d = _acc(gate), _acc(dy)
     s = wide.sigmoid()
     return (d * _acc(up) * s * (1 + wide * (1 - s))).to(gate.dtype), (d * wide * s).to(up.dtype)
+
+
+def _causal_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale · q kᵀ [B, H, T, T], -∞ for the keys after a row's own, with a key head for each query head."""
+    T = q.shape[2]
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return (scale * q @ k.transpose(-2, -1)).masked_fill(later, -math.inf)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """o = softmax(scale · q kᵀ + causal mask) v, in float32 or wider, rounded once; q [B, H, T, D], k and v
+    [B, KV, T, D], each of these for H / KV query heads in a row."""
+    group = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (_acc(t).repeat_interleave(group, dim=1) for t in (k, v))
+    return (_causal_scores(_acc(q), wide_k, scale).softmax(-1) @ wide_v).to(q.dtype)
+
+
+def causal_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of `causal_attention`. With p the softmax, o = p v and dp = dout vᵀ:
+
+    ds = p ∘ (dp - Σ dout ∘ o over the row); dq = scale · ds k; dk = scale · dsᵀ q and dv = pᵀ dout, summed over the
+    query heads that share them.
+    """
+    KV, group = k.shape[1], q.shape[1] // k.shape[1]
+    wide_q, d = _acc(q), _acc(dout)
+    wide_k, wide_v = (_acc(t).repeat_interleave(group, dim=1) for t in (k, v))
+    p = _causal_scores(wide_q, wide_k, scale).softmax(-1)
+    ds = p * (d @ wide_v.transpose(-2, -1) - (d * (p @ wide_v)).sum(-1, keepdim=True))
+    dk, dv = (
+        t.unflatten(1, (KV, group)).sum(2) for t in (scale * ds.transpose(-2, -1) @ wide_q, p.transpose(-2, -1) @ d)
+    )
+    return (scale * ds @ wide_k).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lora_kernels.bench import cases, lora_linear, report, traffic
+from lora_kernels.bench import attention, cases, lora_linear, report, traffic
 from lora_kernels.bench.measure import Worker, interleave
 from lora_kernels.cli import app
 from lora_kernels.testing import assert_close_to_reference
@@ -75,6 +75,14 @@ def test_contenders_of_a_group_compute_the_same(M):
     if not cases.missing("peft"):
         # Their B starts at zero.
         torch.testing.assert_close(lora_linear.group_step("peft", **sizes)()[0], results["bare"][0])
+
+
+def test_contenders_of_attention_compute_the_same():
+    base, *others = (attention.make_step(name, 2, 33, torch.float32)() for name in attention.CONTENDERS)
+    exact = attention.make_step("torch", 2, 33, torch.float64)()
+    for grads in others:
+        for found, eager, wide in zip(grads, base, exact, strict=True):
+            assert_close_to_reference(found, eager, wide, "gradient")
 
 
 def test_few_rows_are_a_forward_without_gradients():

@@ -1,11 +1,12 @@
 // The elementwise parts of a decoder layer: RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020) and rotary position
-// embedding (Su et al. 2021). All tensors are contiguous, unless they have strides, and, unless they say float, of one
-// dtype. Arithmetic is fp32, rounded once where stored.
+// embedding (Su et al. 2021). All tensors but Heads are contiguous and, unless they say float, all are of one dtype.
+// Arithmetic is fp32, rounded once where stored.
 #pragma once
 
 #include <cstdint>
 
 #include "dtype.h"
+#include "heads.h"
 
 namespace lora_kernels::cpu {
 
@@ -58,13 +59,11 @@ struct SwigluBwd {
 // With halves 1 and 2 of each row of D:  y1 = x1 * cos1 - x2 * sin1,  y2 = x2 * cos2 + x1 * sin2; or, transposed, what
 // gives dx from dy:  y1 = x1 * cos1 + x2 * sin2,  y2 = x2 * cos2 - x1 * sin1
 struct Rotary {
-  const void* x;  // [B, H, T, D], rows of D contiguous
-  int64_t x_batch, x_head, x_row;
+  Heads x, y;
   const void* cos;  // [B, T, D], `angle_batch` apart: 0 where one is for all
   const void* sin;
   int64_t angle_batch;
   bool transposed;
-  void* y;  // [B, T, H, D]
   int64_t B, H, T, D;
   DType dtype;
   int num_threads;

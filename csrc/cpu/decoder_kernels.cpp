@@ -40,26 +40,10 @@ LK_INLINE float sum_over(int64_t size, F f) {
   return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// 1 / (1 + exp(-v)). exp by Cody and Waite's reduction to |r| <= ln 2 / 2 and the terms of its series to r^7 / 7!.
 LK_INLINE vf sigmoid(vf v) {
-  // Beyond 87, exp(v) is so small or large that the result is 0 or 1 within 1e-38. A NaN stays one.
-  vf x = -v;
-  x = (vf)select((vu32)(x > splat(87.0f)), (vu32)splat(87.0f), (vu32)x);
-  x = (vf)select((vu32)(x < splat(-87.0f)), (vu32)splat(-87.0f), (vu32)x);
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
-  const vf shifted = x * splat(1.44269504f) + splat(0x1.8p23f);
-  const vf n = shifted - splat(0x1.8p23f);
-  const vf r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-  vf p = splat(1.0f / 5040);
-  p = p * r + splat(1.0f / 720);
-  p = p * r + splat(1.0f / 120);
-  p = p * r + splat(1.0f / 24);
-  p = p * r + splat(1.0f / 6);
-  p = p * r + splat(0.5f);
-  p = p * r + splat(1.0f);
-  p = p * r + splat(1.0f);
-  const vf power = (vf)(((vu32)shifted << 23) + 0x3f800000);
-  return splat(1.0f) / (splat(1.0f) + p * power);
+  // Beyond 87, exp(-v) is so large that the result is 0 within 1e-38. A NaN stays one.
+  const vf x = (vf)select((vu32)(v < splat(-87.0f)), (vu32)splat(87.0f), (vu32)-v);
+  return splat(1.0f) / (splat(1.0f) + exponential(x));
 }
 
 template <class T>
@@ -120,8 +104,8 @@ void rotary_position(const Rotary& p, int64_t i) {
   const int64_t b = i / p.T, t = i % p.T, half = p.D / 2;
   const T *cos = (const T*)p.cos + b * p.angle_batch + t * p.D, *sin = (const T*)p.sin + b * p.angle_batch + t * p.D;
   for (int64_t h = 0; h < p.H; ++h) {
-    const T* x = (const T*)p.x + b * p.x_batch + h * p.x_head + t * p.x_row;
-    T* y = (T*)p.y + (i * p.H + h) * p.D;
+    const T* x = row_of<T>(p.x, b, h, t);
+    T* y = row_of<T>(p.y, b, h, t);
     for_each_vector(half, [&](int64_t d, auto read, auto write) {
       const vf x1 = read(x + d), x2 = read(x + half + d), sin1 = read(sin + d), sin2 = read(sin + half + d);
       write(y + d, x1 * read(cos + d) + (p.transposed ? x2 * sin2 : -x2 * sin1));

@@ -7,15 +7,17 @@
 namespace lora_kernels::cpu {
 
 // *_kernels.cpp is compiled once per instruction set and names its table <op>_<isa>.
-#define LK_ISA_TABLE(isa)                                                                                       \
-  extern const AdamWKernels adamw_##isa;                                                                        \
-  extern const DecoderKernels decoder_##isa;                                                                    \
-  extern const FewRowsKernels few_rows_##isa;                                                                   \
-  extern const LoraLinearKernels lora_linear_##isa;                                                             \
-  extern const Nf4Kernels nf4_##isa;                                                                            \
-  extern const ProductKernels product_##isa;                                                                    \
-  static const Isa isa_##isa = {#isa,       &adamw_##isa,  &decoder_##isa, &few_rows_##isa, &lora_linear_##isa, \
-                                &nf4_##isa, &product_##isa};
+#define LK_ISA_TABLE(isa)                                                            \
+  extern const AdamWKernels adamw_##isa;                                             \
+  extern const AttentionKernels attention_##isa;                                     \
+  extern const DecoderKernels decoder_##isa;                                         \
+  extern const FewRowsKernels few_rows_##isa;                                        \
+  extern const LoraLinearKernels lora_linear_##isa;                                  \
+  extern const Nf4Kernels nf4_##isa;                                                 \
+  extern const ProductKernels product_##isa;                                         \
+  static const Isa isa_##isa = {#isa,           &adamw_##isa,    &attention_##isa,   \
+                                &decoder_##isa, &few_rows_##isa, &lora_linear_##isa, \
+                                &nf4_##isa,     &product_##isa};
 
 LK_ISA_TABLE(generic)
 #if defined(__x86_64__)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adamw.h"
+#include "attention.h"
 #include "decoder.h"
 #include "few_rows.h"
 #include "lora_linear.h"
@@ -13,6 +14,7 @@ namespace lora_kernels::cpu {
 struct Isa {
   const char* name;
   const AdamWKernels* adamw;
+  const AttentionKernels* attention;
   const DecoderKernels* decoder;
   const FewRowsKernels* few_rows;
   const LoraLinearKernels* lora_linear;

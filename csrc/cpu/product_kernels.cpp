@@ -3,8 +3,6 @@
 // For some columns of the result, a piece of the weight is converted into panels [depth, kTileCols] that the register
 // tile reads from cache, and is used for up to kBlockRows rows of the input before the next one. So the weight is read
 // once for that many rows, in the form it is stored in, and never exists as a float32 [N, K].
-#include <utility>
-
 #include "product.h"
 #include "tile.h"
 #include "weight_rows.h"
@@ -28,48 +26,6 @@ constexpr int64_t kConvertRows = 16;
 
 constexpr int64_t kPanelSize = kPieceStride * kTileCols;
 
-// Half of the lanes of a and half of b's: those whose number has bit kStep clear, or set when kHigh, side by side.
-template <int kStep, bool kHigh, size_t... kLane>
-LK_INLINE vf exchange(vf a, vf b, std::index_sequence<kLane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b,
-                                 (int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
-                                       : kLane & kStep ? kLane - kStep + kLanes
-                                                       : kLane)...);
-#else
-  return __builtin_shuffle(a, b,
-                           vi32{(int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
-                                      : kLane & kStep ? kLane - kStep + kLanes
-                                                      : kLane)...});
-#endif
-}
-
-// Lane i of v[j] and lane j of v[i] change places.
-template <int kStep = 1>
-LK_INLINE void transpose(vf (&v)[kLanes]) {
-  if constexpr (kStep < kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & kStep)) {
-        const vf a = v[i], b = v[i + kStep];
-        v[i] = exchange<kStep, false>(a, b, std::make_index_sequence<kLanes>());
-        v[i + kStep] = exchange<kStep, true>(a, b, std::make_index_sequence<kLanes>());
-      }
-    transpose<2 * kStep>(v);
-  }
-}
-
-// panel [depth, kTileCols] = rows [kTileCols, depth] turned round; up to kLanes - 1 rows more are written.
-LK_INLINE void turn_round(const float* rows, int64_t depth, float* panel) {
-  for (int64_t p = 0; p < depth; p += kLanes)
-    for (int part = 0; part < kVecs; ++part) {
-      vf v[kLanes];
-      for (int i = 0; i < kLanes; ++i) v[i] = load(rows + (part * kLanes + i) * kPieceStride + p);
-      transpose(v);
-      for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * kTileCols + part * kLanes, v[i]);
-    }
-}
-
 // Panels, kPanelSize apart, of `depth` steps from p0 on and `cols` columns of the result from j0 on. What is in the
 // last one beyond these columns is not used. `rows` has room for kTileCols rows of a piece.
 template <class W>
@@ -81,7 +37,7 @@ LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_
       const int64_t first = tile * kTileCols, width = min64(kTileCols, cols - first);
       for (int64_t j = 0; j < width; ++j)
         convert_row(weight, scale, j0 + first + j, p0, depth, rows + j * kPieceStride);
-      turn_round(rows, depth, panels + tile * kPanelSize);
+      turn_round(rows, kPieceStride, depth, panels + tile * kPanelSize);
     }
     return;
   }

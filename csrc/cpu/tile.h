@@ -1,6 +1,8 @@
 // The register tile that the matrix products are made of.
 #pragma once
 
+#include <utility>
+
 #include "common.h"
 
 namespace lora_kernels::cpu {
@@ -33,6 +35,48 @@ LK_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb
       for (int j = 0; j < kCols; ++j) acc[i][j] += av * bv[j];
     }
   }
+}
+
+// Half of the lanes of a and half of b's: those whose number has bit kStep clear, or set when kHigh, side by side.
+template <int kStep, bool kHigh, size_t... kLane>
+LK_INLINE vf exchange(vf a, vf b, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b,
+                                 (int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
+                                       : kLane & kStep ? kLane - kStep + kLanes
+                                                       : kLane)...);
+#else
+  return __builtin_shuffle(a, b,
+                           vi32{(int)(kHigh           ? kLane & kStep ? kLane + kLanes : kLane + kStep
+                                      : kLane & kStep ? kLane - kStep + kLanes
+                                                      : kLane)...});
+#endif
+}
+
+// Lane i of v[j] and lane j of v[i] change places.
+template <int kStep = 1>
+LK_INLINE void transpose(vf (&v)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & kStep)) {
+        const vf a = v[i], b = v[i + kStep];
+        v[i] = exchange<kStep, false>(a, b, std::make_index_sequence<kLanes>());
+        v[i + kStep] = exchange<kStep, true>(a, b, std::make_index_sequence<kLanes>());
+      }
+    transpose<2 * kStep>(v);
+  }
+}
+
+// panel [depth, kTileCols] = rows [kTileCols, depth], ld apart, turned round; up to kLanes - 1 rows more are written.
+LK_INLINE void turn_round(const float* rows, int64_t ld, int64_t depth, float* panel) {
+  for (int64_t p = 0; p < depth; p += kLanes)
+    for (int part = 0; part < kVecs; ++part) {
+      vf v[kLanes];
+      for (int i = 0; i < kLanes; ++i) v[i] = load(rows + (part * kLanes + i) * ld + p);
+      transpose(v);
+      for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * kTileCols + part * kLanes, v[i]);
+    }
 }
 
 // Calls f(Int<rows>, first row) for tiles that cover `rows`.

@@ -89,6 +89,25 @@ LK_INLINE void store(fp16* p, vf v) {
 }
 #endif
 
+// exp(v) for v up to 88: by Cody and Waite's reduction to |r| <= ln 2 / 2 and the terms of its series to r^7 / 7!.
+// Below -87, where it would soon be subnormal, 0. A NaN stays one.
+LK_INLINE vf exponential(vf v) {
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
+  const vf shifted = v * splat(1.44269504f) + splat(0x1.8p23f);
+  const vf n = shifted - splat(0x1.8p23f);
+  const vf r = (v - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  vf p = splat(1.0f / 5040);
+  p = p * r + splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  const vf power = (vf)(((vu32)shifted << 23) + 0x3f800000);
+  return (vf)((vu32)(p * power) & ~(vu32)(v < splat(-87.0f)));
+}
+
 // Lane i of the result is all ones where bit (column + i) of `bits` is set. column is a multiple of kLanes. Reads up
 // to four bytes, which the processor broadcasts from memory.
 LK_INLINE vu32 expand_bits(const uint8_t* bits, int64_t column) {

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from lora_kernels.bench import adamw, lora_linear, memory, nf4, report, traffic, train
+from lora_kernels.bench import adamw, attention, lora_linear, memory, nf4, report, traffic, train
 from lora_kernels.bench.cases import Settings, name_of
 from lora_kernels.bench.measure import machine, product_rate, read_bandwidth, write_report
 
 # Functions that yield what has a name and makes its row: cases, and traffic's own.
 SUITES: dict[str, tuple[Callable[[Settings], Iterator[Any]], ...]] = {
-    "ops": (lora_linear.cases, nf4.cases, adamw.cases),
+    "ops": (lora_linear.cases, attention.cases, nf4.cases, adamw.cases),
     "train": (train.cases,),
     "memory": (memory.cases,),
     "traffic": (traffic.cases,),

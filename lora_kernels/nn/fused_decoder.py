@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from types import FunctionType, MethodType
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import reference
+from lora_kernels import cpu, reference
 from lora_kernels.nn.lora_linear import is_linear, open_group
 from lora_kernels.ops import decoder
+from lora_kernels.ops.attention import MAX_HEAD_DIM, causal_attention
 from lora_kernels.ops.lora_linear import frozen_linear
 
 # Linear layers of one module that read the same x.
@@ -21,12 +23,19 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # The function by which transformers' attentions rotate queries and keys; it is called with the arguments after it.
 _ROTARY, _ROTARY_ARGUMENTS = "apply_rotary_pos_emb", ("q", "k", "cos", "sin")
 _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+# Where attention was measured (avx2), or is made of the same tiles; and from how many rows, and tokens in all, it was
+# faster than torch's.
+_ATTENTION_ISAS = ("avx2", "avx512")
+_MIN_ROWS, _MIN_TOKENS = 16, 64
+# What models pass to their attention functions and transformers' "sdpa" doesn't look at.
+_IGNORED = {"cache_position", "position_ids", "sliding_window", "use_cache"}
 
 
 def fuse_decoder(model: nn.Module) -> int:
     """Compute the RMSNorms, SwiGLUs and rotary position embeddings of a Llama-like transformers model by
-    `lora_kernels.ops.decoder`, and adapted layers that read the same x (query, key and value; gate and up) by one
-    `lora_linear_group`, with one dropout, and the output embeddings by `frozen_linear`.
+    `lora_kernels.ops.decoder`, its causal attention by `lora_kernels.ops.attention`, adapted layers that read the same
+    x (query, key and value; gate and up) by one `lora_linear_group`, with one dropout, and the output embeddings by
+    `frozen_linear`.
 
     An RMSNorm is a module named so, with `weight` [K] alone, whose own result on a probe is that of the formula, with
     Gemma's offset or without; a SwiGLU is a module of gate_proj, up_proj, down_proj and a SiLU act_fn, whose result is
@@ -38,6 +47,10 @@ def fuse_decoder(model: nn.Module) -> int:
     in backward.
 
     Tensors that the kernels don't take (see `ops.decoder.is_fused`) go to the module's own forward.
+
+    Attention is transformers' "sdpa" where the config says so; in these modules that calls `causal_attention` for whole
+    rows without padding, and torch for everything else. To that end it is registered anew with transformers, once, and
+    does for other models what it did. The config stays as it is.
 
     Returns how many modules it has changed.
     """
@@ -52,6 +65,9 @@ def fuse_decoder(model: nn.Module) -> int:
             names = _projections(module)
             if names:
                 module.lora_kernels_apart = False
+                if names == _SAME_INPUT[0]:
+                    module.lora_kernels_attention = True
+                    _register_attention()
                 forward = _grouped(forward, names)
             if forward is type(module).forward:
                 continue
@@ -173,6 +189,60 @@ def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
         return result
 
     return wrapped
+
+
+def _register_attention() -> None:
+    """Have transformers' "sdpa" ask `_takes_attention` first. Under its own name, since masks, checks of configs and
+    saved files go by that."""
+    transformers = sys.modules.get("transformers")
+    if not hasattr(transformers, "AttentionInterface"):
+        return
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    if not hasattr(sdpa, "lora_kernels_attention"):
+        transformers.AttentionInterface.register("sdpa", _attention(sdpa))
+
+
+def _attention(sdpa: Callable[..., Any]) -> Callable[..., Any]:
+    """`sdpa`, an attention function of transformers, with `causal_attention` where that applies."""
+
+    @wraps(sdpa)
+    def wrapped(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        plain = attention_mask is None and not dropout and causal is True
+        plain = plain and all(value is None or name in _IGNORED for name, value in kwargs.items())
+        if plain and getattr(module, "lora_kernels_attention", False) and _takes_attention(query, key, value):
+            # In the layout [B, T, H, D].
+            return causal_attention(query, key, value, scaling).transpose(1, 2), None
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        return sdpa(module, query, key, value, attention_mask, **options)
+
+    wrapped.lora_kernels_attention = True
+    return wrapped
+
+
+def _takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    B, H, T, D = query.shape
+    return (
+        decoder.is_fused(query)
+        and key.shape == value.shape == (B, key.shape[1], T, D)
+        and key.dtype == value.dtype == query.dtype
+        and H % key.shape[1] == 0
+        and T >= _MIN_ROWS
+        and B * T >= _MIN_TOKENS
+        and D <= MAX_HEAD_DIM
+        and cpu._C.get_isa() in _ATTENTION_ISAS
+        and (query.dtype == torch.float32 or not cpu.native_bfloat16())
+    )
 
 
 def _probe(size: int, dtype: torch.dtype) -> Tensor:

@@ -170,7 +170,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return cpu_decoder.rotary(_with_rows(dy), *ctx.saved_tensors, transposed=True), None, None
+        return cpu_decoder.rotary(with_rows(dy), *ctx.saved_tensors, transposed=True), None, None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -190,11 +190,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             B, _, T, D = x.shape
             raise ValueError(f"{name} has shape {list(angle.shape)}; expected [{B} or 1, {T}, {D}] for this x")
         _check(x, angle)
-    x, cos, sin = _with_rows(x), cos.contiguous(), sin.contiguous()
+    x, cos, sin = with_rows(x), cos.contiguous(), sin.contiguous()
     return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else cpu_decoder.rotary(x, cos, sin)
 
 
-def _with_rows(t: Tensor) -> Tensor:
+def with_rows(t: Tensor) -> Tensor:
+    """The same values, elements of a row side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
