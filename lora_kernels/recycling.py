@@ -2,8 +2,8 @@
 
 Where glibc gives a large tensor's memory back as soon as it is freed, as the trainers have it (`return_freed_memory` in
 `lora_kernels.train.run`), each activation would come from fresh pages. With `enable`, those that our own ops make come
-from blocks of earlier ones that nothing refers to any more. A block is made only where no free one fits, and free ones
-are given up for it: blocks take about as much as was in use at one time, and do so until the process ends.
+from blocks of earlier ones that nothing refers to any more. A block is made only where no free one fits. All blocks
+together take the most that was in use at one time, and do so until the process ends.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -27,44 +28,64 @@ _SLACK = 1.25
 
 class Pool:
     def __init__(self) -> None:
-        # By size. `_take_back` runs whenever a tensor dies, in any thread and between any two steps of `_fitting`.
+        # Blocks that nothing refers to any more: appended to whenever a tensor dies, in any thread and between any two
+        # steps of what follows, which then takes them over.
+        self._returned: deque[np.ndarray] = deque()
+        # By size, the sizes that came back longest ago first.
         self._free: dict[int, list[np.ndarray]] = {}
+        self._in_use = self._most_in_use = 0
         self._lock = threading.Lock()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """torch.empty(shape) on the CPU."""
         count = math.prod(shape)
-        size = -(-count * dtype.itemsize // _UNIT) * _UNIT
         with self._lock:
-            block = self._fitting(size)
-        if block is None:
-            block = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+            block = self._take(-(-count * dtype.itemsize // _UNIT) * _UNIT)
         start = -block.ctypes.data % _ALIGNMENT
         # What the tensor's storage keeps alive.
-        loan = block[start : start + size]
-        weakref.finalize(loan, self._take_back, block).atexit = False
+        loan = block[start : start + _size(block)]
+        weakref.finalize(loan, self._returned.append, block).atexit = False
         # Not view: autograd forbids work in place on a view that comes out of a Function.
         return torch.frombuffer(loan, dtype=dtype, count=count).resize_(shape)
 
-    def _fitting(self, size: int) -> np.ndarray | None:
-        """The smallest free block that fits; None if there is none, with as much of the others given up."""
-        sizes = [other for other in sorted(self._free) if self._free[other]]
-        for other in sizes:
-            if size <= other <= _SLACK * size:
-                return self._free[other].pop()
-        given_up = 0
-        while sizes and given_up < size:
-            if blocks := self._free[sizes[-1]]:
-                given_up += blocks.pop().nbytes
-            else:
-                sizes.pop()
-        return None
+    def _take(self, size: int) -> np.ndarray:
+        """The smallest free block that fits, or a new one. Of those that are free then, so many are given up that all
+        blocks together take no more than the most that was in use at one time."""
+        self._collect()
+        fitting = [other for other in self._free if size <= other <= _SLACK * size]
+        block = self._pop(min(fitting)) if fitting else np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        self._in_use += _size(block)
+        self._most_in_use = max(self._most_in_use, self._in_use)
+        excess = self._in_use + self._free_bytes() - self._most_in_use
+        while excess > 0:
+            excess -= _size(self._pop(next(iter(self._free))))
+        return block
 
-    def _take_back(self, block: np.ndarray) -> None:
-        self._free.setdefault(block.nbytes - _ALIGNMENT, []).append(block)
+    def _collect(self) -> None:
+        while self._returned:
+            block = self._returned.popleft()
+            size = _size(block)
+            self._in_use -= size
+            self._free[size] = [*self._free.pop(size, ()), block]
+
+    def _pop(self, size: int) -> np.ndarray:
+        blocks = self._free[size]
+        block = blocks.pop()
+        if not blocks:
+            del self._free[size]
+        return block
+
+    def _free_bytes(self) -> int:
+        return sum(size * len(blocks) for size, blocks in self._free.items())
 
     def free_bytes(self) -> int:
-        return sum(size * len(self._free[size]) for size in list(self._free))
+        with self._lock:
+            self._collect()
+            return self._free_bytes()
+
+
+def _size(block: np.ndarray) -> int:
+    return block.nbytes - _ALIGNMENT
 
 
 _pool: Pool | None = None
