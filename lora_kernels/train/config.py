@@ -82,8 +82,8 @@ class TrainConfig:
         the end.
     logging_steps: steps between lines of metrics.jsonl.
     resume: continue from `checkpoint-last/` exactly where it stopped.
-    fuse_decoder: on CPUs, compute RMSNorm, SwiGLU and attention by kernels and keep less for backward, see
-        `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.
+    fuse_decoder: on CPUs, compute RMSNorm, SwiGLU, rotary position embedding and attention by kernels and keep less
+        for backward, see `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.
     backend: kernels to use, see `lora_kernels.use_backend`.
     chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
     """

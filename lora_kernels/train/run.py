@@ -118,7 +118,7 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     set_chat_template(tokenizer, config.chat_template)
     run = Run(config, method, accelerator, model, tokenizer, own_template, progress)
     if config.fuse_decoder and accelerator.device.type == "cpu" and (count := fuse_decoder(model)):
-        run.say(f"{count} RMSNorms and SwiGLUs of the decoder are fused")
+        run.say(f"{count} modules of the decoder are fused")
     return run
 
 
