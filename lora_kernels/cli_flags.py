@@ -96,7 +96,10 @@ FIELD_HELP = {
     "dtype": ("Hardware", "auto, float32 or bfloat16; auto is bfloat16 where the hardware multiplies it natively."),
     "cuda_graphs": ("Hardware", "Queue the decoder's kernels as CUDA graphs: for small models on a GPU."),
     "gradient_checkpointing": ("Hardware", "Recompute activations in the backward pass: less memory, more time."),
-    "fuse_decoder": ("Hardware", "On CPUs, compute RMSNorm and SwiGLU in single passes and keep less for backward."),
+    "fuse_decoder": (
+        "Hardware",
+        "On CPUs, compute RMSNorm, SwiGLU, rotary embedding and attention by kernels and keep less for backward.",
+    ),
     "backend": ("Hardware", "Kernels to use; see lora-kernels doctor."),
 }
 

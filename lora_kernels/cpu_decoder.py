@@ -72,7 +72,8 @@ def _heads(t: Tensor) -> tuple[int, int, int, int]:
 def _empty_heads(like: Tensor) -> Tensor:
     """[B, heads, T, D] of which all heads of a row lie side by side, as linear layers make and take them."""
     B, heads, T, D = like.shape
-    return recycling.empty(B, T, heads, D, dtype=like.dtype).transpose(1, 2)
+    # Not a view: one that comes out of an autograd Function can't be changed in place.
+    return recycling.empty(B, T, heads, D, dtype=like.dtype).transpose_(1, 2)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:

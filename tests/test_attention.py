@@ -304,7 +304,8 @@ def test_arguments_that_change_the_result_go_to_torch(calls) -> None:
     attention = transformers.AttentionInterface()["sdpa"]
     module = pair()[1].model.layers[0].self_attn
     q, k, v, _ = inputs(1, 4, 2, 70, 8)
-    o, _ = attention(module, q, k, v, None, scaling=0.2, sliding_window=8, position_ids=ids(1, 70))
+    harmless = {"position_ids": ids(1, 70), "num_items_in_batch": 3, "output_attentions": False, "return_dict": True}
+    o, _ = attention(module, q, k, v, None, scaling=0.2, sliding_window=8, **harmless)
     assert o.shape == (1, 70, 4, 8) and o.is_contiguous() and len(calls) == 1
     torch.testing.assert_close(o.transpose(1, 2), reference.causal_attention(q, k, v, 0.2))
     with pytest.raises(ValueError, match="softcap"):

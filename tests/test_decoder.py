@@ -1,6 +1,7 @@
 """RMSNorm, SwiGLU and rotary position embedding against float64, and models with them against transformers' own."""
 
 import copy
+import gc
 import inspect
 import weakref
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lora_kernels import LoRAConfig, cpu, inject, reference, use_backend
 from lora_kernels.nn.fused_decoder import _rotating, fuse_decoder
 from lora_kernels.ops import decoder
+from lora_kernels.ops.attention import causal_attention
 from lora_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
@@ -238,9 +240,10 @@ def test_rotary_position_embedding_is_ours(kind: str, monkeypatch: pytest.Monkey
 
 
 def test_another_rotary_position_embedding_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cohere's turns neighbouring pairs; this Phi3's a half of D only."""
-    attention = transformers.models.cohere.modeling_cohere.CohereAttention
-    assert _rotating(attention.forward) is attention.forward
+    """Cohere's turns neighbouring pairs, GPT-OSS's takes half as many angles; this Phi3's turns a half of D only."""
+    models = transformers.models
+    for attention in (models.cohere.modeling_cohere.CohereAttention, models.gpt_oss.modeling_gpt_oss.GptOssAttention):
+        assert _rotating(attention.forward) is attention.forward
     sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(7)
     options = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "partial_rotary_factor": 0.5}
@@ -250,6 +253,25 @@ def test_another_rotary_position_embedding_is_left_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(decoder.cpu_decoder, "rotary", None)
     assert "forward" in vars(model.model.layers[0].self_attn)
     torch.testing.assert_close(loss_and_grads(model)[0], expected[0])
+
+
+def test_the_result_of_rotary_may_be_changed_in_place() -> None:
+    """As that of the function which it replaces."""
+    (x,) = (t.requires_grad_() for t in tensors(1, (1, 2, 5, 8), torch.float32))
+    cos, sin = tensors(2, (1, 5, 8), torch.float32)
+    expected = torch.autograd.grad(2 * decoder.rotary(x, cos, sin).sum(), x)
+    assert torch.equal(torch.autograd.grad(decoder.rotary(x, cos, sin).mul_(2).sum(), x)[0], expected[0])
+
+
+def test_a_forward_pass_without_backward_leaves_nothing_behind() -> None:
+    q, k = (t.requires_grad_() for t in tensors(2, (1, 2, 5, 8), torch.float32))
+    with decoder.recomputing():
+        o = causal_attention(q, k, k)
+    storage = weakref.ref(o.untyped_storage())
+    node = weakref.ref(o.grad_fn)
+    del o
+    gc.collect()
+    assert node() is None and storage() is None
 
 
 def test_dropout_and_checkpointing() -> None:

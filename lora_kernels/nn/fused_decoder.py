@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -28,7 +28,8 @@ _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _ATTENTION_ISAS = ("avx2", "avx512")
 _MIN_ROWS, _MIN_TOKENS = 16, 64
 # What models pass to their attention functions and transformers' "sdpa" doesn't look at.
-_IGNORED = {"cache_position", "position_ids", "sliding_window", "use_cache"}
+_IGNORED = {"cache_position", "num_items_in_batch", "output_hidden_states", "position_ids", "return_dict",
+            "sliding_window", "use_cache"}  # fmt: skip
 
 
 def fuse_decoder(model: nn.Module) -> int:
@@ -57,11 +58,14 @@ def fuse_decoder(model: nn.Module) -> int:
     own = [module for module in model.modules() if "forward" not in vars(module)]
     count = 0
     for module in own:
+        plain = getattr(type(module), "forward", None)
+        if not isinstance(plain, FunctionType):
+            continue
         if (offset := _norm_offset(module)) is not None:
             module.lora_kernels_offset = offset
             module.forward = MethodType(_norm_forward, module)
         else:
-            forward = _mlp_forward if _is_swiglu(module) else _rotating(type(module).forward)
+            forward = _mlp_forward if _is_swiglu(module) else _rotating(plain)
             names = _projections(module)
             if names:
                 module.lora_kernels_apart = False
@@ -69,7 +73,7 @@ def fuse_decoder(model: nn.Module) -> int:
                     module.lora_kernels_attention = True
                     _register_attention()
                 forward = _grouped(forward, names)
-            if forward is type(module).forward:
+            if forward is plain:
                 continue
             module.forward = MethodType(forward, module)
         count += 1
@@ -126,17 +130,14 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-@lru_cache
 def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` with its rotary position embedding by `decoder.rotary`, if it has one that we know.
 
     The function's code with other globals: its module's, as they are now, but for that name. So nobody else who uses
     the module sees a difference.
     """
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
-        return forward
     original = forward.__globals__.get(_ROTARY)
-    if original is None or not _is_rotary(original):
+    if original is None or _ROTARY not in forward.__code__.co_names or not _is_rotary(original):
         return forward
 
     @wraps(original)
@@ -160,13 +161,17 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _is_rotary(function: Callable[..., Any]) -> bool:
-    if tuple(inspect.signature(function).parameters)[:4] != _ROTARY_ARGUMENTS:
-        return False
     q, k = (_probe(2 * heads * 3 * 8, torch.float32)[0].view(2, heads, 3, 8) for heads in (2, 1))
     cos, sin = _probe(2 * 3 * 8, torch.float32).view(2, 2, 3, 8)
-    found = function(q, k, cos, sin)
-    expected = (reference.rotary(t.double(), cos.double(), sin.double()) for t in (q, k))
-    return all(torch.allclose(a.double(), b, rtol=0, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    try:
+        if tuple(inspect.signature(function).parameters)[:4] != _ROTARY_ARGUMENTS:
+            return False
+        found = function(q, k, cos, sin)
+        expected = (reference.rotary(t.double(), cos.double(), sin.double()) for t in (q, k))
+        return all(torch.allclose(a.double(), b, rtol=0, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    except Exception:
+        # Angles of another shape, for one: GPT-OSS's have half as many columns.
+        return False
 
 
 def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
@@ -219,7 +224,7 @@ def _attention(sdpa: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor | None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         plain = attention_mask is None and not dropout and causal is True
-        plain = plain and all(value is None or name in _IGNORED for name, value in kwargs.items())
+        plain = plain and all(value is None or value is False or name in _IGNORED for name, value in kwargs.items())
         if plain and getattr(module, "lora_kernels_attention", False) and _takes_attention(query, key, value):
             # In the layout [B, T, H, D].
             return causal_attention(query, key, value, scaling).transpose(1, 2), None

@@ -60,7 +60,8 @@ class _Recipe:
 def _pack(t: Tensor) -> Any:
     recipe = getattr(t.untyped_storage(), _RECIPE, None)
     if recipe is None or recipe.version != t._version:
-        return t
+        # Not t itself, which keeps the node alive whose result it is, and that keeps what this returns.
+        return t.detach()
     return recipe, t.shape, t.stride(), t.storage_offset()
 
 
