@@ -98,27 +98,29 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
     return y
 
 
-def _attention_shape(q: Tensor, k: Tensor) -> dict[str, int]:
-    B, H, T, D = q.shape
-    return {"B": B, "H": H, "KV": k.shape[1], "T": T, "D": D, "dtype": cpu._DTYPES[q.dtype]}
+def _launch_attention(kernel: str, lse: Tensor, scale: float, **heads: Tensor) -> None:
+    B, H, T, D = heads["q"].shape
+    cpu._launch(
+        kernel,
+        lse=lse,
+        scale=scale,
+        B=B,
+        H=H,
+        KV=heads["k"].shape[1],
+        T=T,
+        D=D,
+        dtype=cpu._DTYPES[heads["q"].dtype],
+        **{name: _heads(t) for name, t in heads.items()},
+    )
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o [B, H, T, D], a transposed view of a contiguous [B, T, H, D], and lse [B, H, T], float32.
+    """o [B, H, T, D], whose memory is that of a contiguous [B, T, H, D], and lse [B, H, T], float32.
 
     q is [B, H, T, D], k and v are [B, KV, T, D], of one dtype and with the last stride 1.
     """
     o, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    cpu._launch(
-        "attention_fwd",
-        q=_heads(q),
-        k=_heads(k),
-        v=_heads(v),
-        o=_heads(o),
-        lse=lse,
-        scale=scale,
-        **_attention_shape(q, k),
-    )
+    _launch_attention("attention_fwd", lse, scale, q=q, k=k, v=v, o=o)
     return o, lse
 
 
@@ -127,18 +129,5 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, laid out as o is; the last stride of dout is 1."""
     dq, dk, dv = (_empty_heads(t) for t in (q, k, v))
-    cpu._launch(
-        "attention_bwd",
-        q=_heads(q),
-        k=_heads(k),
-        v=_heads(v),
-        o=_heads(o),
-        dout=_heads(dout),
-        dq=_heads(dq),
-        dk=_heads(dk),
-        dv=_heads(dv),
-        lse=lse,
-        scale=scale,
-        **_attention_shape(q, k),
-    )
+    _launch_attention("attention_bwd", lse, scale, q=q, k=k, v=v, o=o, dout=dout, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv

@@ -143,7 +143,7 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # With further arguments it may be something else.
-        if args or kwargs or not all(decoder.takes_rotary(t, cos, sin) and t.dtype == q.dtype for t in (q, k)):
+        if args or kwargs or not all(decoder.takes_rotary(t, cos, sin) for t in (q, k)):
             return original(q, k, cos, sin, *args, **kwargs)
         return decoder.rotary(q, cos, sin), decoder.rotary(k, cos, sin)
 
