@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -70,6 +71,14 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("get_isa", [] { return isas.current.load()->name; });
   m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("amx_supported", &amx_supported);
+  m.def("amx_enabled", &amx_enabled);
+  m.def(
+      "enable_amx",
+      [](bool enabled) {
+        if (!enable_amx(enabled)) throw py::value_error("this processor, or its system, has no AMX for bfloat16");
+      },
+      py::arg("enabled"));
 
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
@@ -232,17 +241,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "product",
       // A term: (weight, in, ld, scale).
-      [](const std::vector<std::tuple<Weight, uintptr_t, int64_t, float>>& terms, bool transposed,
+      [](const std::vector<std::tuple<Weight, uintptr_t, int64_t, float>>& terms, int in_dtype, bool transposed,
          uintptr_t column_scale, uintptr_t bias, uintptr_t out, int out_dtype, int64_t ld_out, int64_t M, int64_t J,
          int num_threads) {
         std::vector<ProductTerm> list;
-        for (const auto& [weight, in, ld, scale] : terms) list.push_back({weight, pointer<float>(in), ld, scale});
+        for (const auto& [weight, in, ld, scale] : terms) list.push_back({weight, pointer(in), ld, scale});
         launch(&Isa::product, &ProductKernels::product,
-               Product{list.data(), (int)list.size(), transposed, pointer<float>(column_scale), pointer<float>(bias),
-                       pointer(out), DType(out_dtype), ld_out, M, J, num_threads});
+               Product{list.data(), (int)list.size(), DType(in_dtype), transposed, pointer<float>(column_scale),
+                       pointer<float>(bias), pointer(out), DType(out_dtype), ld_out, M, J, num_threads});
       },
-      py::kw_only(), py::arg("terms"), py::arg("transposed"), py::arg("column_scale"), py::arg("bias"), py::arg("out"),
-      py::arg("out_dtype"), py::arg("ld_out"), py::arg("M"), py::arg("J"), py::arg("num_threads"));
+      py::kw_only(), py::arg("terms"), py::arg("in_dtype"), py::arg("transposed"), py::arg("column_scale"),
+      py::arg("bias"), py::arg("out"), py::arg("out_dtype"), py::arg("ld_out"), py::arg("M"), py::arg("J"),
+      py::arg("num_threads"));
 
   m.def(
       "rms_norm_fwd",

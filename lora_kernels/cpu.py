@@ -6,9 +6,10 @@ Per layer, forward and backward, the kernels read x twice and dy once. Dropout i
 y and dx must be rounded once, after the low-rank term is in: a bfloat16 sum loses a term that is smaller than half a
 unit of its last place. So the product with the frozen weight runs
 
-- in float32 by our own kernel, which converts or decodes the weight in cache, a piece at a time, and takes the low-rank
-  term (without dropout that of dx too) as a continuation of the sum;
-- in bfloat16 by torch where this processor has it in hardware, with the low-rank term inside the same product:
+- by our own kernel, which converts or decodes the weight in cache, a piece at a time, and takes the low-rank term
+  (without dropout that of dx too) as a continuation of the sum: in bfloat16 where x is and this processor has
+  instructions for it that we use, else in float32;
+- in bfloat16 by torch where this processor has other hardware for it, with the low-rank term inside the same product:
   y = [x, h] [W, scaling · lora_b]ᵀ, and dx likewise;
 - in float32 by torch where its product may be faster than ours (`own_rows`), in place for float32; a kernel then adds
   the low-rank term while a block of rows is in cache.
@@ -85,6 +86,11 @@ _OWN_ROWS_ELSEWHERE = OwnRows(128, 16, 32, 0)
 
 def own_rows() -> OwnRows:
     return _OWN_ROWS.get(_C.get_isa(), _OWN_ROWS_ELSEWHERE)
+
+
+def own_bfloat16() -> bool:
+    """Whether our own product of bfloat16 is taken: by AMX. With other hardware for it torch's is."""
+    return _C.get_isa() == "avx512" and _C.amx_enabled()
 
 
 @cache
@@ -209,16 +215,19 @@ def _panels(
         yield part, panel
 
 
-def own_rows_limit(weight: Tensor | NF4, native: bool, forward: bool = True) -> int:
-    """Rows of x, or of dy, up to which `_product` takes this weight."""
+def own_dtype(weight: Tensor | NF4, M: int, native: bool, forward: bool = True) -> torch.dtype | None:
+    """In which dtype our own product reads M rows of x, or of dy, by this weight; None where torch's is taken."""
+    dense = not isinstance(weight, NF4)
+    if dense and weight.stride(1) != 1:
+        return None
+    if native and own_bfloat16():
+        return torch.bfloat16
     limits = own_rows()
-    if isinstance(weight, NF4):
-        return limits.native if native else limits.converted
-    if weight.stride(1) != 1:
-        return 0
-    if weight.dtype == torch.float32:
-        return limits.forward if forward else limits.backward
-    return limits.native if native else limits.converted
+    if dense and weight.dtype == torch.float32:
+        limit = limits.forward if forward else limits.backward
+    else:
+        limit = limits.native if native else limits.converted
+    return torch.float32 if limit >= M else None
 
 
 def _product(
@@ -230,13 +239,14 @@ def _product(
 ) -> None:
     """out = column_scale ∘ Σ factor · x Wᵀ + bias over the terms (W, x, factor), rounded once; `transposed` x W.
 
-    x, column_scale and bias are float32; the rows of W, x and out are contiguous. NF4 takes a factor of 1. No size may
-    be 0.
+    All x are float32, or all bfloat16, to which factor · W is then rounded; column_scale and bias are float32; the rows
+    of W, x and out are contiguous. NF4 takes a factor of 1. No size may be 0.
     """
     M, J = out.shape
     _launch(
         "product",
         terms=[(_weight(weight), x.data_ptr(), x.stride(0), factor) for weight, x, factor in terms],
+        in_dtype=_DTYPES[terms[0][1].dtype],
         transposed=transposed,
         column_scale=column_scale,
         bias=bias,
@@ -296,8 +306,8 @@ def lora_linear_fwd(
     """y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias and h = dropout(x) Aᵀ; see reference.lora_linear_fwd.
 
     x [M, K] and y [M, N] are float32, bfloat16 or float16; adapters float32 or the dtype of x; h [M, R] and c =
-    column_scale [N] are float32. y is rounded once (before c too, where there is one and bfloat16 is native). Raises
-    ValueError for other dtypes and for tensors that are not on the CPU.
+    column_scale [N] are float32. y is rounded once (before c too, where there is one and torch multiplies bfloat16).
+    Raises ValueError for other dtypes and for tensors that are not on the CPU.
     """
     layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
     return lora_linear_group_fwd(x, [layer], dropout_p, rng)[0]
@@ -322,8 +332,8 @@ def lora_linear_group_fwd(
         bias32 = None if bias is None else bias.float()
         y = recycling.empty(M, weight.shape[0], dtype=x.dtype)
         results.append((y, h))
-        own = own_rows_limit(weight, native) >= M
-        if native and not own:
+        own = own_dtype(weight, M, native)
+        if native and own is None:
             wide_x = torch.cat([x, he.to(x.dtype)], dim=1)
             for cols, panel in _panels([weight], x.dtype, by_columns=False, extra=scaling * lora_b.float()):
                 if bias is None or column_scale is not None:
@@ -334,11 +344,11 @@ def lora_linear_group_fwd(
                 _low_rank_fwd(y, bias32, h[:, :0], lora_b[:, :0], scaling, y, column_scale)
             continue
 
-        x32 = x.float() if x32 is None else x32
-        if own:
-            terms = [(weight, x32, 1.0)]
+        x32 = x32 if x32 is not None or own == torch.bfloat16 else x.float()
+        if own is not None:
+            terms = [(weight, x if own == torch.bfloat16 else x32, 1.0)]
             if lora_b.shape[1]:
-                terms.append((lora_b, he, scaling))
+                terms.append((lora_b, he.to(own), scaling))
             _product(terms, y, False, column_scale, bias32)
             continue
         for cols, panel in _panels([weight], torch.float32, by_columns=False):
@@ -546,26 +556,32 @@ def _lora_a_bwd(
     (M, K), R = x.shape, lora_a.shape[0]
     threshold = dropout_threshold(dropout_p)
     native = x.dtype == torch.bfloat16 and native_bfloat16()
-    limits = [own_rows_limit(weight, native, forward=False) for weight in weights]
+    kinds = {own_dtype(weight, M, native, forward=False) for weight in weights}
     # One weight that torch must multiply takes the others of its group along.
-    own = min(limits) >= M
-    native_dx = need_x and native and max(limits) < M
+    own = next(iter(kinds)) if len(kinds) == 1 else None
+    native_dx = need_x and (own == torch.bfloat16 or (native and kinds == {None}))
     dx = recycling.empty(M, K, dtype=x.dtype) if need_x else None
     finish_dx = need_x
     # Of 16 bits, so many that their copies in float32 stay small.
     rows_at_once = M if x.dtype == torch.float32 else max(512, _BASE // K)
-    if need_x and own and not threshold:
+    if native_dx and own is not None:
+        terms = [(weight, dy, 1.0) for weight, dy in zip(weights, dys, strict=True)]
+        if R:
+            terms.append((lora_a, dh.to(own), dropout_scale(dropout_p)))
+        _product(terms, dx, transposed=True)
+        finish_dx = threshold > 0
+    elif native_dx:
+        wide_dy = torch.cat([*dys, dh.to(x.dtype)], dim=1)
+        for cols, panel in _panels(weights, x.dtype, True, extra=dropout_scale(dropout_p) * lora_a.float()):
+            torch.mm(wide_dy, panel, out=dx[:, cols])
+        finish_dx = threshold > 0
+    elif need_x and own is not None and not threshold:
         for rows in _steps(M, rows_at_once):
             terms = _terms_of_dx([_part(dy, rows) for dy in dys], weights)
             if R:
                 terms.append((lora_a, _part(dh, rows), 1.0))
             _product(terms, _part(dx, rows), transposed=True)
         finish_dx = False
-    elif native_dx:
-        wide_dy = torch.cat([*dys, dh.to(x.dtype)], dim=1)
-        for cols, panel in _panels(weights, x.dtype, True, extra=dropout_scale(dropout_p) * lora_a.float()):
-            torch.mm(wide_dy, panel, out=dx[:, cols])
-        finish_dx = threshold > 0
     if not (finish_dx or need_a):
         return dx, None
 
@@ -574,7 +590,9 @@ def _lora_a_bwd(
         base = own_dx = None
         if finish_dx:
             own_dx = _part(dx, rows)
-            base = own_dx if native_dx else _base_of_dx([_part(dy, rows) for dy in dys], weights, own_dx, own)
+            base = (
+                own_dx if native_dx else _base_of_dx([_part(dy, rows) for dy in dys], weights, own_dx, own is not None)
+            )
         if R == 0 and base is not None and base.dtype == dx.dtype:
             continue
         block = torch.empty(R, K, dtype=torch.float32) if need_a else None

@@ -22,3 +22,23 @@ def instruction_set(name):
         yield
     finally:
         cpu._C.set_isa(previous)
+
+
+@contextmanager
+def amx(enabled):
+    """Use AMX inside the block, or don't; skips the test where it should be used and can't."""
+    if enabled and (cpu._C.get_isa() != "avx512" or not cpu._C.amx_supported()):
+        pytest.skip("this processor, or this build of the kernels, does not have AMX")
+    previous = cpu._C.amx_enabled()
+    cpu._C.enable_amx(enabled)
+    try:
+        yield
+    finally:
+        cpu._C.enable_amx(previous)
+
+
+def multiply_bf16(monkeypatch, how):
+    """Have bfloat16 products taken "converted" to float32, or in bfloat16 by "torch" or by our "own" kernel, whatever
+    this processor has."""
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: how != "converted")
+    monkeypatch.setattr(cpu, "own_bfloat16", lambda: how == "own")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cpu_isa import amx, multiply_bf16
 from lora_cases import check_group, group_case, group_results, one_by_one
 
 from lora_kernels import Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
@@ -19,9 +20,10 @@ pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backen
 GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e")
 RNG = torch.tensor([0x1234_5678_9ABC_DEF0, (3 << 32) + 17])
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# x's dtype, the adapters', and whether the base product is in bfloat16, which this processor may or may not have.
-DTYPES = [(dtype, adapters, False) for dtype in (FP32, BF16, FP16) for adapters in {FP32: 0, dtype: 0}]
-DTYPES += [(BF16, FP32, True), (BF16, BF16, True)]
+# x's dtype, the adapters', and how the base product is taken of bfloat16.
+DTYPES = [(dtype, adapters, "converted") for dtype in (FP32, BF16, FP16) for adapters in {FP32: 0, dtype: 0}]
+DTYPES += [(BF16, adapters, how) for adapters in (FP32, BF16) for how in ("torch", "own")]
+WAYS = [(FP32, "converted"), (BF16, "converted"), (BF16, "torch"), (BF16, "own"), (FP16, "converted")]
 # Every size and rank of the design appears, and each rank in a tile of its own shape.
 SIZES = [(1, 1, 1, 1), (63, 65, 129, 4), (65, 129, 63, 8), (129, 63, 65, 17), (129, 65, 1, 16), (1, 129, 65, 64)]
 
@@ -73,20 +75,20 @@ def assert_case(case):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, adapter_dtype, native", DTYPES)
+@pytest.mark.parametrize("dtype, adapter_dtype, how", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
-def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, how, dropout_p):
+    multiply_bf16(monkeypatch, how)
     for limit in (0, 1024):
         monkeypatch.setattr(cpu, "own_rows", lambda limit=limit: cpu.OwnRows(*[limit] * 4))
         assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, adapter_dtype, native", DTYPES)
+@pytest.mark.parametrize("dtype, adapter_dtype, how", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES[::2], ids=lambda s: "x".join(map(str, s)))
-def test_column_scale_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, native, dropout_p):
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+def test_column_scale_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, how, dropout_p):
+    multiply_bf16(monkeypatch, how)
     for limit in (0, 1024):
         monkeypatch.setattr(cpu, "own_rows", lambda limit=limit: cpu.OwnRows(*[limit] * 4))
         for extras in (False, True):
@@ -115,9 +117,9 @@ def test_gradients_of_a_column_scale(isa):
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("M", [3, 65, 140])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, adapter_dtype, native", DTYPES)
-def test_group_matches_float64(isa, monkeypatch, dtype, adapter_dtype, native, dropout_p, M, nf4):
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+@pytest.mark.parametrize("dtype, adapter_dtype, how", DTYPES)
+def test_group_matches_float64(isa, monkeypatch, dtype, adapter_dtype, how, dropout_p, M, nf4):
+    multiply_bf16(monkeypatch, how)
     case = group_case(M, dtype, adapter_dtype, nf4)
     actual = group_results(lora_linear_group, *case, dropout_p)
     check_group(actual, *case, dropout_p)
@@ -141,9 +143,9 @@ def test_few_rows_read_every_element_of_nf4(isa, M, block_size, double_quant):
     assert_close_to_reference(y, x @ dense.T, x.double() @ dense.double().T, "y")
 
 
-@pytest.mark.parametrize("dtype, native", [(FP32, False), (BF16, False), (BF16, True), (FP16, False)])
+@pytest.mark.parametrize("dtype, how", WAYS)
 @pytest.mark.parametrize("M", [1, 8, 30])
-def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, native, M):
+def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, how, M):
     inputs = lora_inputs(M, 1030, 1024, 1, dtype, bias=True)
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     plain = torch.nn.functional.linear(x, weight, bias)
@@ -151,23 +153,26 @@ def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, native, M):
     torchs = []
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: torchs.append(args) or plain)
     monkeypatch.setattr(cpu, "own_rows", lambda: cpu.OwnRows(128, 16, 32, 0))
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+    multiply_bf16(monkeypatch, how)
     with torch.no_grad():
         y = frozen_linear(x.view(M, 1, 1024), weight, bias)
-        if native and M > 16:
+        if how == "torch" and M > 16:
             assert len(torchs) == 1
             return
         assert not torchs and y.shape == (M, 1, 1030)
         assert_close_to_reference(y.view(M, 1030), plain, exact, "y")
         # Small, many rows, of another layout, on another backend.
         frozen_linear(x[:, :64].contiguous(), weight[:64, :64].contiguous())
-        frozen_linear(x.expand(200, M, 1024).contiguous(), weight)
+        many = frozen_linear(x.expand(200, M, 1024).contiguous(), weight)
         frozen_linear(x[:, :1000].contiguous(), weight[:, :1000])
         with use_backend("reference"):
             frozen_linear(x, weight)
-        assert len(torchs) == 4
+        # Our own product of bfloat16 is that of many rows too.
+        assert len(torchs) == (3 if how == "own" else 4)
     frozen_linear(x, weight)
-    assert len(torchs) == 5
+    assert len(torchs) == (4 if how == "own" else 5)
+    if how == "own":
+        assert_close_to_reference(many[0] + bias, plain, exact, "many rows")
 
 
 def test_group_is_one_call(monkeypatch):
@@ -243,8 +248,9 @@ def test_several_blocks_of_rows_and_columns(isa, dtype, monkeypatch):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("M, J, P", [(1, 1, 1), (13, 17, 255), (203, 300, 600), (1100, 40, 300), (35, 530, 257)])
-def test_product(isa, transposed, dtype, M, J, P):
+@pytest.mark.parametrize("M, J, P", [(1, 1, 1), (13, 17, 255), (203, 300, 800), (1100, 40, 300), (35, 530, 257)])
+@pytest.mark.parametrize("x_dtype, by_amx", [(FP32, False), (BF16, False), (BF16, True)])
+def test_product(isa, x_dtype, by_amx, transposed, dtype, M, J, P):
     """Blocks of rows, columns and depth, whole and not; terms of several types; any number of threads."""
     make = torch.Generator().manual_seed(3)
 
@@ -252,23 +258,23 @@ def test_product(isa, transposed, dtype, M, J, P):
         return torch.randn(*shape, generator=make).to(dtype)
 
     def term(depth, dtype, factor):
-        wide = normal(M, depth + 5)
+        wide = normal(M, depth + 5, dtype=x_dtype)
         return normal(*((depth, J) if transposed else (J, depth)), dtype=dtype), wide[:, 2 : depth + 2], factor
 
     terms = [term(P, dtype, 1.0), term(9, FP32, -1.5), term(33, BF16, 0.25)]
     nf4 = quantize_nf4(normal(*((P, J) if transposed else (J, P))), 64)
-    terms.append((nf4.tensors(), normal(M, P), 1.0))
+    terms.append((nf4.tensors(), normal(M, P, dtype=x_dtype), 1.0))
     scale, bias = normal(J), normal(J)
 
     def formula(dtype):
-        dense = [weight for weight, *_ in terms[:-1]] + [nf4.dequantize(FP32)]
+        dense = [factor * weight for weight, _, factor in terms[:-1]] + [nf4.dequantize(FP32)]
         pairs = zip(dense, terms, strict=True)
-        total = sum(f * x.to(dtype) @ (w if transposed else w.T).to(dtype) for w, (_, x, f) in pairs)
+        total = sum(x.to(dtype) @ (w if transposed else w.T).to(x_dtype).to(dtype) for w, (_, x, _) in pairs)
         return scale.to(dtype) * total + bias.to(dtype)
 
     out = torch.full((M, J + 3), torch.nan, dtype=dtype)
     threads = torch.get_num_threads()
-    try:
+    with amx(by_amx):
         for count in (1, 2, 7):
             torch.set_num_threads(count)
             cpu._product(terms, out[:, 1 : J + 1], transposed, scale, bias)
@@ -276,8 +282,7 @@ def test_product(isa, transposed, dtype, M, J, P):
             if count == 1:
                 first = out[:, 1 : J + 1].clone()
             assert torch.equal(out[:, 1 : J + 1], first)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     assert_close_to_reference(first, formula(FP32).to(dtype), formula(torch.float64), "out")
 
 
@@ -303,12 +308,12 @@ def test_needs(isa, needs):
         assert torch.equal(some[name], everything[name]) if need else some[name] is None
 
 
-@pytest.mark.parametrize("dtype, native", [(FP32, False), (BF16, False), (BF16, True), (FP16, False)])
+@pytest.mark.parametrize("dtype, how", WAYS)
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9999999])
 @pytest.mark.parametrize("rng", [[0, 0], [2**63 - 1, 2**40 + 9], [-1, 2**31]], ids=str)
-def test_mask_is_the_references(isa, monkeypatch, dtype, native, dropout_p, rng):
+def test_mask_is_the_references(isa, monkeypatch, dtype, how, dropout_p, rng):
     """x = 1 and lora_a = identity make h the mask itself; dh = 1 makes it dx."""
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+    multiply_bf16(monkeypatch, how)
     M, K = 101, 273
     rng = torch.tensor(rng)
     keep = reference.keep_mask(rng, dropout_p, M, K)
@@ -322,8 +327,8 @@ def test_mask_is_the_references(isa, monkeypatch, dtype, native, dropout_p, rng)
     args = (torch.ones(M, 1, dtype=dtype), x, h, zero, torch.ones(1, K), torch.ones(1, 1), 1.0)
     dx, dlora_a, _, _ = cpu.lora_linear_bwd(*args, None, dropout_p, rng, (True, True, False, False))
     if scale < 60000:
-        # A native product has the term in all of dx, rounded; where it was dropped it is taken out again, unrounded.
-        left = scale * torch.finfo(dtype).eps / 2 if native else 0.0
+        # A product of bfloat16 has the term in all of dx, rounded; where it was dropped it is taken out, unrounded.
+        left = scale * torch.finfo(dtype).eps / 2 if how != "converted" else 0.0
         assert (dx[keep] == torch.tensor(scale, dtype=dtype)).all() and (dx[~keep].abs() <= left).all()
     torch.testing.assert_close(dlora_a[0], keep.sum(0) * scale, rtol=1e-6, atol=0)
 
@@ -381,11 +386,11 @@ def test_lora_term_alone(isa, dtype):
     assert_case((inputs, *rest))
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("how", ["converted", "torch", "own"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_small_lora_term_is_not_rounded_away(isa, monkeypatch, native, dropout_p):
+def test_small_lora_term_is_not_rounded_away(isa, monkeypatch, how, dropout_p):
     """At ‖sBA‖/‖W0‖ = 1e-3 the term's projection on its true value is 1 within 1 %, in bfloat16."""
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+    multiply_bf16(monkeypatch, how)
     inputs = lora_inputs(2048, 96, 64, 8, BF16, FP32)
     x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
     scaling = 1e-3 * weight.double().norm().item() / (lora_b.double() @ lora_a.double()).norm().item()

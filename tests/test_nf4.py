@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cpu_isa import ISAS, instruction_set
+from cpu_isa import ISAS, instruction_set, multiply_bf16
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -232,13 +232,13 @@ def eager(parts, inputs, dy, dropout_p):
     return {"y": y.detach(), "h": h.detach().float(), **dict(zip(GRADIENTS, grads, strict=False))}
 
 
-@pytest.mark.parametrize("path", ["own", "panels", "native"])
+@pytest.mark.parametrize("path", ["own", "panels", "torch's bfloat16", "own bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_lora_linear_matches_float64(backend, monkeypatch, sizes, dtype, path):
-    if backend is reference or (path == "native" and dtype != BF16):
+    if backend is reference or (path.endswith("bfloat16") and dtype != BF16):
         pytest.skip("one case is enough")
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: path == "native")
+    multiply_bf16(monkeypatch, {"torch's bfloat16": "torch", "own bfloat16": "own"}.get(path, "converted"))
     limit = 1024 if path == "own" else 0
     monkeypatch.setattr(cpu, "own_rows", lambda: cpu.OwnRows(*[limit] * 4))
     monkeypatch.setattr(cpu, "_PANEL", 1 << 12)
@@ -287,11 +287,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("how", ["converted", "torch", "own"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("M", [8, 200])
-def test_no_dense_weight_is_made(monkeypatch, M, dtype, native):
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+def test_no_dense_weight_is_made(monkeypatch, M, dtype, how):
+    multiply_bf16(monkeypatch, how)
     cpu._buffers.__dict__.clear()
     N = K = 2048
     inputs = lora_inputs(M, N, K, 4, dtype, FP32)

@@ -9,15 +9,17 @@ namespace lora_kernels::cpu {
 // An NF4 weight has the scale 1.
 struct ProductTerm {
   Weight weight;
-  const float* in;
+  const void* in;
   int64_t ld;
   float scale;
 };
 
-// out [M,J] = column_scale ∘ Σ terms + bias, rounded once. No size is 0, and there is a term.
+// out [M,J] = column_scale ∘ Σ terms + bias, rounded once. No size is 0, and there is a term. With a bfloat16 `in` the
+// weights, with their scales, are rounded to bfloat16 too, and products are added up in float32.
 struct Product {
   const ProductTerm* terms;
   int count;
+  DType in_dtype;  // of all terms: float32 or bfloat16
   bool transposed;
   const float* column_scale;  // [J] or null
   const float* bias;          // [J] or null
@@ -30,7 +32,7 @@ struct Product {
 
 // One instruction set's build. Returns false when memory ran out.
 struct ProductKernels {
-  bool (*product)(const Product&);
+  bool (*product)(const Product&);  // in_dtype may not be float16
 };
 
 }  // namespace lora_kernels::cpu

@@ -3,6 +3,9 @@
 // For some columns of the result, a piece of the weight is converted into panels [depth, kTileCols] that the register
 // tile reads from cache, and is used for up to kBlockRows rows of the input before the next one. So the weight is read
 // once for that many rows, in the form it is stored in, and never exists as a float32 [N, K].
+#include <type_traits>
+
+#include "amx.h"
 #include "product.h"
 #include "tile.h"
 #include "weight_rows.h"
@@ -10,34 +13,54 @@
 namespace lora_kernels::cpu {
 namespace {
 
-// Depth of a piece: its panel of kTileCols columns takes 16 KiB of the first cache with 8 lanes.
-constexpr int64_t kPieceDepth = 256;
+// A panel [depth, kTileCols] has a float for each step of depth, or, of bfloat16, one for two steps: the pairs that the
+// processor multiplies and adds up at once. Of a piece of the weight, panels are kPanelSize floats apart.
+template <class In>
+struct Layout;
+
+template <>
+struct Layout<float> {
+  // Depth of a piece: its panel takes 16 KiB of the first cache with 8 lanes.
+  static constexpr int64_t kDepth = 256, kDepthUnit = kLanes;
+  static constexpr int64_t kRowUnit = kTileRows;
+  static constexpr int64_t kFloats = kDepth;
+};
+
+template <>
+struct Layout<bf16> {
+  static constexpr int64_t kDepth = 384, kDepthUnit = 32;  // those of a tile
+  static constexpr int64_t kRowUnit = 32;                  // two tiles
+  static constexpr int64_t kFloats = kDepth / 2;
+};
+
 // One cache line more than a power of two: rows, or panels, of a piece must not fall into one cache set.
-constexpr int64_t kPieceStride = kPieceDepth + 16;
+template <class In>
+constexpr int64_t kStride = Layout<In>::kFloats + 16;
+template <class In>
+constexpr int64_t kPanelSize = kStride<In> * kTileCols;
+
 constexpr int64_t kBlockCols = 256;
 constexpr int64_t kBlockTiles = kBlockCols / kTileCols;
 // Rows of the input whose piece stays in the second cache, and those whose sums wait for the next piece: whole tiles,
 // so that a row is in a tile of the same size however the rows are shared out, and its result has the same bits.
 constexpr int64_t kInnerRows = 192;
 constexpr int64_t kBlockRows = 5 * kInnerRows;
-static_assert(kInnerRows % kTileRows == 0);
+static_assert(kInnerRows % Layout<float>::kRowUnit == 0 && kInnerRows % Layout<bf16>::kRowUnit == 0);
 // Rows of the input that take as long as converting the weight.
 constexpr int64_t kConvertRows = 16;
 
-constexpr int64_t kPanelSize = kPieceStride * kTileCols;
-
-// Panels, kPanelSize apart, of `depth` steps from p0 on and `cols` columns of the result from j0 on. What is in the
-// last one beyond these columns is not used. `rows` has room for kTileCols rows of a piece.
+// Panels of `depth` steps from p0 on and `cols` columns of the result from j0 on. What is in the last one beyond these
+// columns is not used. `rows` has room for kTileCols rows of a piece.
 template <class W>
 LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_t p0, int64_t depth, int64_t j0,
-                           int64_t cols, float* rows, float* panels) {
+                           int64_t cols, float* rows, float* panels, float*) {
   const int64_t tiles = (cols + kTileCols - 1) / kTileCols;
   if (!transposed) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileCols, width = min64(kTileCols, cols - first);
       for (int64_t j = 0; j < width; ++j)
-        convert_row(weight, scale, j0 + first + j, p0, depth, rows + j * kPieceStride);
-      turn_round(rows, kPieceStride, depth, panels + tile * kPanelSize);
+        convert_row(weight, scale, j0 + first + j, p0, depth, rows + j * kStride<float>);
+      turn_round(rows, kStride<float>, depth, panels + tile * kPanelSize<float>);
     }
     return;
   }
@@ -45,24 +68,193 @@ LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_
     convert_row(weight, scale, p0 + p, j0, cols, rows);
     for (int64_t tile = 0; tile < tiles; ++tile)
       for (int v = 0; v < kVecs; ++v)
-        store(panels + tile * kPanelSize + p * kTileCols + v * kLanes, load(rows + tile * kTileCols + v * kLanes));
+        store(panels + tile * kPanelSize<float> + p * kTileCols + v * kLanes,
+              load(rows + tile * kTileCols + v * kLanes));
   }
 }
+
+// The same in pairs, zeros up to whole kDepthUnits.
+template <class W>
+LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_t p0, int64_t depth, int64_t j0,
+                           int64_t cols, float* rows, float* panels, bf16*) {
+  constexpr int64_t kRow = 2 * kStride<bf16>;
+  const int64_t tiles = (cols + kTileCols - 1) / kTileCols, whole = round_up(depth, Layout<bf16>::kDepthUnit);
+  bf16* const line = (bf16*)rows;
+  if (!transposed) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = tile * kTileCols, width = min64(kTileCols, cols - first);
+      for (int64_t j = 0; j < width; ++j) {
+        narrow_row(weight, scale, j0 + first + j, p0, depth, line + j * kRow);
+        memset(line + j * kRow + depth, 0, (whole - depth) * sizeof(bf16));
+      }
+      turn_round(rows, kStride<bf16>, whole / 2, panels + tile * kPanelSize<bf16>);
+    }
+    return;
+  }
+  static_assert(kTileCols * kRow >= 2 * kBlockCols);
+  bf16* const next = line + kBlockCols;
+  for (int64_t p = 0; p < whole; p += 2) {
+    for (int64_t i = 0; i < 2; ++i)
+      if (p + i < depth)
+        narrow_row(weight, scale, p0 + p + i, j0, cols, line + i * kBlockCols);
+      else
+        memset(line + i * kBlockCols, 0, cols * sizeof(bf16));
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t col = tile * kTileCols + v * kLanes;
+        store_raw(panels + tile * kPanelSize<bf16> + p / 2 * kTileCols + v * kLanes,
+                  widen(load_raw<vu16>(line + col)) | widen(load_raw<vu16>(next + col)) << 16);
+      }
+  }
+}
+
+// acc[i] = Σ_p a[i, p] b[p, :] over pairs of steps, of which each float of a row of `a` and of a panel has one.
+template <int kRows>
+LK_INLINE void multiply_pairs(const bf16* a, int64_t lda, const float* panel, int64_t pairs, vf (&acc)[kRows][kVecs]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = vf{};
+#pragma GCC unroll 1
+  for (int64_t p = 0; p < pairs; ++p) {
+    vf bv[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) bv[j] = load(panel + p * kTileCols + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      uint32_t pair;
+      memcpy(&pair, a + i * lda + 2 * p, 4);
+      const vu32 av = splat_u32(pair);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) {
+        const vu32 b = (vu32)bv[j];
+        acc[i][j] += (vf)(av << 16) * (vf)(b << 16);
+        acc[i][j] += (vf)(av & 0xffff0000) * (vf)(b & 0xffff0000);
+      }
+    }
+  }
+}
+
+#if defined(__AVX512F__) && LK_LANES == 16
+// Eight registers of 16 rows of 64 bytes: four of sums [16, 16], two of `in` [16, 32] and two of a panel [16 pairs,
+// 16]. What the arrays have beyond them must be zero.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+constexpr TileConfig kTileConfig;
+
+#define LK_TILE_LOAD(tile, from, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(stride)) : "memory")
+#define LK_TILE_STORE(tile, to, stride) \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(stride)) : "memory")
+#define LK_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
+#define LK_TILE_DOT(sums, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sums : :)
+
+// sums [kTiles * 16, 32] (+)= a [kTiles * 16, 2 * pairs] times a panel.
+template <int kTiles>
+LK_INLINE void multiply_tiles(const bf16* a, int64_t lda, const float* panel, int64_t pairs, bool first, float* sums) {
+  constexpr int64_t kCols = kTileCols * sizeof(float);
+  static_assert(kTileCols == 32);
+  if (first) {
+    LK_TILE_ZERO(0);
+    LK_TILE_ZERO(1);
+    if (kTiles > 1) {
+      LK_TILE_ZERO(2);
+      LK_TILE_ZERO(3);
+    }
+  } else {
+    LK_TILE_LOAD(0, sums, kCols);
+    LK_TILE_LOAD(1, sums + 16, kCols);
+    if (kTiles > 1) {
+      LK_TILE_LOAD(2, sums + 16 * kTileCols, kCols);
+      LK_TILE_LOAD(3, sums + 16 * kTileCols + 16, kCols);
+    }
+  }
+  for (int64_t p = 0; p < pairs; p += 16) {
+    LK_TILE_LOAD(6, panel + p * kTileCols, kCols);
+    LK_TILE_LOAD(4, a + 2 * p, lda * sizeof(bf16));
+    LK_TILE_DOT(0, 4, 6);
+    LK_TILE_LOAD(7, panel + p * kTileCols + 16, kCols);
+    LK_TILE_DOT(1, 4, 7);
+    if (kTiles > 1) {
+      LK_TILE_LOAD(5, a + 16 * lda + 2 * p, lda * sizeof(bf16));
+      LK_TILE_DOT(2, 5, 6);
+      LK_TILE_DOT(3, 5, 7);
+    }
+  }
+  LK_TILE_STORE(0, sums, kCols);
+  LK_TILE_STORE(1, sums + 16, kCols);
+  if (kTiles > 1) {
+    LK_TILE_STORE(2, sums + 16 * kTileCols, kCols);
+    LK_TILE_STORE(3, sums + 16 * kTileCols + 16, kCols);
+  }
+}
+
+struct Tiles {
+  Tiles() { __asm__ volatile("ldtilecfg %0" : : "m"(kTileConfig)); }
+  ~Tiles() { __asm__ volatile("tilerelease" : :); }
+};
+#endif
 
 // From the first column of a tile on; null where there is none.
 struct Epilogue {
   const float *column_scale, *bias;
 };
 
+// One row of kTileCols sums, finished. Processors with AMX round to bfloat16 in one instruction.
+template <bool kAmx, class T>
+LK_INLINE void finish(const vf (&sums)[kVecs], Epilogue epilogue, T* out, int64_t width) {
+  T whole[kTileCols];
+  T* const to = width == kTileCols ? out : whole;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVecs; ++v) {
+    vf value = sums[v];
+    if (epilogue.column_scale) value *= load(epilogue.column_scale + v * kLanes);
+    if (epilogue.bias) value += load(epilogue.bias + v * kLanes);
+#if defined(__AVX512F__) && LK_LANES == 16
+    if constexpr (kAmx && std::is_same_v<T, bf16>) {
+      // By its name, so that the build for AVX-512 needs no flag for it.
+      __m256i rounded;
+      __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(value));
+      store_raw(to + v * kLanes, rounded);
+      continue;
+    }
+#endif
+    store(to + v * kLanes, value);
+  }
+  if (to != out) memcpy(out, whole, width * sizeof(T));
+}
+
 // sums [M, kTileCols] (+)= a times a panel, over one piece; out [M, :width] gets the sums of the last one, finished.
-template <class T>
-LK_INLINE void multiply_piece(const float* a, int64_t lda, int64_t M, const float* panel, int64_t depth, bool first,
+template <bool kAmx, class In, class T>
+LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* panel, int64_t depth, bool first,
                               bool last, float* sums, Epilogue epilogue, T* out, int64_t ld_out, int64_t width) {
+#if defined(__AVX512F__) && LK_LANES == 16
+  if constexpr (kAmx) {
+    for (int64_t m = 0; m < M; m += 32) {
+      float* const so_far = sums + m * kTileCols;
+      if (M - m > 16)
+        multiply_tiles<2>(a + m * lda, lda, panel, depth / 2, first, so_far);
+      else
+        multiply_tiles<1>(a + m * lda, lda, panel, depth / 2, first, so_far);
+      for (int64_t i = 0; last && i < min64(32, M - m); ++i)
+        finish<kAmx>({load(so_far + i * kTileCols), load(so_far + i * kTileCols + kLanes)}, epilogue,
+                     out + (m + i) * ld_out, width);
+    }
+    return;
+  }
+#endif
   for_row_tiles(M, [&](auto tile, int64_t m) {
     constexpr int kRows = decltype(tile)::value;
     vf acc[kRows][kVecs];
     float* const so_far = sums + m * kTileCols;
-    multiply<kRows, kVecs, false>(a + m * lda, lda, panel, kTileCols, depth, acc);
+    if constexpr (sizeof(In) == sizeof(float))
+      multiply<kRows, kVecs, false>(a + m * lda, lda, panel, kTileCols, depth, acc);
+    else
+      multiply_pairs(a + m * lda, lda, panel, depth / 2, acc);
     if (!first)
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
@@ -75,26 +267,8 @@ LK_INLINE void multiply_piece(const float* a, int64_t lda, int64_t M, const floa
         for (int v = 0; v < kVecs; ++v) store(so_far + (i * kVecs + v) * kLanes, acc[i][v]);
       return;
     }
-    auto finish = [&](int i, T* to) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
-        vf value = acc[i][v];
-        if (epilogue.column_scale) value *= load(epilogue.column_scale + v * kLanes);
-        if (epilogue.bias) value += load(epilogue.bias + v * kLanes);
-        store(to + v * kLanes, value);
-      }
-    };
-    T* const to = out + m * ld_out;
-    if (width == kTileCols) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) finish(i, to + i * ld_out);
-    } else {
-      for (int i = 0; i < kRows; ++i) {
-        T whole[kTileCols];
-        finish(i, whole);
-        memcpy(to + i * ld_out, whole, width * sizeof(T));
-      }
-    }
+    for (int i = 0; i < kRows; ++i) finish<kAmx>(acc[i], epilogue, out + (m + i) * ld_out, width);
   });
 }
 
@@ -104,25 +278,48 @@ struct Grid {
 };
 
 // The grid with the least work for the busiest thread.
-Grid make_grid(int threads, int64_t M, int64_t tiles) {
+Grid make_grid(int threads, int64_t M, int64_t row_unit, int64_t tiles) {
   Grid best{1, 1};
   int64_t least = INT64_MAX;
   for (int rows = 1; rows <= threads; ++rows) {
     const int cols = (int)min64(threads / rows, tiles);
-    const int64_t own_rows = round_up((M + rows - 1) / rows, kTileRows) + kConvertRows;
+    const int64_t own_rows = round_up((M + rows - 1) / rows, row_unit) + kConvertRows;
     const int64_t work = own_rows * ((tiles + cols - 1) / cols);
     if (work < least) least = work, best = {rows, cols};
   }
   return best;
 }
 
+// Scratch memory of a thread: rows of a weight and its panels, rows of the input, and sums.
+template <class In>
+struct Work {
+  static constexpr int64_t kRows = kTileCols * kStride<In>, kPanels = kBlockTiles * kPanelSize<In>;
+  // Of bfloat16, what doesn't fill the registers of AMX is copied to where zeros follow it.
+  static constexpr int64_t kStaged = sizeof(In) == sizeof(float) ? 0 : kInnerRows * kStride<In>;
+  static int64_t size(int64_t block_rows) { return kRows + kPanels + kStaged + kBlockTiles * block_rows * kTileCols; }
+};
+
+// Rows of a piece of the input, with zeros up to whole tiles.
+LK_INLINE void stage_rows(const bf16* in, int64_t ld, int64_t rows, int64_t depth, bf16* staged) {
+  constexpr int64_t kRow = 2 * kStride<bf16>;
+  const int64_t whole = round_up(depth, Layout<bf16>::kDepthUnit);
+  for (int64_t m = 0; m < rows; ++m) {
+    memcpy(staged + m * kRow, in + m * ld, depth * sizeof(bf16));
+    memset(staged + m * kRow + depth, 0, (whole - depth) * sizeof(bf16));
+  }
+  for (int64_t m = rows; m < round_up(rows, Layout<bf16>::kRowUnit); ++m)
+    memset(staged + m * kRow, 0, whole * sizeof(bf16));
+}
+
 // The rows and columns of one thread, up to block_rows at a time.
-template <class T>
+template <bool kAmx, class In, class T>
 void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedColumns& bias, Range rows, Range cols,
               int64_t block_rows, float* work) {
-  float *const line = work, *const panels = line + kTileCols * kPieceStride;
-  float* const sums = panels + kBlockTiles * kPanelSize;
-  memset(line, 0, kTileCols * kPieceStride * sizeof(float));
+  using L = Layout<In>;
+  float *const line = work, *const panels = line + Work<In>::kRows;
+  In* const staged = (In*)(panels + Work<In>::kPanels);
+  float* const sums = panels + Work<In>::kPanels + Work<In>::kStaged;
+  memset(line, 0, Work<In>::kRows * sizeof(float));
   for (int64_t m0 = rows.first; m0 < rows.last; m0 += block_rows) {
     const int64_t m1 = min64(m0 + block_rows, rows.last);
     for (int64_t j0 = cols.first; j0 < cols.last; j0 += kBlockCols) {
@@ -130,48 +327,74 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
       for (int t = 0; t < p.count; ++t) {
         const ProductTerm& term = p.terms[t];
         const int64_t P = p.transposed ? term.weight.N : term.weight.K;
-        const int64_t pieces = (P + kPieceDepth - 1) / kPieceDepth, step = round_up((P + pieces - 1) / pieces, kLanes);
+        const int64_t pieces = (P + L::kDepth - 1) / L::kDepth,
+                      step = round_up((P + pieces - 1) / pieces, L::kDepthUnit);
         for (int64_t p0 = 0; p0 < P; p0 += step) {
           const int64_t depth = min64(step, P - p0);
           const bool first = t == 0 && p0 == 0, last = t == p.count - 1 && p0 + depth == P;
           with_weight(term.weight, [&](const auto& weight) {
-            make_panels(weight, term.scale, p.transposed, p0, depth, j0, block_cols, line, panels);
+            make_panels(weight, term.scale, p.transposed, p0, depth, j0, block_cols, line, panels, (In*)nullptr);
           });
-          for (int64_t m = m0; m < m1; m += kInnerRows)
+          for (int64_t m = m0; m < m1; m += kInnerRows) {
+            const int64_t M = min64(kInnerRows, m1 - m);
+            const In* in = (const In*)term.in + m * term.ld + p0;
+            int64_t ld = term.ld, whole = depth;
+            if constexpr (sizeof(In) != sizeof(float)) {
+              whole = round_up(depth, L::kDepthUnit);
+              if (whole != depth || M % L::kRowUnit) {
+                stage_rows(in, ld, M, depth, staged);
+                in = staged, ld = 2 * kStride<In>;
+              }
+            }
             for (int64_t j = 0; j < block_cols; j += kTileCols) {
               const int64_t tile = j / kTileCols;
-              multiply_piece(term.in + m * term.ld + p0, term.ld, min64(kInnerRows, m1 - m), panels + tile * kPanelSize,
-                             depth, first, last, sums + (tile * block_rows + m - m0) * kTileCols,
-                             {column_scale.at(j0 + j), bias.at(j0 + j)}, (T*)p.out + m * p.ld_out + j0 + j, p.ld_out,
-                             min64(kTileCols, block_cols - j));
+              multiply_piece<kAmx>(in, ld, M, panels + tile * kPanelSize<In>, whole, first, last,
+                                   sums + (tile * block_rows + m - m0) * kTileCols,
+                                   {column_scale.at(j0 + j), bias.at(j0 + j)}, (T*)p.out + m * p.ld_out + j0 + j,
+                                   p.ld_out, min64(kTileCols, block_cols - j));
             }
+          }
         }
       }
     }
   }
 }
 
-bool product(const Product& p) {
+template <bool kAmx, class In>
+bool product_of(const Product& p) {
+  constexpr int64_t kRowUnit = Layout<In>::kRowUnit;
   const PaddedColumns column_scale(p.column_scale, p.J), bias(p.bias, p.J);
   if (!column_scale.buffer.data || !bias.buffer.data) return false;
   int64_t depth = 0;
   for (int t = 0; t < p.count; ++t) depth += p.transposed ? p.terms[t].weight.N : p.terms[t].weight.K;
-  const int64_t tiles = (p.J + kTileCols - 1) / kTileCols, row_tiles = (p.M + kTileRows - 1) / kTileRows;
-  const Grid grid =
-      make_grid(thread_count(p.num_threads, row_tiles * tiles, p.M * p.J * depth, kMinMultiplyAdds), p.M, tiles);
+  const int64_t tiles = (p.J + kTileCols - 1) / kTileCols, row_tiles = (p.M + kRowUnit - 1) / kRowUnit;
+  const Grid grid = make_grid(thread_count(p.num_threads, row_tiles * tiles, p.M * p.J * depth, kMinMultiplyAdds), p.M,
+                              kRowUnit, tiles);
   const int threads = grid.rows * grid.cols;
-  const int64_t block_rows = min64(kBlockRows, round_up((p.M + grid.rows - 1) / grid.rows, kTileRows));
-  const int64_t size = kTileCols * kPieceStride + kBlockTiles * (kPanelSize + block_rows * kTileCols);
+  const int64_t block_rows = min64(kBlockRows, round_up((p.M + grid.rows - 1) / grid.rows, kRowUnit));
+  const int64_t size = Work<In>::size(block_rows);
   Buffer work(threads * size);
   if (!work.data) return false;
   with_type(p.out_dtype, [&](auto* type) {
     using T = __typeof__(*type);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-    for (int part = 0; part < threads; ++part)
-      own_part<T>(p, column_scale, bias, share(p.M, kTileRows, part / grid.cols, grid.rows),
-                  share(p.J, kTileCols, part % grid.cols, grid.cols), block_rows, work.data + part * size);
+    for (int part = 0; part < threads; ++part) {
+#if defined(__AVX512F__) && LK_LANES == 16
+      [[maybe_unused]] const std::conditional_t<kAmx, Tiles, int> tiles{};
+#endif
+      own_part<kAmx, In, T>(p, column_scale, bias, share(p.M, kRowUnit, part / grid.cols, grid.rows),
+                            share(p.J, kTileCols, part % grid.cols, grid.cols), block_rows, work.data + part * size);
+    }
   });
   return true;
+}
+
+bool product(const Product& p) {
+  if (p.in_dtype == DType::kFloat32) return product_of<false, float>(p);
+#if defined(__AVX512F__) && LK_LANES == 16
+  if (amx_enabled()) return product_of<true, bf16>(p);
+#endif
+  return product_of<false, bf16>(p);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Rows of a Weight as floats, for one instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "nf4_decode.h"
 #include "weight.h"
 
@@ -37,6 +39,51 @@ LK_INLINE void convert_row(const Dense<T>& w, float scale, int64_t n, int64_t fi
   for (; i + kLanes <= count; i += kLanes) store(out + i, scale * load(row + i));
   for (; i < count; ++i) out[i] = scale * to_float(row + i);
 }
+
+// The same in bfloat16.
+template <class W>
+LK_INLINE void narrow_row(const W& w, float scale, int64_t n, int64_t first, int64_t count, bf16* out) {
+  if constexpr (std::is_same_v<W, Dense<bf16>>)
+    if (scale == 1.0f) {
+      memcpy(out, w.data + n * w.ld + first, count * sizeof(bf16));
+      return;
+    }
+  constexpr int64_t kFloats = 256;
+  float values[kFloats];
+  for (int64_t i = 0; i < count; i += kFloats) {
+    const int64_t size = min64(kFloats, count - i);
+    convert_row(w, scale, n, first + i, size, values);
+    int64_t j = 0;
+    for (; j + kLanes <= size; j += kLanes) store(out + i + j, load(values + j));
+    if (j < size) store_some(out + i + j, load_some(values + j, size - j), size - j);
+  }
+}
+#if defined(__AVX512F__) && LK_LANES == 16
+// NF4: of a block of one scale, the sixteen values are rounded once and then looked up.
+LK_INLINE void narrow_row(const Nf4Weight& w, float, int64_t n, int64_t first, int64_t count, bf16* out) {
+  const int shift = __builtin_ctzll(w.block_size);
+  const int64_t begin = n * w.K + first, end = begin + count;
+  for (int64_t i = begin; i < end;) {
+    const int64_t block = i >> shift, stop = min64(end, (block + 1) << shift);
+    bf16 values[32];
+    store(values, splat(scale_of(w, block)) * load(kCode));
+    memcpy(values + 16, values, 16 * sizeof(bf16));
+    const __m512i table = load_raw<__m512i>(values);
+    if (i % 2) {
+      out[i - begin] = values[w.packed[i / 2] & 15];
+      ++i;
+    }
+    for (; i + 32 <= stop; i += 32) {
+      // Of the two codes in a byte the higher one comes first. The permutation takes the lowest five bits of 16, and
+      // the table holds its values twice.
+      const __m512i bytes = _mm512_cvtepu8_epi32(load_raw<__m128i>(w.packed + i / 2));
+      const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+      store_raw(out + (i - begin), _mm512_permutexvar_epi16(codes, table));
+    }
+    for (; i < stop; ++i) out[i - begin] = values[i % 2 ? w.packed[i / 2] & 15 : w.packed[i / 2] >> 4];
+  }
+}
+#endif
 
 template <class F>
 void with_dense(const void* data, DType dtype, int64_t ld, F f) {

@@ -27,6 +27,8 @@ _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 # faster than torch's.
 _ATTENTION_ISAS = ("avx2", "avx512")
 _MIN_ROWS, _MIN_TOKENS = 16, 64
+# Up to so many rows also where torch multiplies bfloat16 in hardware.
+_MAX_NATIVE_ROWS = 1024
 # What models pass to their attention functions and transformers' "sdpa" doesn't look at.
 _IGNORED = {"cache_position", "num_items_in_batch", "output_hidden_states", "position_ids", "return_dict",
             "sliding_window", "use_cache"}  # fmt: skip
@@ -246,7 +248,7 @@ def _takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and B * T >= _MIN_TOKENS
         and D <= MAX_HEAD_DIM
         and cpu._C.get_isa() in _ATTENTION_ISAS
-        and (query.dtype == torch.float32 or not cpu.native_bfloat16())
+        and (T <= _MAX_NATIVE_ROWS or query.dtype == torch.float32 or not cpu.native_bfloat16())
     )
 
 

@@ -501,7 +501,8 @@ def _past_the_op(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> 
     if weight.numel() < _DENSE_SIZE or weight.dtype != x.dtype:
         return False
     native = x.dtype == torch.bfloat16 and cpu.native_bfloat16()
-    return x.numel() <= weight.shape[-1] * max(cpu.LAYER_ROWS, cpu.own_rows_limit(weight, native))
+    M = x.numel() // weight.shape[-1]
+    return M <= cpu.LAYER_ROWS or cpu.own_dtype(weight, M, native) is not None
 
 
 def _under_autocast(x: Tensor, *others: Tensor | NF4Weight | None) -> tuple:

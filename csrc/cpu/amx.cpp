@@ -1,0 +1,52 @@
+#include "amx.h"
+
+#include <atomic>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace lora_kernels::cpu {
+namespace {
+
+bool find() {
+#if defined(__x86_64__) && defined(__linux__)
+  // AMX-BF16 and AMX-TILE; their registers, which the system must know; and its leave for this process to use them
+  // (Linux, Documentation/arch/x86/xstate.rst).
+  constexpr unsigned kInstructions = 1u << 22 | 1u << 24, kRegisters = 1u << 17 | 1u << 18;
+  constexpr int kGetPermissions = 0x1022, kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kInstructions) != kInstructions) return false;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & kRegisters) != kRegisters) return false;
+  syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+  unsigned long permissions = 0;
+  return syscall(SYS_arch_prctl, kGetPermissions, &permissions) == 0 && permissions >> kTileData & 1;
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& current() {
+  static std::atomic<bool> enabled{amx_supported()};
+  return enabled;
+}
+
+}  // namespace
+
+bool amx_supported() {
+  static const bool found = find();
+  return found;
+}
+
+bool amx_enabled() { return current(); }
+
+bool enable_amx(bool enabled) {
+  if (enabled && !amx_supported()) return false;
+  current() = enabled;
+  return true;
+}
+
+}  // namespace lora_kernels::cpu

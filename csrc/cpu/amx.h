@@ -1,0 +1,13 @@
+// Whether AMX, Intel's instructions for products of bfloat16 matrices, is there and to be used.
+#pragma once
+
+namespace lora_kernels::cpu {
+
+// Whether this processor has AMX-BF16 and the system lets this process use it.
+bool amx_supported();
+// Whether kernels use it: where it is supported, unless it was switched off.
+bool amx_enabled();
+// Returns false, and does nothing, where it can't be switched on.
+bool enable_amx(bool enabled);
+
+}  // namespace lora_kernels::cpu
