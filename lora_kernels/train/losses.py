@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import cpu_decoder
-from lora_kernels.ops.lora_linear import frozen_linear, is_plain_on_cpu
+from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx, is_plain_on_cpu
 
 IGNORE_INDEX = -100
 _LOGITS_PER_CHUNK = 1 << 24
@@ -80,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 dweight.addmm_(dlogits.t(), rows.to(accumulate))
             if dhidden is not None:
-                torch.mm(dlogits.to(weight.dtype), weight, out=dhidden[start : start + chunk_size])
+                frozen_linear_dx(dlogits.to(weight.dtype), weight, dhidden[start : start + chunk_size])
             del dlogits  # whose memory the next chunk's logits can then have
 
         ctx.save_for_backward(
@@ -114,7 +114,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             nll, dlogits = _nll(hidden[chunk], weight, bias, labels[chunk], logit_scale, logit_softcap, grad_dtype)
             logprobs[chunk] = nll.neg_()
             if needs_hidden:
-                torch.mm(dlogits.neg_(), weight, out=dhidden[chunk])
+                frozen_linear_dx(dlogits.neg_(), weight, dhidden[chunk])
             del dlogits
         ctx.save_for_backward(dhidden, *((hidden, weight, bias, labels) if needs_head else ()))
         ctx.settings = (chunk_size, logit_scale, logit_softcap)
