@@ -308,6 +308,17 @@ PYBIND11_MODULE(_C, m) {
       py::arg("y"), py::arg("B"), py::arg("H"), py::arg("T"), py::arg("D"), py::arg("dtype"), py::arg("num_threads"));
 
   m.def(
+      "cross_entropy",
+      [](uintptr_t logits, uintptr_t target, float scale, bool with_gradient, uintptr_t nll, int64_t M, int64_t V,
+         int dtype, int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::cross_entropy,
+               CrossEntropy{pointer(logits), pointer<int64_t>(target), scale, with_gradient, pointer<float>(nll), M, V,
+                            DType(dtype), num_threads});
+      },
+      py::kw_only(), py::arg("logits"), py::arg("target"), py::arg("scale"), py::arg("with_gradient"), py::arg("nll"),
+      py::arg("M"), py::arg("V"), py::arg("dtype"), py::arg("num_threads"));
+
+  m.def(
       "attention_fwd",
       [](const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& o, uintptr_t lse,
          int64_t B, int64_t H, int64_t KV, int64_t T, int64_t D, float scale, int dtype, int num_threads) {

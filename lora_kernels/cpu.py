@@ -623,7 +623,11 @@ def _lora_a_bwd(
 
 
 def _terms_of_dx(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4]) -> list[tuple[Tensor | NF4, Tensor, float]]:
-    return [(weight, dy.float(), 1.0) for weight, dy in zip(weights, dys, strict=True)]
+    return [(weight, _float32(dy), 1.0) for weight, dy in zip(weights, dys, strict=True)]
+
+
+def _float32(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float32 else recycling.empty(*t.shape, dtype=torch.float32).copy_(t)
 
 
 def _base_of_dx(dys: Sequence[Tensor], weights: Sequence[Tensor | NF4], dx: Tensor, own: bool) -> Tensor:

@@ -491,6 +491,18 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return (d * _acc(up) * s * (1 + wide * (1 - s))).to(gate.dtype), (d * wide * s).to(up.dtype)
 
 
+def cross_entropy(logits: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
+    """-log softmax(scale · logits)[target] [M] for logits [M, V] and target [M], in float32 or wider."""
+    z = scale * _acc(logits)
+    return z.logsumexp(1) - z.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def cross_entropy_bwd(logits: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
+    """The gradient of the sum of `cross_entropy`: scale · (softmax(scale · logits) - onehot(target))."""
+    onehot = torch.nn.functional.one_hot(target, logits.shape[1])
+    return (scale * ((scale * _acc(logits)).softmax(1) - onehot)).to(logits.dtype)
+
+
 def _causal_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale · q kᵀ [B, H, T, T], -∞ for the keys after a row's own, with a key head for each query head."""
     T = q.shape[2]

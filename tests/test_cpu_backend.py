@@ -12,7 +12,7 @@ from cpu_isa import amx, multiply_bf16
 from lora_cases import check_group, group_case, group_results, one_by_one
 
 from lora_kernels import Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
@@ -173,6 +173,19 @@ def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, how, M):
     assert len(torchs) == (4 if how == "own" else 5)
     if how == "own":
         assert_close_to_reference(many[0] + bias, plain, exact, "many rows")
+
+
+@pytest.mark.parametrize("dtype, native", [(FP32, False), (BF16, False), (BF16, True), (FP16, False)])
+@pytest.mark.parametrize("M", [1, 8, 200])
+def test_dx_of_a_frozen_dense_layer(isa, monkeypatch, dtype, native, M):
+    weight = lora_inputs(1, 130, 65, 1, dtype)["weight"]
+    dy = torch.randn(M, 130).to(dtype)
+    exact = dy.double() @ weight.double()
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+    for w in (weight, weight.t().contiguous().t()):
+        out = torch.empty(M, 65, dtype=dtype)
+        frozen_linear_dx(dy, w, out)
+        assert_close_to_reference(out, dy @ w, exact, "dx")
 
 
 def test_group_is_one_call(monkeypatch):

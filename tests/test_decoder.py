@@ -1,4 +1,5 @@
-"""RMSNorm, SwiGLU and rotary position embedding against float64, and models with them against transformers' own."""
+"""RMSNorm, SwiGLU, rotary position embedding and cross-entropy against float64, and models with the first three against
+transformers' own."""
 
 import copy
 import gc
@@ -11,7 +12,7 @@ import transformers
 from tiny_models import perturb, tiny_batch, tiny_model
 from torch import Tensor
 
-from lora_kernels import LoRAConfig, cpu, inject, reference, use_backend
+from lora_kernels import LoRAConfig, cpu, cpu_decoder, inject, reference, use_backend
 from lora_kernels.nn.fused_decoder import _rotating, fuse_decoder
 from lora_kernels.ops import decoder
 from lora_kernels.ops.attention import causal_attention
@@ -82,6 +83,70 @@ def test_rotary(isa, dtype: torch.dtype, B: int, H: int, T: int, D: int, project
         assert torch.equal(decoder.rotary(x, cos, sin), y)
 
 
+def cross_entropy(logits: Tensor, target: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The kernel's loss of each row and its gradient, which is written over a copy of the logits, and there only."""
+    losses = []
+    for with_gradient in (False, True):
+        memory = torch.full((logits.numel() + 128,), 7.0).to(logits.dtype)
+        inside = memory[64:-64].view(logits.shape)
+        inside.copy_(logits)
+        losses.append(cpu_decoder.cross_entropy(inside, target, scale, with_gradient))
+        assert (memory[:64] == 7).all() and (memory[-64:] == 7).all()
+        assert with_gradient or torch.equal(inside.nan_to_num(5), logits.nan_to_num(5))
+    assert torch.equal(losses[0].nan_to_num(5), losses[1].nan_to_num(5))
+    return losses[0], inside
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 0.6, -1.5])
+@pytest.mark.parametrize(("M", "V"), [(0, 5), (1, 1), (5, 7), (3, 33), (67, 1000), (2, 49152)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(isa, dtype: torch.dtype, M: int, V: int, scale: float, threads: int) -> None:
+    (logits,) = tensors(1, (M, V), dtype)
+    target = torch.arange(M) * 11 % V
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        loss, grad = cross_entropy(logits, target, scale)
+    finally:
+        torch.set_num_threads(before)
+    assert loss.dtype == torch.float32 and grad.dtype == dtype
+    results = []
+    for wide in (logits.float(), logits.double()):
+        leaf = wide.requires_grad_()
+        each = torch.nn.functional.cross_entropy(leaf * scale, target, reduction="none")
+        results.append((each.detach(), torch.autograd.grad(each.sum(), leaf)[0]))
+    (eager, eager_grad), (exact, exact_grad) = results
+    assert_close_to_reference(loss, eager, exact, "loss")
+    assert_close_to_reference(grad, eager_grad.to(dtype), exact_grad, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_of_extreme_logits(isa, dtype: torch.dtype) -> None:
+    inf, nan = float("inf"), float("nan")
+    rows = [[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0], [1e-6, -1e-6, 0.0], [5e4, 5e4, -5e4]]
+    rows += [[1.0, -inf, 2.0], [nan, 1.0, 2.0], [1.0, 2.0, nan], [inf, 1.0, 2.0], [-inf, -inf, -inf], [nan, nan, nan]]
+    # A whole vector and a part of one, the last of which is the target.
+    logits = torch.tensor(rows).repeat_interleave(9, dim=1).to(dtype)
+    for column in (26, 13):
+        target = torch.full((len(rows),), column)
+        leaf = logits.double().requires_grad_()
+        exact = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+        exact.sum().backward()
+        loss, grad = cross_entropy(logits, target)
+        torch.testing.assert_close(loss, exact.float(), equal_nan=True, rtol=1e-6, atol=1e-6)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(grad, leaf.grad.to(dtype), equal_nan=True, rtol=2 * eps, atol=2 * eps)
+
+
+def test_cross_entropy_adds_up_many_equal_terms(isa) -> None:
+    logits = torch.full((2, 1 << 18), -0.3)
+    logits[:, 7] = 0
+    target = torch.tensor([3, 7])
+    loss, _ = cross_entropy(logits, target)
+    torch.testing.assert_close(loss.double(), reference.cross_entropy(logits.double(), target), rtol=0, atol=3e-6)
+
+
 def test_swiglu_of_extreme_values() -> None:
     gate = torch.tensor([-1e4, -200.0, -87.5, -20.0, -0.0, 0.0, 20.0, 87.5, 200.0, 1e4])
     up = torch.ones_like(gate)
@@ -122,6 +187,11 @@ def test_formulas_of_the_gradients(offset: float) -> None:
     torch.testing.assert_close(reference.rms_norm_bwd(dy, x, weight, EPS, offset), expected)
     expected = torch.autograd.grad(reference.swiglu(x, other), (x, other), dy)
     torch.testing.assert_close(reference.swiglu_bwd(dy, x, other), expected)
+    target = torch.tensor([0, 3, 8, 3])
+    loss = reference.cross_entropy(x, target, offset + 0.5)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy((offset + 0.5) * x, target, reduction="none"))
+    (expected,) = torch.autograd.grad(loss.sum(), x)
+    torch.testing.assert_close(reference.cross_entropy_bwd(x, target, offset + 0.5), expected)
 
 
 def test_wrong_arguments() -> None:

@@ -73,8 +73,6 @@ LK_INLINE void write_row(const float* row, float scale, int64_t D, T* out) {
   if (d < D) store_some(out + d, scale * load(row + d), D - d);
 }
 
-LK_INLINE vf larger(vf a, vf b) { return (vf)select((vu32)(a > b), (vu32)a, (vu32)b); }
-
 // All ones in the lanes that row r may see, of keys from `key` on.
 LK_INLINE vu32 visible(int64_t key, int64_t row) {
   vi32 lane;

@@ -1,6 +1,6 @@
-// The elementwise parts of a decoder layer: RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020) and rotary position
-// embedding (Su et al. 2021). All tensors but Heads are contiguous and, unless they say float, all are of one dtype.
-// Arithmetic is fp32, rounded once where stored.
+// The elementwise parts of a decoder: RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary position embedding
+// (Su et al. 2021) and the cross-entropy of its logits. All tensors but Heads are contiguous and, unless they have
+// another type, all are of one dtype. Arithmetic is fp32, rounded once where stored.
 #pragma once
 
 #include <cstdint>
@@ -69,6 +69,19 @@ struct Rotary {
   int num_threads;
 };
 
+// With z = scale * logits:  nll[m] = log sum_v exp z[m, v] - z[m, target[m]]  and, if asked for, its gradient in place:
+// logits = scale * (softmax(z) - onehot(target))
+struct CrossEntropy {
+  void* logits;           // [M, V]
+  const int64_t* target;  // each from 0 to V - 1
+  float scale;
+  bool with_gradient;
+  float* nll;
+  int64_t M, V;
+  DType dtype;
+  int num_threads;
+};
+
 // One instruction set's build of the kernels, which never run out of memory: all return true.
 struct DecoderKernels {
   bool (*rms_norm_fwd)(const RmsNormFwd&);
@@ -76,6 +89,7 @@ struct DecoderKernels {
   bool (*swiglu_fwd)(const SwigluFwd&);
   bool (*swiglu_bwd)(const SwigluBwd&);
   bool (*rotary)(const Rotary&);
+  bool (*cross_entropy)(const CrossEntropy&);
 };
 
 }  // namespace lora_kernels::cpu

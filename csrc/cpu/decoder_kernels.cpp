@@ -9,6 +9,8 @@ namespace {
 
 // A piece of a flat tensor, small enough to balance the threads.
 constexpr int64_t kChunk = 1 << 13;
+// Terms of a sum, which are added one by one in each lane, before the next sum begins: the longer, the more it loses.
+constexpr int64_t kTerms = 1 << 11;
 
 LK_INLINE float sum_of_lanes(vf v) {
   float sum = 0.0f;
@@ -26,18 +28,35 @@ LK_INLINE void for_each_vector(int64_t size, F f) {
     f(i, [=](const auto* p) { return load_some(p, left); }, [=](auto* p, vf v) { store_some(p, v, left); });
 }
 
-// Four chains hide the latency of the additions. f(i, read) gives the terms.
-template <class F>
-LK_INLINE float sum_over(int64_t size, F f) {
-  vf sums[4] = {};
+// Lanes of what `combine` makes of the terms that f(i, read) gives, and of `neutral`, which changes nothing. Four
+// chains hide the latency of combining.
+template <class F, class C>
+LK_INLINE vf fold(int64_t size, float neutral, F f, C combine) {
+  vf parts[4] = {splat(neutral), splat(neutral), splat(neutral), splat(neutral)};
   int64_t i = 0;
   for (; i + 4 * kLanes <= size; i += 4 * kLanes)
-    for (int s = 0; s < 4; ++s) sums[s] += f(i + s * kLanes, [](const auto* p) { return load(p); });
+    for (int s = 0; s < 4; ++s) parts[s] = combine(f(i + s * kLanes, [](const auto* p) { return load(p); }), parts[s]);
   for (; i < size; i += kLanes) {
     const int64_t left = min64(kLanes, size - i);
-    sums[0] += f(i, [=](const auto* p) { return load_some(p, left); });
+    vf terms = f(i, [=](const auto* p) { return load_some(p, left); });
+    for (int64_t lane = left; lane < kLanes; ++lane) terms[lane] = neutral;
+    parts[0] = combine(terms, parts[0]);
   }
-  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return combine(combine(parts[0], parts[1]), combine(parts[2], parts[3]));
+}
+
+template <class F>
+LK_INLINE float sum_over(int64_t size, F f) {
+  return sum_of_lanes(fold(size, 0.0f, f, [](vf a, vf b) { return a + b; }));
+}
+
+// Passes over a NaN.
+template <class F>
+LK_INLINE float largest_of(int64_t size, F f) {
+  const vf lanes = fold(size, -INFINITY, f, [](vf a, vf b) { return larger(a, b); });
+  float largest = lanes[0];
+  for (int i = 1; i < kLanes; ++i) largest = fmaxf(largest, lanes[i]);
+  return largest;
 }
 
 LK_INLINE vf sigmoid(vf v) {
@@ -114,6 +133,27 @@ void rotary_position(const Rotary& p, int64_t i) {
   }
 }
 
+// The row stays in the second cache from pass to pass. A NaN or +infinity among the logits makes the sum a NaN, and
+// that all results of the row.
+template <class T>
+void cross_entropy_row(const CrossEntropy& p, int64_t m) {
+  T *logits = (T*)p.logits + m * p.V, *target = logits + p.target[m];
+  // The logit whose z is the largest. Less that and then scaled, z is 0 there, whatever the compiler fuses.
+  const float sign = copysignf(1.0f, p.scale);
+  const float base = sign * largest_of(p.V, [&](int64_t v, auto read) { return splat(sign) * read(logits + v); });
+  const auto power = [&](vf logit) { return exponential((logit - splat(base)) * splat(p.scale)); };
+  double sum = 0.0;
+  for (int64_t first = 0; first < p.V; first += kTerms)
+    sum += sum_over(min64(kTerms, p.V - first), [&](int64_t v, auto read) { return power(read(logits + first + v)); });
+  const float nll = logf((float)sum) - (to_float(target) - base) * p.scale;
+  p.nll[m] = nll;
+  if (!p.with_gradient) return;
+  const vf factor = splat(p.scale / (float)sum);
+  for_each_vector(p.V, [&](int64_t v, auto read, auto write) { write(logits + v, power(read(logits + v)) * factor); });
+  // softmax - 1, of which nothing is lost where the softmax is close to 1.
+  from_float(target, p.scale * expm1f(-nll));
+}
+
 // work(i, type) for i = 0, step, 2 step... below `size`.
 template <class P, class F>
 bool parallel(const P& p, int64_t size, int64_t step, int64_t elements, F work) {
@@ -141,10 +181,14 @@ bool rotary(const Rotary& p) {
   const int64_t rows = p.B * p.T;
   return parallel(p, rows, 1, rows * p.H * p.D, [&](int64_t i, auto* t) { rotary_position<__typeof__(*t)>(p, i); });
 }
+bool cross_entropy(const CrossEntropy& p) {
+  return parallel(p, p.M, 1, p.M * p.V, [&](int64_t m, auto* t) { cross_entropy_row<__typeof__(*t)>(p, m); });
+}
 
 }  // namespace
 
 extern const DecoderKernels LK_CONCAT(decoder_, LK_ISA);
-const DecoderKernels LK_CONCAT(decoder_, LK_ISA) = {rms_norm_fwd, rms_norm_bwd, swiglu_fwd, swiglu_bwd, rotary};
+const DecoderKernels LK_CONCAT(decoder_, LK_ISA) = {rms_norm_fwd, rms_norm_bwd, swiglu_fwd,
+                                                    swiglu_bwd,   rotary,       cross_entropy};
 
 }  // namespace lora_kernels::cpu

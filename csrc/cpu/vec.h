@@ -42,6 +42,8 @@ LK_INLINE void store_raw(void* p, V v) {
 LK_INLINE vf splat(float v) { return v - vf{}; }
 LK_INLINE vu32 splat_u32(uint32_t v) { return v - vu32{}; }
 LK_INLINE vu32 select(vu32 mask, vu32 a, vu32 b) { return (mask & a) | (~mask & b); }
+// b where one is a NaN.
+LK_INLINE vf larger(vf a, vf b) { return (vf)select((vu32)(a > b), (vu32)a, (vu32)b); }
 LK_INLINE vu32 widen(vu16 v) { return __builtin_convertvector(v, vu32); }
 LK_INLINE vu16 narrow(vu32 v) { return __builtin_convertvector(v, vu16); }
 

@@ -227,14 +227,17 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        weight, dy = ctx.weight, _rows(_matrix(dy))
-        lora_a, lora_b = _no_adapter(dy, weight)
-        # Only its shape, dtype and device are looked at.
-        x = dy.new_empty(()).expand(dy.shape[0], weight.shape[1])
-        needs = (True, False, False, False)
-        args = (dy, x, dy.new_empty(dy.shape[0], 0, dtype=torch.float32), weight, lora_a, lora_b, 1.0, None, 0.0, None)
-        dx, *_ = _run("lora_linear_bwd", x, ((weight, lora_a),), (False, *needs), *args, needs)
-        return dx.view(ctx.shape), None, None
+        return _frozen_dx(_rows(_matrix(dy)), ctx.weight).view(ctx.shape), None, None
+
+
+def _frozen_dx(dy: Tensor, weight: Tensor | NF4) -> Tensor:
+    lora_a, lora_b = _no_adapter(dy, weight)
+    # Only its shape, dtype and device are looked at.
+    x = dy.new_empty(()).expand(dy.shape[0], weight.shape[1])
+    needs = (True, False, False, False)
+    args = (dy, x, dy.new_empty(dy.shape[0], 0, dtype=torch.float32), weight, lora_a, lora_b, 1.0, None, 0.0, None)
+    dx, *_ = _run("lora_linear_bwd", x, ((weight, lora_a),), (False, *needs), *args, needs)
+    return dx
 
 
 def _no_adapter(x: Tensor, weight: NF4) -> tuple[Tensor, Tensor]:
@@ -479,6 +482,18 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
         layer = Projection(weight if dense else weight.tensors(), lora_a, lora_b, 1.0, bias)
         return cpu.few_rows_layers(x, [cpu.few_rows_layer(layer)])[0]
     return _call(x, weight, lora_a, lora_b, 1.0, bias, None, 0.0, None)
+
+
+def frozen_linear_dx(dy: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = dy W, for what `frozen_linear` gave by a dense weight, outside of autograd.
+
+    16 bits are, on a CPU, our backend's affair: where the processor can't multiply them, torch takes a hundred times as
+    long as for float32.
+    """
+    if dy.dtype != torch.float32 and is_plain_on_cpu(dy) and _plain(weight):
+        out.copy_(_frozen_dx(dy, weight))
+    else:
+        torch.mm(dy, weight, out=out)
 
 
 def _trains_x_alone(x: Tensor, bias: Tensor | None) -> bool:

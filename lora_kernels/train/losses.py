@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels import cpu_decoder
+from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx, is_plain_on_cpu
 
 IGNORE_INDEX = -100
 _LOGITS_PER_CHUNK = 1 << 24
@@ -16,11 +17,18 @@ def _nll(
     target: Tensor,
     logit_scale: float,
     logit_softcap: float | None,
-    needs_grad: bool,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """-log softmax(softcap(scale * (rows @ weightᵀ + bias)))[target] [m, 1] and, if needed, its gradient with respect
-    to `rows @ weightᵀ + bias` [m, V], both in float32 (float64 for float64 inputs)."""
-    logits = frozen_linear(rows, weight, bias).to(_accumulator(rows))
+    """-log softmax(softcap(scale * (rows @ weightᵀ + bias)))[target] [m] in float32 (float64 for float64 inputs) and,
+    unless grad_dtype is None, its gradient with respect to `rows @ weightᵀ + bias` [m, V], rounded to it once."""
+    needs_grad = grad_dtype is not None
+    logits = frozen_linear(rows, weight, bias)
+    if logit_softcap is None and is_plain_on_cpu(logits):
+        logits = logits.to(grad_dtype or logits.dtype)
+        nll = cpu_decoder.cross_entropy(logits, target, logit_scale, needs_grad)
+        return nll, logits if needs_grad else None
+
+    logits, target = logits.to(_accumulator(rows)), target[:, None]
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
     slope = None
@@ -33,7 +41,7 @@ def _nll(
     target_logit = logits.gather(1, target)
     probs = logits.exp_()
     norm = probs.sum(1, keepdim=True)
-    nll = norm.log() - target_logit
+    nll = (norm.log() - target_logit).squeeze(1)
     if not needs_grad:
         return nll, None
     dlogits = probs.div_(norm)
@@ -42,7 +50,7 @@ def _nll(
         dlogits.mul_(slope)
     if logit_scale != 1.0:
         dlogits.mul_(logit_scale)
-    return nll, dlogits
+    return nll, dlogits.to(grad_dtype)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -60,21 +68,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         dbias = torch.zeros_like(bias, dtype=accumulate) if needs_bias else None
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+        grad_dtype = accumulate if needs_weight or needs_bias else hidden.dtype if needs_hidden else None
 
         for start in range(0, hidden.shape[0], chunk_size):
             rows = hidden[start : start + chunk_size]
-            target = labels[start : start + chunk_size, None]
-            needs_grad = needs_hidden or needs_weight or needs_bias
-            nll, dlogits = _nll(rows, weight, bias, target, logit_scale, logit_softcap, needs_grad)
+            target = labels[start : start + chunk_size]
+            nll, dlogits = _nll(rows, weight, bias, target, logit_scale, logit_softcap, grad_dtype)
             loss += nll.sum()
-            if not needs_grad:
-                continue
             if dbias is not None:
                 dbias += dlogits.sum(0)
             if dweight is not None:
                 dweight.addmm_(dlogits.t(), rows.to(accumulate))
             if dhidden is not None:
-                torch.mm(dlogits.to(weight.dtype), weight, out=dhidden[start : start + chunk_size])
+                frozen_linear_dx(dlogits.to(weight.dtype), weight, dhidden[start : start + chunk_size])
+            del dlogits  # whose memory the next chunk's logits can then have
 
         ctx.save_for_backward(
             dhidden,
@@ -101,13 +108,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         needs_head = grad_enabled and any(ctx.needs_input_grad[1:3])
         dhidden = torch.empty_like(hidden) if needs_hidden else None
         logprobs = torch.empty(labels.shape, dtype=_accumulator(hidden), device=hidden.device)
+        grad_dtype = hidden.dtype if needs_hidden else None
         for start in range(0, hidden.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
-            target = labels[chunk, None]
-            nll, dlogits = _nll(hidden[chunk], weight, bias, target, logit_scale, logit_softcap, needs_hidden)
-            logprobs[chunk] = -nll.squeeze(1)
+            nll, dlogits = _nll(hidden[chunk], weight, bias, labels[chunk], logit_scale, logit_softcap, grad_dtype)
+            logprobs[chunk] = nll.neg_()
             if needs_hidden:
-                torch.mm(dlogits.neg_().to(weight.dtype), weight, out=dhidden[chunk])
+                frozen_linear_dx(dlogits.neg_(), weight, dhidden[chunk])
+            del dlogits
         ctx.save_for_backward(dhidden, *((hidden, weight, bias, labels) if needs_head else ()))
         ctx.settings = (chunk_size, logit_scale, logit_softcap)
         return logprobs
@@ -121,17 +129,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
         if head:
             hidden, weight, bias, labels = head
             chunk_size, logit_scale, logit_softcap = ctx.settings
-            dweight = torch.zeros_like(weight, dtype=_accumulator(hidden)) if ctx.needs_input_grad[1] else None
-            dbias = torch.zeros_like(bias, dtype=_accumulator(hidden)) if ctx.needs_input_grad[2] else None
+            accumulate = _accumulator(hidden)
+            dweight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+            dbias = torch.zeros_like(bias, dtype=accumulate) if ctx.needs_input_grad[2] else None
             for start in range(0, hidden.shape[0], chunk_size):
                 chunk = slice(start, start + chunk_size)
-                target = labels[chunk, None]
-                _, dlogits = _nll(hidden[chunk], weight, bias, target, logit_scale, logit_softcap, True)
+                _, dlogits = _nll(hidden[chunk], weight, bias, labels[chunk], logit_scale, logit_softcap, accumulate)
                 dlogits.mul_(-dlogprobs[chunk])
                 if dweight is not None:
-                    dweight.addmm_(dlogits.t(), hidden[chunk].to(dlogits.dtype))
+                    dweight.addmm_(dlogits.t(), hidden[chunk].to(accumulate))
                 if dbias is not None:
                     dbias += dlogits.sum(0)
+                del dlogits
             dweight = None if dweight is None else dweight.to(weight.dtype)
             dbias = None if dbias is None else dbias.to(bias.dtype)
         if dhidden is not None:
@@ -159,7 +168,7 @@ def chunked_cross_entropy(
     chunk_size: rows, by default as many as make 2**24 logits. Gradients go to `hidden`, and to `lm_head_weight` and
     `bias` where they require them; no second derivatives.
 
-    Raises ValueError where shapes, dtypes or chunk_size do not fit.
+    Raises ValueError where shapes, dtypes, labels or chunk_size do not fit.
     """
     index, *inputs = _answers(hidden, lm_head_weight, bias, labels, chunk_size)
     loss = _ChunkedCrossEntropy.apply(*inputs, logit_scale, logit_softcap, torch.is_grad_enabled())
@@ -199,6 +208,8 @@ def _answers(
         raise ValueError(f"lm_head_weight must be [V, {hidden.shape[-1]}], got {list(lm_head_weight.shape)}")
     if hidden.dtype != lm_head_weight.dtype:
         raise ValueError(f"hidden and lm_head_weight must share a dtype, got {hidden.dtype} and {lm_head_weight.dtype}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
     if chunk_size is None:
         chunk_size = max(1, _LOGITS_PER_CHUNK // lm_head_weight.shape[0])
     if chunk_size < 1:
@@ -206,5 +217,12 @@ def _answers(
 
     labels = labels.reshape(-1)
     index = labels.ne(IGNORE_INDEX).nonzero().squeeze(1)
+    labels = labels.index_select(0, index)
+    # Our kernel looks at none of them. Elsewhere torch does, and a look from here would wait for the device.
+    if labels.is_cpu and labels.numel():
+        low, high = (int(label) for label in labels.aminmax())
+        last = lm_head_weight.shape[0] - 1
+        if low < 0 or high > last:
+            raise ValueError(f"labels must be {IGNORE_INDEX} or from 0 to {last}, got {low} to {high}")
     answers = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
-    return index, answers, lm_head_weight, bias, labels.index_select(0, index), chunk_size
+    return index, answers, lm_head_weight, bias, labels, chunk_size
