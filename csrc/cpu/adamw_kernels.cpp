@@ -109,7 +109,7 @@ void step_chunk(const Chunk& chunk, const Scalars& scalars) {
   const TGrad* grad = (const TGrad*)t.grad + chunk.first;
   float *exp_avg = t.exp_avg + chunk.first, *exp_avg_sq = t.exp_avg_sq + chunk.first;
 
-  auto run = [&](int64_t i, auto read, auto write) {
+  for_each_vector(chunk.size, [&](int64_t i, auto read, auto write) {
     vf p = read(param + i), m = read(exp_avg + i), v = read(exp_avg_sq + i);
     if (kHasMaster) {
       const vf exact = read(master + i);
@@ -121,12 +121,7 @@ void step_chunk(const Chunk& chunk, const Scalars& scalars) {
     if (kHasMaster) write(master + i, p);
     write(exp_avg + i, m);
     write(exp_avg_sq + i, v);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= chunk.size; i += kLanes)
-    run(i, [](const auto* p) { return load(p); }, [](auto* p, vf v) { store(p, v); });
-  if (const int64_t left = chunk.size - i)
-    run(i, [=](const auto* p) { return load_some(p, left); }, [=](auto* p, vf v) { store_some(p, v, left); });
+  });
 }
 
 bool step(const AdamWStep& p) {

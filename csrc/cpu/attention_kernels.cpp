@@ -47,13 +47,9 @@ template <class T>
 LK_INLINE void pack_rows(const T* x, int64_t ld_x, int64_t rows, int64_t padded, int64_t D, float scale, float* out,
                          int64_t ld) {
   for (int64_t r = 0; r < padded; ++r, out += ld) {
-    int64_t d = 0;
-    if (r < rows) {
-      const T* const row = x + r * ld_x;
-      for (; d + kLanes <= D; d += kLanes) store(out + d, scale * load(row + d));
-      if (d < D) store(out + d, scale * load_some(row + d, D - d)), d += kLanes;
-    }
-    for (; d < ld; d += kLanes) store(out + d, vf{});
+    if (r < rows)
+      for_each_vector(D, [&](int64_t d, auto read, auto) { store(out + d, scale * read(x + r * ld_x + d)); });
+    for (int64_t d = r < rows ? round_up(D, kLanes) : 0; d < ld; d += kLanes) store(out + d, vf{});
   }
 }
 
@@ -68,9 +64,7 @@ LK_INLINE void pack_panels(const Sizes& z, const T* x, int64_t ld_x, int64_t cou
 
 template <class T>
 LK_INLINE void write_row(const float* row, float scale, int64_t D, T* out) {
-  int64_t d = 0;
-  for (; d + kLanes <= D; d += kLanes) store(out + d, scale * load(row + d));
-  if (d < D) store_some(out + d, scale * load(row + d), D - d);
+  for_each_vector(D, [&](int64_t d, auto, auto write) { write(out + d, scale * load(row + d)); });
 }
 
 // All ones in the lanes that row r may see, of keys from `key` on.
@@ -239,12 +233,8 @@ struct BwdWork {
 template <class T>
 LK_INLINE float dot(const T* a, const T* b, int64_t D) {
   vf sum = {};
-  int64_t d = 0;
-  for (; d + kLanes <= D; d += kLanes) sum += load(a + d) * load(b + d);
-  if (d < D) sum += load_some(a + d, D - d) * load_some(b + d, D - d);
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  return total;
+  for_each_vector(D, [&](int64_t d, auto read, auto) { sum += read(a + d) * read(b + d); });
+  return sum_of_lanes(sum);
 }
 
 // Adds to dk and dv [keys, cols], of q that is scaled already.

@@ -87,5 +87,21 @@ LK_INLINE void store_some(T* p, vf v, int64_t count) {
   memcpy(p, lanes, count * sizeof(T));
 }
 
+LK_INLINE float sum_of_lanes(vf v) {
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// f(i, read, write) for every vector of `size` elements, the last one possibly short.
+template <class F>
+LK_INLINE void for_each_vector(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    f(i, [](const auto* p) { return load(p); }, [](auto* p, vf v) { store(p, v); });
+  if (const int64_t left = size - i)
+    f(i, [=](const auto* p) { return load_some(p, left); }, [=](auto* p, vf v) { store_some(p, v, left); });
+}
+
 }  // namespace
 }  // namespace lora_kernels::cpu

@@ -12,22 +12,6 @@ constexpr int64_t kChunk = 1 << 13;
 // Terms of a sum, which are added one by one in each lane, before the next sum begins: the longer, the more it loses.
 constexpr int64_t kTerms = 1 << 11;
 
-LK_INLINE float sum_of_lanes(vf v) {
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
-// f(i, read, write) for every vector of `size` elements, the last one possibly short.
-template <class F>
-LK_INLINE void for_each_vector(int64_t size, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
-    f(i, [](const auto* p) { return load(p); }, [](auto* p, vf v) { store(p, v); });
-  if (const int64_t left = size - i)
-    f(i, [=](const auto* p) { return load_some(p, left); }, [=](auto* p, vf v) { store_some(p, v, left); });
-}
-
 // Lanes of what `combine` makes of the terms that f(i, read) gives, and of `neutral`, which changes nothing. Four
 // chains hide the latency of combining.
 template <class F, class C>

@@ -53,9 +53,7 @@ LK_INLINE void narrow_row(const W& w, float scale, int64_t n, int64_t first, int
   for (int64_t i = 0; i < count; i += kFloats) {
     const int64_t size = min64(kFloats, count - i);
     convert_row(w, scale, n, first + i, size, values);
-    int64_t j = 0;
-    for (; j + kLanes <= size; j += kLanes) store(out + i + j, load(values + j));
-    if (j < size) store_some(out + i + j, load_some(values + j, size - j), size - j);
+    for_each_vector(size, [&](int64_t j, auto read, auto write) { write(out + i + j, read(values + j)); });
   }
 }
 #if defined(__AVX512F__) && LK_LANES == 16
