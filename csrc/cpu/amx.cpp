@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(LK_HAS_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,7 +12,7 @@ namespace lora_kernels::cpu {
 namespace {
 
 bool find() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(LK_HAS_AMX)
   // AMX-BF16 and AMX-TILE; their registers, which the system must know; and its leave for this process to use them
   // (Linux, Documentation/arch/x86/xstate.rst).
   constexpr unsigned kInstructions = 1u << 22 | 1u << 24, kRegisters = 1u << 17 | 1u << 18;

@@ -10,6 +10,10 @@
 #include "tile.h"
 #include "weight_rows.h"
 
+#if defined(LK_HAS_AMX) && defined(__AVX512F__) && LK_LANES == 16
+#define LK_TILES
+#endif
+
 namespace lora_kernels::cpu {
 namespace {
 
@@ -135,7 +139,7 @@ LK_INLINE void multiply_pairs(const bf16* a, int64_t lda, const float* panel, in
   }
 }
 
-#if defined(__AVX512F__) && LK_LANES == 16
+#if defined(LK_TILES)
 // Eight registers of 16 rows of 64 bytes: four of sums [16, 16], two of `in` [16, 32] and two of a panel [16 pairs,
 // 16]. What the arrays have beyond them must be zero.
 struct alignas(64) TileConfig {
@@ -214,7 +218,7 @@ LK_INLINE void finish(const vf (&sums)[kVecs], Epilogue epilogue, T* out, int64_
     vf value = sums[v];
     if (epilogue.column_scale) value *= load(epilogue.column_scale + v * kLanes);
     if (epilogue.bias) value += load(epilogue.bias + v * kLanes);
-#if defined(__AVX512F__) && LK_LANES == 16
+#if defined(LK_TILES)
     if constexpr (kAmx && std::is_same_v<T, bf16>) {
       // By its name, so that the build for AVX-512 needs no flag for it.
       __m256i rounded;
@@ -232,7 +236,7 @@ LK_INLINE void finish(const vf (&sums)[kVecs], Epilogue epilogue, T* out, int64_
 template <bool kAmx, class In, class T>
 LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* panel, int64_t depth, bool first,
                               bool last, float* sums, Epilogue epilogue, T* out, int64_t ld_out, int64_t width) {
-#if defined(__AVX512F__) && LK_LANES == 16
+#if defined(LK_TILES)
   if constexpr (kAmx) {
     for (int64_t m = 0; m < M; m += 32) {
       float* const so_far = sums + m * kTileCols;
@@ -379,7 +383,7 @@ bool product_of(const Product& p) {
     using T = __typeof__(*type);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int part = 0; part < threads; ++part) {
-#if defined(__AVX512F__) && LK_LANES == 16
+#if defined(LK_TILES)
       [[maybe_unused]] const std::conditional_t<kAmx, Tiles, int> tiles{};
 #endif
       own_part<kAmx, In, T>(p, column_scale, bias, share(p.M, kRowUnit, part / grid.cols, grid.rows),
@@ -391,7 +395,7 @@ bool product_of(const Product& p) {
 
 bool product(const Product& p) {
   if (p.in_dtype == DType::kFloat32) return product_of<false, float>(p);
-#if defined(__AVX512F__) && LK_LANES == 16
+#if defined(LK_TILES)
   if (amx_enabled()) return product_of<true, bf16>(p);
 #endif
   return product_of<false, bf16>(p);
