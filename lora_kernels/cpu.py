@@ -344,7 +344,8 @@ def lora_linear_group_fwd(
                 _low_rank_fwd(y, bias32, h[:, :0], lora_b[:, :0], scaling, y, column_scale)
             continue
 
-        x32 = x32 if x32 is not None or own == torch.bfloat16 else x.float()
+        if own != torch.bfloat16 and x32 is None:
+            x32 = x.float()
         if own is not None:
             terms = [(weight, x if own == torch.bfloat16 else x32, 1.0)]
             if lora_b.shape[1]:

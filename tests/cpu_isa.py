@@ -10,18 +10,24 @@ ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 
 
 @contextmanager
+def _setting(get, change, value):
+    previous = get()
+    change(value)
+    try:
+        yield
+    finally:
+        change(previous)
+
+
+@contextmanager
 def instruction_set(name):
     """Run the CPU kernels of this build inside the block; skips the test where this processor can't."""
     if cpu.unavailable is not None:
         pytest.skip(f"cpu backend: {cpu.unavailable}")
     if name not in cpu._C.isa_supported():
         pytest.skip(f"this processor does not have {name}")
-    previous = cpu._C.get_isa()
-    cpu._C.set_isa(name)
-    try:
+    with _setting(cpu._C.get_isa, cpu._C.set_isa, name):
         yield
-    finally:
-        cpu._C.set_isa(previous)
 
 
 @contextmanager
@@ -29,12 +35,8 @@ def amx(enabled):
     """Use AMX inside the block, or don't; skips the test where it should be used and can't."""
     if enabled and (cpu._C.get_isa() != "avx512" or not cpu._C.amx_supported()):
         pytest.skip("this processor, or this build of the kernels, does not have AMX")
-    previous = cpu._C.amx_enabled()
-    cpu._C.enable_amx(enabled)
-    try:
+    with _setting(cpu._C.amx_enabled, cpu._C.enable_amx, enabled):
         yield
-    finally:
-        cpu._C.enable_amx(previous)
 
 
 def multiply_bf16(monkeypatch, how):

@@ -115,28 +115,18 @@ LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_
 // acc[i] = Σ_p a[i, p] b[p, :] over pairs of steps, of which each float of a row of `a` and of a panel has one.
 template <int kRows>
 LK_INLINE void multiply_pairs(const bf16* a, int64_t lda, const float* panel, int64_t pairs, vf (&acc)[kRows][kVecs]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) acc[i][j] = vf{};
-#pragma GCC unroll 1
-  for (int64_t p = 0; p < pairs; ++p) {
-    vf bv[kVecs];
-#pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) bv[j] = load(panel + p * kTileCols + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      uint32_t pair;
-      memcpy(&pair, a + i * lda + 2 * p, 4);
-      const vu32 av = splat_u32(pair);
-#pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) {
-        const vu32 b = (vu32)bv[j];
-        acc[i][j] += (vf)(av << 16) * (vf)(b << 16);
-        acc[i][j] += (vf)(av & 0xffff0000) * (vf)(b & 0xffff0000);
-      }
-    }
-  }
+  accumulate_steps(
+      [=](int i, int64_t p) __attribute__((always_inline)) {
+        uint32_t pair;
+        memcpy(&pair, a + i * lda + 2 * p, 4);
+        return splat_u32(pair);
+      },
+      panel, kTileCols, pairs, acc,
+      [](vf& sum, vu32 av, vf bv) __attribute__((always_inline)) {
+        const vu32 b = (vu32)bv;
+        sum += (vf)(av << 16) * (vf)(b << 16);
+        sum += (vf)(av & 0xffff0000) * (vf)(b & 0xffff0000);
+      });
 }
 
 #if defined(LK_TILES)

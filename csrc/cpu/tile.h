@@ -16,9 +16,9 @@ constexpr int kTileRows = LK_LANES == 16 ? 3 : 6;  // 12 accumulators of 16 regi
 constexpr int kVecs = 2;
 constexpr int kTileCols = kVecs * kLanes;
 
-// acc[i, :] = Σ_p a(i, p) b[p, :]; a is stored [I, P], or [P, I] when kTransposed; rows of b are ldb apart.
-template <int kRows, int kCols, bool kTransposed>
-LK_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t P, vf (&acc)[kRows][kCols]) {
+// acc[i, :] = Σ_p of what add(acc, a(i, p), b[p, :]) adds; rows of b are ldb apart.
+template <int kRows, int kCols, class A, class F>
+LK_INLINE void accumulate_steps(A a, const float* b, int64_t ldb, int64_t P, vf (&acc)[kRows][kCols], F add) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
@@ -30,11 +30,19 @@ LK_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb
     for (int j = 0; j < kCols; ++j) bv[j] = load(b + p * ldb + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const vf av = splat(kTransposed ? a[p * lda + i] : a[i * lda + p]);
+      const auto av = a(i, p);
 #pragma GCC unroll 2
-      for (int j = 0; j < kCols; ++j) acc[i][j] += av * bv[j];
+      for (int j = 0; j < kCols; ++j) add(acc[i][j], av, bv[j]);
     }
   }
+}
+
+// acc[i, :] = Σ_p a(i, p) b[p, :]; a is stored [I, P], or [P, I] when kTransposed; rows of b are ldb apart.
+template <int kRows, int kCols, bool kTransposed>
+LK_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t P, vf (&acc)[kRows][kCols]) {
+  accumulate_steps([=](int i, int64_t p)
+                       __attribute__((always_inline)) { return splat(kTransposed ? a[p * lda + i] : a[i * lda + p]); },
+                   b, ldb, P, acc, [](vf& sum, vf av, vf bv) __attribute__((always_inline)) { sum += av * bv; });
 }
 
 // Half of the lanes of a and half of b's: those whose number has bit kStep clear, or set when kHigh, side by side.
