@@ -1,6 +1,7 @@
-"""Memory of large results that is used again: faulting fresh pages in costs more than what is written to them.
+"""Memory of large results: faulting fresh pages in costs more than what is written to them.
 
-Where glibc gives a large tensor's memory back as soon as it is freed, as the trainers have it (`return_freed_memory` in
+numpy's memory comes in huge pages where Linux has them for those who ask, with a fault for 512 pages: larger results
+are from there. Where glibc gives a large tensor's memory back as soon as it is freed, as the trainers have it (`return_freed_memory` in
 `lora_kernels.train.run`), each activation would come from fresh pages. With `enable`, those that our own ops make come
 from blocks of earlier ones that nothing refers to any more. A block is made only where no free one fits. All blocks
 together take the most that was in use at one time, and do so until the process ends.
@@ -19,6 +20,8 @@ from torch import Tensor
 
 # Bytes from which a result is worth a block.
 LARGE = 1 << 20
+# Bytes from which numpy asks for huge pages.
+HUGE = 1 << 22
 # Bytes of which sizes of blocks are multiples, and to which their addresses are aligned, as torch's are.
 _UNIT = 1 << 16
 _ALIGNMENT = 64
@@ -41,19 +44,16 @@ class Pool:
         count = math.prod(shape)
         with self._lock:
             block = self._take(-(-count * dtype.itemsize // _UNIT) * _UNIT)
-        start = -block.ctypes.data % _ALIGNMENT
-        # What the tensor's storage keeps alive.
-        loan = block[start : start + _size(block)]
+        loan = _aligned(block)
         weakref.finalize(loan, self._returned.append, block).atexit = False
-        # Not view: autograd forbids work in place on a view that comes out of a Function.
-        return torch.frombuffer(loan, dtype=dtype, count=count).resize_(shape)
+        return _tensor(loan, shape, dtype)
 
     def _take(self, size: int) -> np.ndarray:
         """The smallest free block that fits, or a new one. Of those that are free then, so many are given up that all
         blocks together take no more than the most that was in use at one time."""
         self._collect()
         fitting = [other for other in self._free if size <= other <= _SLACK * size]
-        block = self._pop(min(fitting)) if fitting else np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        block = self._pop(min(fitting)) if fitting else _new_block(size)
         self._in_use += _size(block)
         self._most_in_use = max(self._most_in_use, self._in_use)
         excess = self._in_use + self._free_bytes() - self._most_in_use
@@ -84,8 +84,22 @@ class Pool:
             return self._free_bytes()
 
 
+def _new_block(size: int) -> np.ndarray:
+    return np.empty(size + _ALIGNMENT, dtype=np.uint8)
+
+
 def _size(block: np.ndarray) -> int:
     return block.nbytes - _ALIGNMENT
+
+
+def _aligned(block: np.ndarray) -> np.ndarray:
+    start = -block.ctypes.data % _ALIGNMENT
+    return block[start : start + _size(block)]
+
+
+def _tensor(memory: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What keeps the memory alive. Not by view: autograd forbids work in place on one that comes out of a Function."""
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).resize_(shape)
 
 
 _pool: Pool | None = None
@@ -96,8 +110,13 @@ def enable() -> None:
     _pool = _pool or Pool()
 
 
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """torch.empty(shape) on the CPU, from a block where they are enabled and it is large."""
-    if _pool is None or math.prod(shape) * dtype.itemsize < LARGE:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return _pool.empty(*shape, dtype=dtype)
+def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """torch.empty(shape); on the CPU from a block where they are enabled, and from huge pages where there are any."""
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if _pool is not None:
+        return _pool.empty(*shape, dtype=dtype)
+    if size >= HUGE:
+        return _tensor(_aligned(_new_block(size)), shape, dtype)
+    return torch.empty(shape, dtype=dtype)

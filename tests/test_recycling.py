@@ -3,6 +3,7 @@
 import gc
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -35,13 +36,28 @@ def test_a_block_is_used_again_when_the_last_reference_is_gone(dtype):
     assert address in {t.data_ptr() for t in held}
 
 
-def test_a_result_may_be_changed_in_place(monkeypatch):
+@pytest.mark.parametrize("pool", [Pool(), None], ids=["blocks", "huge pages"])
+def test_a_result_may_be_changed_in_place(monkeypatch, pool):
     """A view that comes out of an autograd Function may not."""
-    monkeypatch.setattr(recycling, "_pool", Pool())
-    x, weight = torch.randn(600, 512, requires_grad=True), torch.randn(640, 512)
+    monkeypatch.setattr(recycling, "_pool", pool)
+    x, weight = torch.randn(2100, 512, requires_grad=True), torch.randn(640, 512)
+    assert min(x.nbytes, 2100 * 640 * 4) >= recycling.HUGE
     y = lora_linear(x, weight, torch.randn(4, 512, requires_grad=True), torch.randn(640, 4), 2.0)
     torch.relu_(y.add_(1)).sum().backward()
-    assert not recycling._pool.empty(600, 640, dtype=torch.float32)._is_view() and x.grad.data_ptr() % 64 == 0
+    assert not recycling.empty(2100, 640, dtype=torch.float32)._is_view() and x.grad.data_ptr() % 64 == 0
+
+
+def test_a_large_result_is_given_back(monkeypatch):
+    monkeypatch.setattr(recycling, "_pool", None)
+    made = []
+    monkeypatch.setattr(recycling, "_new_block", lambda size, new=recycling._new_block: made.append(new(size)) or made[0])
+    t = recycling.empty(3, recycling.HUGE, dtype=torch.bfloat16).fill_(1)
+    assert t.shape == (3, recycling.HUGE) and t.is_contiguous() and (made[0] != 0).any()
+    block = weakref.ref(made.pop())
+    assert block() is not None
+    del t
+    assert block() is None
+    assert recycling.empty(2, 3, dtype=torch.float32, device="meta").is_meta
 
 
 def test_what_autograd_keeps_is_not_used_again():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import backends
+from lora_kernels import backends, recycling
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_CODE, dynamic_code
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -86,7 +86,7 @@ class NF4Weight(nn.Module):
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, _DTYPES))}")
         if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+            out = recycling.empty(*self.shape, dtype=dtype, device=self.device)
         found = (out.shape, out.dtype, out.device, out.is_contiguous())
         if found != (self.shape, dtype, self.device, True):
             raise ValueError(
