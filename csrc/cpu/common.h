@@ -62,6 +62,12 @@ LK_INLINE float to_float(const float* p) {
   return *p;
 }
 
+template <>
+LK_INLINE float to_float(const bf16* p) {
+  const uint32_t bits = (uint32_t)p->bits << 16;
+  return load_raw<float>(&bits);
+}
+
 template <class T>
 LK_INLINE void from_float(T* p, float value) {
   T lanes[kLanes];
@@ -71,6 +77,11 @@ LK_INLINE void from_float(T* p, float value) {
 template <>
 LK_INLINE void from_float(float* p, float value) {
   *p = value;
+}
+template <>
+LK_INLINE void from_float(bf16* p, float value) {
+  const uint32_t u = load_raw<uint32_t>(&value), nan = value != value ? 0x7fc00000 : 0;
+  p->bits = (uint16_t)(((u + 0x7fff + ((u >> 16) & 1)) | nan) >> 16);
 }
 
 // The first `count` lanes, zeros after them.

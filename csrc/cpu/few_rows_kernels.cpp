@@ -7,15 +7,38 @@
 namespace lora_kernels::cpu {
 namespace {
 
-// Whether `with_any_order` gives the weight in the order of kStretchOrder, which x must have then.
-LK_INLINE bool is_turned(const Weight& w) { return !w.dense && Stretches::fit(w.nf4); }
+// Orders of columns in which a weight is read, and x must then be: as they are, or such that values come out of a
+// register with fewer instructions.
+enum Order { kInOrder, kStretches, kPairs, kOrders };
 
+LK_INLINE Order order_of(const Weight& w) {
+  if (!w.dense) return Stretches::fit(w.nf4) ? kStretches : kInOrder;
+  return w.dense_dtype == DType::kBFloat16 ? kPairs : kInOrder;
+}
+
+// f(weight) with its rows in `order_of` it.
 template <class F>
-void with_any_order(const Weight& w, F f) {
-  if (is_turned(w))
-    f(Stretches{w.nf4});
-  else
-    with_weight(w, f);
+void with_ordered(const Weight& w, F f) {
+  switch (order_of(w)) {
+    case kStretches:
+      return f(Stretches{w.nf4});
+    case kPairs:
+      return f(Pairs{{(const bf16*)w.dense, w.ld_dense}});
+    default:
+      return with_weight(w, f);
+  }
+}
+
+// out = `rows` rows of x in an order. Columns after the last whole group stay.
+void reorder(Order order, const float* x, int64_t rows, int64_t K, float* out) {
+  const int group = order == kStretches ? kStretch : kChunk;
+  for (int64_t m = 0; m < rows; ++m, x += K, out += K) {
+    int64_t k = 0;
+    for (; k + group <= K; k += group)
+      for (int i = 0; i < group; ++i)
+        out[k + i] = x[k + (order == kStretches ? kStretchOrder.element[i] : pairs_order(i))];
+    for (; k < K; ++k) out[k] = x[k];
+  }
 }
 
 // The sums over the lanes of four vectors.
@@ -98,7 +121,7 @@ bool layers_forward(const LayersForward& p) {
     bool widen_b;
   } low_rank[kMaxLayers];
   int64_t size = kRows * K, columns = 0, work = 0;
-  bool turned = false;
+  bool needed[kOrders] = {};
   for (int i = 0; i < p.count; ++i) {
     const FewRowsLayer& layer = *p.layers[i];
     const int64_t R = round_up(layer.R, kLanes);
@@ -107,19 +130,19 @@ bool layers_forward(const LayersForward& p) {
     columns += layer.weight.N;
     // Decoding an element takes as long as two multiplications.
     work += (kRows + (layer.weight.dense ? 0 : 2)) * layer.weight.N * K;
-    turned |= is_turned(layer.weight);
+    needed[order_of(layer.weight)] = true;
   }
-  Buffer scratch(size + turned * kRows * K);
+  Buffer scratch(size + (needed[kStretches] + needed[kPairs]) * kRows * K);
   if (!scratch.data) return false;
   float *x = scratch.data, *next = x + kRows * K;
   memset(x + p.M * K, 0, (kRows - p.M) * K * sizeof(float));
   for (int64_t m = 0; m < p.M; ++m) widen_row(p.x, p.x_dtype, m * p.ld_x, K, x + m * K);
-  float* const turned_x = next;
-  if (turned) {
-    next += kRows * K;
-    for (int64_t k = 0; k < kRows * K; k += kStretch)
-      for (int i = 0; i < kStretch; ++i) turned_x[k + i] = x[k + kStretchOrder.element[i]];
-  }
+  const float* ordered_x[kOrders] = {x};
+  for (int order = kInOrder + 1; order < kOrders; ++order)
+    if (needed[order]) {
+      reorder((Order)order, x, kRows, K, next);
+      ordered_x[order] = next, next += kRows * K;
+    }
 
   for (int i = 0; i < p.count; ++i) {
     const FewRowsLayer& layer = *p.layers[i];
@@ -152,8 +175,8 @@ bool layers_forward(const LayersForward& p) {
     const FewRowsLayer& layer = *p.layers[i];
     const LowRank& low = low_rank[i];
     const int64_t N = layer.weight.N;
-    const float* const own_x = is_turned(layer.weight) ? turned_x : x;
-    with_any_order(layer.weight, [&](const auto& weight) {
+    const float* const own_x = ordered_x[order_of(layer.weight)];
+    with_ordered(layer.weight, [&](const auto& weight) {
 #pragma omp for schedule(static) nowait
       for (int64_t n = 0; n < N; ++n) {
         float sums[kLayerRows];

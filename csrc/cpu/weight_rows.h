@@ -28,6 +28,29 @@ LK_INLINE void for_row(const Dense<T>& w, int64_t n, int64_t first, int64_t last
   for (; k < last; ++k) one(k, to_float(row + k));
 }
 
+// Rows of bfloat16 in pairs of vectors, which take a shift and a mask of one load: those of even columns, then those of
+// odd ones.
+struct Pairs {
+  Dense<bf16> weight;
+};
+constexpr int pairs_order(int i) { return i / (2 * kLanes) * 2 * kLanes + i % kLanes * 2 + i / kLanes % 2; }
+
+template <class Chunk, class One>
+LK_INLINE void for_row(const Pairs& w, int64_t n, int64_t first, int64_t last, Chunk chunk, One one) {
+  const bf16* row = w.weight.data + n * w.weight.ld;
+  int64_t k = first;
+  for (; k + kChunk <= last; k += kChunk) {
+    vf values[kChunkVecs];
+    for (int v = 0; v < kChunkVecs; v += 2) {
+      const vu32 pairs = load_raw<vu32>(row + k + v * kLanes);
+      values[v] = (vf)(pairs << 16);
+      values[v + 1] = (vf)(pairs & 0xffff0000);
+    }
+    chunk(k, values, splat(1.0f));
+  }
+  for (; k < last; ++k) one(k, to_float(row + k));
+}
+
 // out = scale times columns [first, first + count) of row n, as floats. An NF4 weight has the scale 1.
 LK_INLINE void convert_row(const Nf4Weight& w, float, int64_t n, int64_t first, int64_t count, float* out) {
   decode_row(w, n, first, first + count, out);
