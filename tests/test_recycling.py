@@ -50,7 +50,9 @@ def test_a_result_may_be_changed_in_place(monkeypatch, pool):
 def test_a_large_result_is_given_back(monkeypatch):
     monkeypatch.setattr(recycling, "_pool", None)
     made = []
-    monkeypatch.setattr(recycling, "_new_block", lambda size, new=recycling._new_block: made.append(new(size)) or made[0])
+    monkeypatch.setattr(
+        recycling, "_new_block", lambda size, new=recycling._new_block: made.append(new(size)) or made[0]
+    )
     t = recycling.empty(3, recycling.HUGE, dtype=torch.bfloat16).fill_(1)
     assert t.shape == (3, recycling.HUGE) and t.is_contiguous() and (made[0] != 0).any()
     block = weakref.ref(made.pop())

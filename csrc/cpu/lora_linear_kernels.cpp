@@ -406,15 +406,17 @@ bool column_scale_bwd(const ColumnScaleBwd& p) {
   const int threads = thread_count(p.num_threads, p.M, p.M * p.N, kMinMoves);
   const PaddedColumns scale(p.column_scale, p.N), bias(p.bias, p.N);
   const int64_t width = round_up(p.N, kTileCols);
-  Buffer partials(p.total ? threads * width : 0);
+  // Each thread's sums, and those of the last kPieceDepth rows.
+  Buffer partials(p.total ? threads * 2 * width : 0);
   if (!scale.buffer.data || !bias.buffer.data || !partials.data) return false;
 
   with_type(p.dtype, [&](auto* type) {
     using T = __typeof__(*type);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int part = 0; part < threads; ++part) {
-      float* total = p.total ? partials.data + part * width : nullptr;
-      if (total) memset(total, 0, width * sizeof(float));
+      float *const total = p.total ? partials.data + part * 2 * width : nullptr, *const piece =
+                                                                                     total ? total + width : total;
+      if (total) memset(total, 0, 2 * width * sizeof(float));
       const Range own = share(p.M, kTileRows, part, threads);
       for (int64_t row = own.first; row < own.last; ++row) {
         const T *dy = (const T*)p.dy + row * p.ld_dy, *y = p.y ? (const T*)p.y + row * p.ld_y : nullptr;
@@ -425,7 +427,7 @@ bool column_scale_bwd(const ColumnScaleBwd& p) {
           if (!total) return;
           vf value = load(result);
           if (bias.data) value -= load(bias.data + n);
-          store(total + n, load(total + n) + slope * value);
+          store(piece + n, load(piece + n) + slope * value);
         };
         int64_t n = 0;
         for (; n + kLanes <= p.N; n += kLanes) step(n, dy + n, y ? y + n : nullptr, dz + n);
@@ -437,12 +439,16 @@ bool column_scale_bwd(const ColumnScaleBwd& p) {
           step(n, from, result, to);
           memcpy(dz + n, to, left);
         }
+        if (total && (row + 1 == own.last || (row - own.first) % kPieceDepth == kPieceDepth - 1)) {
+          for (int64_t i = 0; i < width; i += kLanes) store(total + i, load(total + i) + load(piece + i));
+          memset(piece, 0, width * sizeof(float));
+        }
       }
     }
   });
   for (int64_t n = 0; p.total && n < p.N; ++n) {
     p.total[n] = 0;
-    for (int part = 0; part < threads; ++part) p.total[n] += partials.data[part * width + n];
+    for (int part = 0; part < threads; ++part) p.total[n] += partials.data[part * 2 * width + n];
   }
   return true;
 }
