@@ -91,7 +91,9 @@ def test_load_casts_before_it_quantises_as_transformers_does(tmp_path, dtype):
     write_model(tmp_path, tiny_llama(**HIDDEN).to(stored))
     model, _ = load_model(tmp_path, dtype, quantize="nf4")
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=settings)
+    other = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=settings, device_map="cpu"
+    )
     assert model.dtype == torch.bfloat16
     assert bitsandbytes_weights(other).keys() == nf4_layers(model).keys()
     for name, weight in bitsandbytes_weights(other).items():
@@ -233,7 +235,9 @@ def test_a_bad_file_is_refused_by_name(tmp_path, model_dir):
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_what_bitsandbytes_saved_is_loaded_bit_for_bit(tmp_path, model_dir, double_quant):
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
-    saved = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, quantization_config=settings)
+    saved = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+    )
     saved.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     # In 4 bits without being asked for: there is nothing else to load.
@@ -258,7 +262,7 @@ def test_what_we_save_transformers_and_bitsandbytes_load_bit_for_bit(tmp_path, d
         tmp_path / "dense", "float32", quantize="nf4", double_quant=double_quant, skip_modules=["v_proj"]
     )
     save_nf4_model(model, tmp_path / "saved", tokenizer)
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
     theirs = bitsandbytes_weights(other)
     assert theirs.keys() == nf4_layers(model).keys() and len(theirs) == 12
     for name, layer in nf4_layers(model).items():
@@ -392,7 +396,9 @@ def test_losses_are_those_of_peft_on_bitsandbytes(tmp_path, model_dir, use_dora)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, quantization_config=quantization)
+    base = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, quantization_config=quantization, device_map="cpu"
+    )
     other = peft.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True).train()
     assert sum(isinstance(module, bnb.nn.Linear4bit) for module in other.modules()) == 14
     parameters = [parameter for parameter in other.parameters() if parameter.requires_grad]
@@ -513,7 +519,7 @@ def test_command_line(tmp_path, model_dir):
     result = command("merge", "--adapter", run, "--output", tmp_path / "nf4", "--quantize", "nf4", "--double-quant")
     assert result.exit_code == 0, result.output
     assert "of the update" in result.output
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", device_map="cpu")
     assert len(bitsandbytes_weights(merged)) == 14
     result = command("generate", "--model", tmp_path / "nf4", *prompt)
     assert result.exit_code == 0, result.output
