@@ -80,7 +80,7 @@ LK_INLINE void dot_rows(const W& weight, int64_t n, const float* x, int64_t K, c
         [&](int64_t k, const vf(&codes)[kChunkVecs], vf scale) {
           // For few rows the sums are scaled, which makes shorter chains of additions; for more, the values once for
           // all.
-          constexpr bool kScaleSums = kRows <= 2;
+          constexpr bool kScaleSums = kRows <= 4;
           vf values[kChunkVecs];
           for (int v = 0; v < kChunkVecs; ++v) values[v] = kScaleSums ? codes[v] : scale * codes[v];
 #pragma GCC unroll 8
