@@ -25,7 +25,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         raise FileNotFoundError(f"metrics file {path} does not exist")
     text = path.read_text(encoding="utf-8")
     records = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from tiny_pairs import tiny_pairs
+from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from lora_kernels import use_backend
@@ -90,7 +91,7 @@ def a_reward_adapter(directory):
 
 
 def an_sft_adapter(directory):
-    model = inject(tiny_llama(), LoRAConfig(r=5, lora_alpha=5, init="both_gaussian"))
+    model = inject(tiny_llama(), LoRAConfig(r=5, lora_alpha=5, lora_dropout=0.3, init="both_gaussian"))
     save_adapter(model, directory)
     return model.eval()
 
@@ -371,13 +372,20 @@ def test_target_kl_leaves_the_rollout(tmp_path, model_dir, data):
     assert (record["policy/minibatches"], record["policy/stopped_early"]) == (2, 1)
 
 
-def test_micro_batches_and_checkpointing_change_nothing_but_memory(tmp_path, model_dir, data):
+def test_micro_batches_and_checkpointing_change_nothing_but_memory(tmp_path, model_dir, data, monkeypatch):
+    calls = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
     changes = [{"batch_size": 8}, {"batch_size": 3}, {"batch_size": 3, "gradient_checkpointing": True}]
-    records = []
+    records, counts = [], []
     for index, change in enumerate(changes):
-        run_ppo(settings(tmp_path / str(index), model_dir, data, max_steps=2, lr=1e-3, **change), progress=False)
+        config = settings(tmp_path / str(index), model_dir, data, max_steps=2, lr=1e-3, fuse_decoder=False, **change)
+        run_ppo(config, progress=False)
+        counts.append(len(calls) - sum(counts))
         records.append([drop_timings(record) for record in steps_of(tmp_path / str(index))])
     assert records[1] == records[2]
+    # Two layers of two models, once more for each micro-batch: two in each of 2 minibatches, 2 epochs and 2 steps.
+    assert counts[2] - counts[1] == 2 * 2 * 2 * 2 * 2 * 2 and not any(calls)
     for one, other in zip(records[0], records[1], strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 

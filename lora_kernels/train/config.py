@@ -154,7 +154,7 @@ class TrainConfig:
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, ">= 1 or left out")
         self._check("max_length", self.max_length >= 2, ">= 2")
-        self._check("epochs", self.epochs > 0, "> 0")
+        self._check("epochs", 0 < self.epochs < math.inf, "finite and > 0")
         self._check("lr", self.lr > 0, "> 0")
         self._check("lr_ratio", 1 <= self.lr_ratio < math.inf, "finite and >= 1")
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,7 @@ def load_records(path: str | os.PathLike, problems: list[str] | None = None) -> 
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8: {error.reason}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: can't be read: {error}") from None
     # Files named .json hold one record a line often enough.
     if text.lstrip()[:1] != "[":

@@ -394,7 +394,10 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): that also splits at U+2028 and its like, which samples may hold.
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

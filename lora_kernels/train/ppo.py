@@ -33,7 +33,7 @@ from lora_kernels.train.reward import HEAD, attach_head
 from lora_kernels.train.rewards import FunctionReward, RewardError, RewardFunction, load_function
 from lora_kernels.train.roles import Roles
 from lora_kernels.train.rollout import Episode, sample
-from lora_kernels.train.run import CONFIG, TEMPLATE, Run, TensorBoard, start
+from lora_kernels.train.run import CONFIG, TEMPLATE, Run, TensorBoard, enable_checkpointing, start
 
 SAMPLES, PLOT = "samples.jsonl", "ppo.png"
 _EVALUATION = 1 << 31  # a step that none is, for the random numbers of evaluations
@@ -107,6 +107,8 @@ def run_ppo(
     with backend_option(config.backend):
         roles = _roles(run)
         roles.lm.check(torch.tensor(prompts[0].ids))
+        if config.gradient_checkpointing:
+            enable_checkpointing(run.model)
         return PPOTrainer(run, roles, prompts, shown[: config.eval_prompts], reward, callbacks).run()
 
 

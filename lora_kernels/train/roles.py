@@ -53,8 +53,9 @@ class Roles:
                         "adapter of a reward model"
                     )
             self.gain, self.bias = read_normalization(reward_adapter)
-        # Dropout would make the ratio of the first minibatch something else than 1.
-        model.eval()
+        # Dropout would make the ratio of the first minibatch something else than 1. All of `lm`: what is around the
+        # model says in which mode `check` leaves it.
+        self.lm.eval()
 
     def reference(self) -> AbstractContextManager[nn.Module]:
         """Inside the `with` block the model is the reference policy."""

@@ -213,7 +213,7 @@ def train(
     output_dir = Path(config.output_dir)
     module.to(accelerator.device)
     if config.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     if accelerator.is_main_process:
         check_output_dir(config)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,8 @@ def check_context(model: nn.Module, train_set: Dataset, config: TrainConfig) -> 
         )
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module) -> None:
+    """Have transformers' layers recompute their activations in training mode."""
     # Not reentrant: the embeddings are frozen, and a reentrant checkpoint whose inputs need no gradient yields none.
     kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
