@@ -150,7 +150,8 @@ def compare(
     """
     given = {name: value for name, value in flags.items() if value is not None}
     settings = {**(read_yaml(config) if config else {}), **given}
-    described = settings.pop("methods", dict.fromkeys(METHODS))
+    described = settings.pop("methods", None) or dict.fromkeys(METHODS)
+    described = dict.fromkeys(described) if isinstance(described, list) else described
     names = re.split(r"\s*,\s*", methods) if methods else described
     from lora_kernels.train.compare import TABLE, markdown, plan
     from lora_kernels.train.compare import compare as run_all
@@ -234,11 +235,16 @@ def merge(
     double_quant: _DoubleQuant = False,
 ) -> None:
     """Fold an adapter into its base model: a plain Hugging Face directory, tokenizer included."""
+    from lora_kernels.io.adapters import is_model_directory
     from lora_kernels.methods import merge as merge_adapters
+    from lora_kernels.train.generate import stop_at_turn_end
 
+    if is_model_directory(adapter):
+        raise ValueError(f"--adapter {adapter} holds a whole model: there is nothing to merge")
     with new_directory(output) as staged:
         network, tokenizer = _load(model, adapter, dtype, None, quantize, double_quant)
         merge_adapters(network, quantize)
+        stop_at_turn_end(network, tokenizer)
         if quantize:
             from lora_kernels.io.nf4 import save_nf4_model
 
@@ -461,6 +467,8 @@ def _load(
         raise ValueError("--double-quant needs --quantize nf4")
     if adapter is not None and is_model_directory(adapter):
         # What full fine-tuning leaves is a whole model, tokenizer included.
+        if model is not None and Path(model) != adapter:
+            raise ValueError(f"--model {model} is not needed: --adapter {adapter} holds a whole model")
         model, adapter = str(adapter), None
     if adapter is not None:
         settings = adapter / "adapter_config.json"

@@ -1,10 +1,10 @@
 """Memory of large results: faulting fresh pages in costs more than what is written to them.
 
-numpy's memory comes in huge pages where Linux has them for those who ask, with a fault for 512 pages: larger results
-are from there. Where glibc gives a large tensor's memory back as soon as it is freed, as the trainers have it (`return_freed_memory` in
-`lora_kernels.train.run`), each activation would come from fresh pages. With `enable`, those that our own ops make come
-from blocks of earlier ones that nothing refers to any more. A block is made only where no free one fits. All blocks
-together take the most that was in use at one time, and do so until the process ends.
+numpy's memory comes in huge pages where Linux has them for those who ask, with one fault for 512 pages: larger results
+are from there. Where glibc gives a large tensor's memory back as soon as it is freed, as the trainers have it
+(`return_freed_memory` in `lora_kernels.train.run`), each activation would still come from fresh pages. With `enable`,
+those that our own ops make come from blocks of earlier ones that nothing refers to any more. A block is made only where
+no free one fits. All blocks together take the most that was in use at one time, and do so until the process ends.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from lora_kernels import LoRAConfig, inject, save_adapter
 from lora_kernels.cli import app
 from lora_kernels.cli_flags import FIELD_HELP
 from lora_kernels.train.compare import plan
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.generate import generate
+from lora_kernels.train.generate import generate, stop_tokens, turn_end
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEMPLATE = (
@@ -263,9 +266,49 @@ def test_generate_stops_at_the_model_s_own_end_of_turn(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     ids = tokenizer("<user>a<end><assistant>", add_special_tokens=False, return_tensors="pt").input_ids
     first = model(ids).logits[0, -1].argmax().item()
-    assert generate(model, tokenizer, ["a"], max_new_tokens=6) != [tokenizer.decode([first])]
+    assert generate(model, tokenizer, ["a"], max_new_tokens=6) != [""]
     model.generation_config.eos_token_id = [first, tokenizer.eos_token_id]
-    assert generate(model, tokenizer, ["a"], max_new_tokens=6) == [tokenizer.decode([first])]
+    assert generate(model, tokenizer, ["a"], max_new_tokens=6) == [""]
+
+
+def test_the_end_of_a_turn_in_the_chat_template_ends_an_answer(tiny, tmp_path):
+    """As in base models, whose tokenizer and generation config know another end token; also once merged."""
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    assert stop_tokens(model, tokenizer) == {tokenizer.eos_token_id}
+    tokenizer.eos_token = "<pad>"
+    model.generation_config.eos_token_id = 0
+    assert stop_tokens(model, tokenizer) == {0, 1} and turn_end(tokenizer) == 1
+    assert stop_tokens(model, tokenizer, TEMPLATE.replace("<end>", "<user>")) == {0, 2}
+    assert turn_end(tokenizer, TEMPLATE.replace("<end>", "")) is None
+    assert turn_end(tokenizer, "{{ raise_exception('no') }}") is None
+    assert tokenizer.chat_template == TEMPLATE
+    tokenizer.chat_template = None
+    assert turn_end(tokenizer) is None
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    save_adapter(inject(model, LoRAConfig(r=2)), tmp_path / "adapter")
+    result = run(
+        "merge", "--model", tmp_path / "model", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [0, 1]
+
+
+def test_a_pad_token_that_the_embedding_does_not_have(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    expected = generate(model, tokenizer, ["a", "a longer one"], max_new_tokens=6)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    assert generate(model, tokenizer, ["a", "a longer one"], max_new_tokens=6) == expected
+
+
+def test_learned_positions_are_not_exceeded(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    with pytest.raises(ValueError, match=r"max_new_tokens is 60; .* exceeds the 64 positions"):
+        generate(tiny_model("gpt2"), tokenizer, ["abcde"], max_new_tokens=60)
 
 
 def test_generate_samples_from_the_seed(tiny):
@@ -360,6 +403,14 @@ def test_compare_measures_each_method(tiny, tmp_path):
     before = (out / "comparison.json").read_bytes()
     again = run(*arguments)
     assert again.exit_code == 0 and (out / "comparison.json").read_bytes() == before
+    # Interrupted before its first checkpoint; with other methods, in another order.
+    shutil.rmtree(out / "prompt" / "checkpoint-last")
+    (out / "prompt" / "result.json").unlink()
+    assert (out / "prompt" / "metrics.jsonl").exists()
+    some = run(*arguments, "--methods", "prompt,full")
+    assert some.exit_code == 0, some.output
+    names = [row["name"] for row in json.loads((out / "comparison.json").read_text())]
+    assert names == ["base model", "prompt", "full"]
     other = run(*arguments, "--seed", 1)
     assert other.exit_code == 2 and "was made by other settings" in other.stderr
 

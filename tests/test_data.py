@@ -213,3 +213,20 @@ def test_not_utf8_and_missing(tmp_path):
         list(load_records(tmp_path / "a.jsonl"))
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         list(load_records(tmp_path / "gone.jsonl"))
+
+
+def test_half_a_character_and_a_damaged_archive_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"data:1: 'instruction' holds '\\ud83d', half of a character, at 4"):
+        dataset_of({"instruction": "say \ud83d", "output": "one"})
+    path = tmp_path / "data.jsonl.gz"
+    packed = bytearray(gzip.compress(json.dumps({"instruction": "a" * 500, "output": "b"}).encode()))
+    packed[12:20] = b"\xff" * 8
+    path.write_bytes(packed)
+    with pytest.raises(ValueError, match="data.jsonl.gz: can't be read"):
+        list(load_records(path))
+
+
+def test_a_digest_tells_data_apart():
+    records = [chat("red", "one"), chat("blue", "two apple")]
+    digests = {dataset_of(*some).digest() for some in (records, records[::-1], records[:1], [*records, records[0]])}
+    assert len(digests) == 4 and dataset_of(*records).digest() in digests

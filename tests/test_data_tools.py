@@ -283,5 +283,25 @@ def test_prompts_of_any_file(tmp_path):
     )
     assert [prompt for prompt, _ in read_prompts(path)] == ["say one", "alone", "do", "a"]
     assert read_prompts(write(tmp_path / "p.txt", "one", "", "two")) == [("one", None), ("two", None)]
+    windows = tmp_path / "windows.txt"
+    windows.write_bytes("\ufeffsay one\r\n\r\na\u2028b\r\n".encode())
+    assert [prompt for prompt, _ in read_prompts(windows)] == ["say one", "a\u2028b"]
+    windows.write_bytes(b"one\n\xe9\n")
+    with pytest.raises(ValueError, match="windows.txt:2: not UTF-8"):
+        read_prompts(windows)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_prompts(tmp_path / "absent.txt")
+
+
+def test_records_without_an_answer_are_prompts(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    records = [{"messages": turns[:1]}, {"instruction": "do"}, {"prompt": "p", "completion": None}]
+    path = write(tmp_path / "prompts.jsonl", *records)
+    assert [prompt for prompt, _ in read_prompts(path)] == ["a", "do", "p"]
+    found = check_file(path, tiny_tokenizer())
+    assert (found.kind, found.problems, len(found.lengths["prompt"])) == ("prompts", [], 3)
+    path = write(tmp_path / "turns.jsonl", {"messages": turns}, {"messages": turns[:2]})
+    assert [prompt for prompt, _ in read_prompts(path)] == [turns, "a"]
+    assert check_file(path).kind == "sft"
+    found = check_file(write(tmp_path / "prompts.txt", "one", "", "two"))
+    assert (found.kind, found.records, found.lengths) == ("prompts", 2, {"prompt": [3, 3]})

@@ -74,7 +74,6 @@ def test_turns_before_the_answers_and_after_them():
     [
         ("text", "f:7: expected one of .*; got the fields str"),
         ({"prompt": "p", "chosen": "c"}, "f:7: expected one of .*; got the fields 'prompt', 'chosen'"),
-        ({"prompt": "p", "chosen": "c", "rejected": " c\n"}, "f:7: chosen and rejected are the same"),
         ({"prompt": "p", "chosen": "c", "rejected": 3}, "f:7: 'rejected' must be a non-empty list of messages, got 3"),
         ({"prompt": [], "chosen": "c", "rejected": "d"}, "f:7: 'prompt' must be a non-empty list"),
         ({"prompt": "p", "chosen": "c", "rejected": "d", "margin": "1"}, "'margin' must be a finite number, got '1'"),
@@ -142,6 +141,7 @@ def test_long_and_blank_pairs_are_dropped_and_counted(tmp_path):
         {"prompt": "say", "chosen": "one", "rejected": "one " * 40},
         FORMS["strings"],
         {"prompt": "say", "chosen": " ", "rejected": "one"},
+        {"prompt": "p", "chosen": "c", "rejected": " c\n"},
     ]
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
@@ -149,21 +149,14 @@ def test_long_and_blank_pairs_are_dropped_and_counted(tmp_path):
         pairs = load_pairs(path, tokenizer, 40)
     texts = [str(warning.message) for warning in warned]
     assert f"{path}: dropped 1 pairs with more than 40 tokens (max_length) in prompt and answer" in texts
-    assert f"{path}: dropped 1 pairs with a blank answer" in texts
-    assert (len(pairs), pairs.too_long, pairs.blank) == (1, 1, 1)
-    assert pairs.describe().endswith("1 pairs longer than max_length dropped; 1 pairs with a blank answer dropped")
+    assert f"{path}: dropped 2 pairs with a blank answer or two equal ones" in texts
+    assert (len(pairs), pairs.too_long, pairs.void) == (1, 1, 2)
+    described = "1 pairs longer than max_length dropped; 2 pairs with a blank answer or two equal ones dropped"
+    assert pairs.describe().endswith(described)
     with pytest.raises(ValueError, match="no pair is left"), pytest.warns(UserWarning):
         build_pairs([(records[0], "f")], tokenizer, 40, "f")
     with pytest.raises(ValueError, match="no records"):
         build_pairs([], tokenizer, 40, "f")
-
-
-def test_identical_pairs_are_named_by_file_and_line(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    same = {"prompt": "p", "chosen": "c", "rejected": "c"}
-    path.write_text(f"{json.dumps(FORMS['strings'])}\n\n{json.dumps(same)}\n")
-    with pytest.raises(ValueError, match=r"pairs.jsonl:3: chosen and rejected are the same"):
-        load_pairs(path, tiny_tokenizer(), 64)
 
 
 def test_parquet(tmp_path):

@@ -12,11 +12,13 @@ import torch
 from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from lora_kernels import report
 from lora_kernels.methods.lora import LoRAConfig, inject
 from lora_kernels.train import loop
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import build_dataset
+from lora_kernels.train.data import TokenDataset, build_dataset
 from lora_kernels.train.loop import StepPlan, lr_factor, truncate_metrics
 from lora_kernels.train.run import target_modules
 from lora_kernels.train.sft import AnswerLoss, run_sft, train_sft
@@ -242,10 +244,47 @@ def test_resume_refuses_another_run_and_survives_a_death_between_renames(tmp_pat
         train_for_resume(tmp_path, epochs=2, resume=True)
     with pytest.raises(ValueError, match="data rows = 22, this run has 21"):
         train_for_resume(tmp_path, max_steps=6, resume=True, dataset=tiny_dataset(21))
+    same = tiny_dataset(22)
+    same.input_ids.reverse(), same.answer_mask.reverse()
+    with pytest.raises(ValueError, match="data digest = "):
+        train_for_resume(tmp_path, epochs=1, resume=True, dataset=TokenDataset(same.input_ids, same.answer_mask))
     model = inject(tiny_llama(), LoRAConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"down_proj\.lora_a is missing here, \[4, 48\] there"):
         train_for_resume(tmp_path, epochs=1, resume=True, model=model)
     assert SFTConfig.from_yaml(tmp_path / "config.yaml").epochs == 1
+
+
+def test_other_evaluation_data_have_a_best_loss_of_their_own(tmp_path):
+    """A loss that was lower on easier data would else keep every later adapter from being written."""
+
+    def stop(record):
+        if record["step"] == 3 and "loss" in record:
+            raise KeyboardInterrupt
+
+    config = {"batch_size": 4, "save_steps": 2, "eval_steps": 2, "max_steps": 4}
+    easier = build_dataset([({"instruction": "q", "output": "ZZ##ZZ"}, "data:1")], tiny_tokenizer(), 128, "data")
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, eval_set=easier, callbacks=[stop], **config)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    _, result = train_tiny(tmp_path, eval_set=tiny_dataset(6, seed=9), resume=True, **config)
+    first, second = [record["eval_loss"] for record in read_metrics(tmp_path) if "eval_loss" in record]
+    assert second > first and result.best_eval_loss == second
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_rows_longer_than_the_context(tmp_path):
+    with pytest.warns(UserWarning, match="exceeds the model's context of 16"):
+        train_tiny(tmp_path / "a", max_steps=1, model=inject(tiny_llama(max_position_embeddings=16), LoRAConfig(r=2)))
+    config = GPT2Config(vocab_size=340, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match=r"exceeds the model's context of 16; lower max_length \(1024\)"):
+        train_tiny(tmp_path / "b", model=inject(GPT2LMHeadModel(config), LoRAConfig(r=2)))
+
+
+def test_loraplus_needs_lora_b():
+    with pytest.raises(ValueError, match="optimizer must be adamw with method prefix, which has no lora_b"):
+        settings("o", method="prefix", optimizer="loraplus")
+    with pytest.raises(ValueError, match="epochs must be finite"):
+        settings("o", epochs=math.inf)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "loraplus"])
@@ -391,9 +430,13 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path):
 
 def test_truncate_metrics_drops_later_steps_and_a_cut_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_text(
+        '{"step": 1}\n{"step": 2, "text": "a\u2028b\x85"}\n{"step": 2}\n{"step": 3}\n{"ste', encoding="utf-8"
+    )
     truncate_metrics(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    kept = path.read_text(encoding="utf-8")
+    assert kept == '{"step": 1}\n{"step": 2, "text": "a\u2028b\x85"}\n{"step": 2}\n'
+    assert len(report.read_metrics(path)) == 3
 
 
 def test_target_modules():

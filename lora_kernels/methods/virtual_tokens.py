@@ -78,6 +78,12 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(text_config, "max_position_embeddings", None)
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions the model has an embedding for; None where it computes them, as with rotary ones."""
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return context_length(model) if names & {"wpe", "embed_positions", "position_embeddings"} else None
+
+
 def initial_ids(config: VirtualTokensConfig, model: nn.Module, tokenizer: Any) -> Tensor:
     """Token ids [n] of init "vocab" (drawn from torch's generator) or "text" (repeated or cut to n)."""
     n = config.num_virtual_tokens

@@ -3,13 +3,15 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.train.data import Conversation, Renderer, load_records, set_chat_template, to_conversation
+from lora_kernels.train.data import Conversation, Renderer, load_records, message, set_chat_template, to_conversation
+from lora_kernels.train.generate import prompt_of, text_prompts
 from lora_kernels.train.preference import is_preference, to_pair
 
 KINDS = {
@@ -58,7 +60,10 @@ def check_file(path: str | os.PathLike, tokenizer: Any = None, max_length: int |
     if tokenizer is not None:
         set_chat_template(tokenizer)
         renderer = Renderer(tokenizer)
-    for record, where in load_records(path, check.problems):
+    path = Path(path)
+    is_text = path.is_file() and path.suffix == ".txt"
+    records = (({"prompt": line}, where) for line, where in text_prompts(path)) if is_text else None
+    for record, where in records or load_records(path, check.problems):
         check.records += 1
         kind = _kind(record)
         check.kind = check.kind or kind
@@ -76,20 +81,25 @@ def check_file(path: str | os.PathLike, tokenizer: Any = None, max_length: int |
 def _kind(record: Any) -> str:
     if is_preference(record):
         return "preference"
-    return "prompts" if isinstance(record, dict) and set(record) & {"prompt", "completion"} == {"prompt"} else "sft"
+    if not isinstance(record, dict):
+        return "sft"
+    if isinstance(messages := record.get("messages"), list):
+        answered = any(isinstance(item, dict) and item.get("role") == "assistant" for item in messages)
+        return "sft" if answered else "prompts"
+    fields = {name for name, value in record.items() if value is not None}
+    pairs = (("instruction", "output"), ("prompt", "completion"))
+    return "prompts" if any(prompt in fields and answer not in fields for prompt, answer in pairs) else "sft"
 
 
 def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_length: int | None) -> None:
     """Add a record to what was found; ValueError for a bad one."""
     if check.kind == "preference":
         pair = to_pair(record, where)
-        if pair.blank():
-            raise ValueError(f"{where}: the {pair.blank()} answer is blank; training leaves the pair out")
+        if why := pair.void():
+            raise ValueError(f"{where}: {why}; training leaves the pair out")
         sides = {"chosen": pair.chosen, "rejected": pair.rejected}
     else:
-        if check.kind == "prompts":
-            record = {**record, "completion": ""}
-        conversation = to_conversation(record, where)
+        conversation = _unanswered(record, where) if check.kind == "prompts" else to_conversation(record, where)
         said = [conversation.messages[i]["content"] for i in conversation.answers]
         if check.kind == "sft" and not any(text.strip() for text in said):
             raise ValueError(f"{where}: the answer is blank; training leaves the record out")
@@ -99,7 +109,9 @@ def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_
     else:
         rows = dict(zip(sides, renderer.tokenize(list(sides.values())), strict=True))
         if check.kind == "preference" and rows["chosen"][0] == rows["rejected"][0]:
-            raise ValueError(f"{where}: the chat template makes chosen and rejected the same")
+            raise ValueError(
+                f"{where}: the chat template makes chosen and rejected the same; training leaves the pair out"
+            )
         first = next(iter(rows.values()))[1]
         lengths = {"prompt": int(first.argmax()), **{name: int(mask.sum()) for name, (_, mask) in rows.items()}}
         check.too_long += max_length is not None and max(len(ids) for ids, _ in rows.values()) > max_length
@@ -108,6 +120,13 @@ def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_
         del lengths["answer"]
     for name, length in lengths.items():
         check.lengths.setdefault(name, []).append(length)
+
+
+def _unanswered(record: Any, where: str) -> Conversation:
+    """A prompt with an empty answer."""
+    prompt = prompt_of(record, where)
+    messages = [message("user", prompt)] if isinstance(prompt, str) else prompt
+    return Conversation([*messages, message("assistant", "")], (len(messages),), where)
 
 
 def _characters(sides: dict[str, Conversation]) -> dict[str, int]:

@@ -26,18 +26,26 @@ _State = TypeVar("_State")
 
 @dataclass
 class LoopState:
-    """What the loop has done so far. `window`: sums since the last logged step, `window_count`: their divisor."""
+    """What the loop has done so far. `window`: sums since the last logged step, `window_count`: their divisor;
+    `eval_data`: the digest of what `best_eval_loss` was measured on."""
 
     step: int = 0
     tokens: int = 0
     window: dict[str, float] = field(default_factory=dict)
     window_count: int = 0
     best_eval_loss: float | None = None
+    eval_data: str | None = None
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
     """`checkpoint-last`, or its predecessor where the process died between the two renames that replace it."""
     return next((path for name in (LAST, _REPLACED) if (path := output_dir / name).is_dir()), None)
+
+
+def state_before(output_dir: Path) -> str:
+    """For the message of a run that failed: where its state before is, if there is one."""
+    checkpoint = find_checkpoint(output_dir)
+    return f"; {checkpoint} holds the state before" if checkpoint else ""
 
 
 def save_checkpoint(

@@ -20,6 +20,7 @@ from lora_kernels.train.config import SFTConfig
 BASE = "base model"
 RESULT, TABLE = "result.json", "comparison"
 _PROMPTS, _NEW_TOKENS = 64, 64
+_OF_BASE = ("model", "dtype", "data", "eval_data", "chat_template", "max_length", "batch_size", "backend")
 
 
 def plan(settings: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any] | None]) -> dict[str, SFTConfig]:
@@ -71,8 +72,12 @@ def compare(
     """
     output_dir = Path(output_dir)
     first = next(iter(runs.values()))
-    base = {"config": {**first.to_dict(), "output_dir": str(output_dir / "base")}, "base": True}
-    jobs = {BASE: base, **{name: {"config": run.to_dict(), "base": False} for name, run in runs.items()}}
+    # Of the base model's row only what it depends on, so that it serves whatever methods are compared.
+    base = {name: value for name, value in first.to_dict().items() if name in _OF_BASE}
+    jobs = {BASE: {"config": {**base, "method": "lora", "output_dir": str(output_dir / "base")}, "base": True}}
+    for name, run in runs.items():
+        # A run goes on where it was interrupted, whatever was said of that.
+        jobs[name] = {"config": {**run.to_dict(), "resume": True}, "base": False}
     rows = []
     for name, job in jobs.items():
         job |= {"prompts": prompts, "max_new_tokens": max_new_tokens}
@@ -131,14 +136,12 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     from lora_kernels.io.models import load_model
     from lora_kernels.methods import merge, trainable_summary
     from lora_kernels.report import read_metrics
-    from lora_kernels.train.checkpoint import find_checkpoint
     from lora_kernels.train.data import load_dataset, set_chat_template
     from lora_kernels.train.loop import METRICS, evaluate, make_accelerator
     from lora_kernels.train.sft import AnswerLoss, run_sft
 
     config = SFTConfig(**job["config"])
     directory = Path(config.output_dir)
-    config.resume = find_checkpoint(directory) is not None
     row: dict[str, Any] = {"trainable": 0, "merges": None, "extra_tokens": 0}
     if not job["base"]:
         result = run_sft(config)

@@ -12,6 +12,8 @@ Every record becomes a list of messages, which the tokenizer's chat template ren
 """
 
 import gzip
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -63,7 +65,6 @@ class TokenDataset:
 
     input_ids: list[np.ndarray] = field(default_factory=list)
     answer_mask: list[np.ndarray] = field(default_factory=list)
-    pad_token_id: int = 0
     truncated: int = 0
     dropped: int = 0
 
@@ -77,8 +78,11 @@ class TokenDataset:
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The rows as `collate` makes them."""
-        rows = [(self.input_ids[i], self.answer_mask[i]) for i in indices]
-        return collate(rows, self.pad_token_id)
+        return collate([(self.input_ids[i], self.answer_mask[i]) for i in indices])
+
+    def digest(self) -> str:
+        """Of all that is learned from."""
+        return digest_of(zip(self.input_ids, self.answer_mask, strict=True))
 
     def describe(self) -> str:
         """One line: rows, lengths, the share of tokens that is learned, what was cut or left out."""
@@ -100,14 +104,24 @@ def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
-def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int) -> dict[str, Tensor]:
+def digest_of(arrays: Iterable[Iterable[np.ndarray]]) -> str:
+    """Sixteen hexadecimal digits that say whether data are the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in itertools.chain.from_iterable(arrays):
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
     """Pad on the right: input_ids, labels (-100 off the answers) and attention_mask, each int64 [B, T].
 
-    Mask and labels come from the lengths, never from token ids, so a pad token that is also the end token is learned
-    where it ends an answer and ignored where it pads.
+    What pads is token 0, which every model has: nothing looks at it, and a tokenizer's pad token may be one that the
+    model's embedding was never enlarged for. Mask and labels come from the lengths, never from token ids, so token 0 is
+    learned where an answer has it and ignored where it pads.
     """
     longest = max(len(ids) for ids, _ in rows)
-    input_ids = np.full((len(rows), longest), pad_token_id, dtype=np.int64)
+    input_ids = np.zeros((len(rows), longest), dtype=np.int64)
     labels = np.full((len(rows), longest), IGNORE_INDEX, dtype=np.int64)
     attention_mask = np.zeros((len(rows), longest), dtype=np.int64)
     for row, (ids, mask) in enumerate(rows):
@@ -135,14 +149,7 @@ def load_records(path: str | os.PathLike, problems: list[str] | None = None) -> 
         for index, record in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
             yield record, f"{path}: record {index}"
         return
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8: {error.reason}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: can't be read: {error}") from None
+    text = read_text(path)
     # Files named .json hold one record a line often enough.
     if text.lstrip()[:1] != "[":
         yield from _json_lines(text, path, problems)
@@ -153,6 +160,18 @@ def load_records(path: str | os.PathLike, problems: list[str] | None = None) -> 
         if problems is None:
             raise
         problems.append(str(error))
+
+
+def read_text(path: Path) -> str:
+    """A file's text, which may be .gz and start with a byte order mark. Raises ValueError with file and line."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8: {error.reason}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from None
 
 
 def _json_lines(text: str, path: Path, problems: list[str] | None) -> Iterator[tuple[Any, str]]:
@@ -243,12 +262,17 @@ def text_field(record: dict, name: str, where: str) -> str:
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name!r} must be a string, got {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = value[error.start : error.end]
+        raise ValueError(f"{where}: {name!r} holds {half!r}, half of a character, at {error.start}") from None
     return value
 
 
 def _turns(record: dict, name: str, role: str, where: str) -> list[dict[str, str]]:
     if isinstance(record[name], str):
-        return [message(role, record[name])]
+        return [message(role, text_field(record, name, where))]
     return message_list(record[name], name, where)
 
 
@@ -422,17 +446,12 @@ def build_dataset(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length
         raise ValueError(
             f"{source}: no row with an answer is left" if conversations or blank else f"{source}: no records"
         )
-    return TokenDataset(input_ids, masks, pad_token_of(tokenizer), truncated, unanswered + blank)
+    return TokenDataset(input_ids, masks, truncated, unanswered + blank)
 
 
 def load_dataset(path: str | os.PathLike, tokenizer: Any, max_length: int) -> TokenDataset:
     """`build_dataset` over the records of a file."""
     return build_dataset(load_records(path), tokenizer, max_length, str(path))
-
-
-def pad_token_of(tokenizer: Any) -> int:
-    """A token for the padding, which nothing looks at."""
-    return (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id) or 0
 
 
 def warn(text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lora_kernels.methods.virtual_tokens import learned_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +33,8 @@ def generate(
     probability.
 
     The model's training mode and the tokenizer's padding side are as before afterwards.
-    Raises ValueError for a limit out of range, or a tokenizer with neither a pad token nor an end token.
+    Raises ValueError for a limit out of range, and where a prompt and its answer exceed the positions that the model
+    has learned.
     """
     import torch
 
@@ -43,17 +46,20 @@ def generate(
         raise ValueError(f"temperature is {temperature}; it must be at least 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if pad_token_id is None:
-        raise ValueError("tokenizer has neither a pad token nor an end token")
 
     rows = [encode_prompt(tokenizer, prompt, chat_template) for prompt in prompts]
+    longest, positions = max(map(len, rows), default=0), learned_positions(model)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; with the longest prompt of {longest} tokens that exceeds the "
+            f"{positions} positions that the model has learned"
+        )
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
-    stops = sorted(stop_tokens(model, tokenizer))
+    stops = sorted(stop_tokens(model, tokenizer, chat_template))
     answers = [""] * len(rows)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
@@ -62,7 +68,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = len(rows[batch[-1]])
-            input_ids = torch.full((len(batch), width), pad_token_id, dtype=torch.long)
+            # Padding is token 0, which every model has, and which nothing looks at.
+            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
             attention_mask = torch.zeros_like(input_ids)
             for row, index in enumerate(batch):
                 length = len(rows[index])
@@ -73,24 +80,25 @@ def generate(
                     input_ids=input_ids.to(device),
                     attention_mask=attention_mask.to(device),
                     max_new_tokens=max_new_tokens,
-                    pad_token_id=pad_token_id,
+                    pad_token_id=stops[0] if stops else 0,
                     eos_token_id=stops or None,
                     use_cache=True,
                     **sampling,
                 )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for index, text in zip(batch, texts, strict=True):
-                answers[index] = text
+            for index, row in zip(batch, output[:, width:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(row) if token in stops), None)
+                answers[index] = tokenizer.decode(row[:end], skip_special_tokens=True)
     finally:
         model.train(was_training)
     return answers
 
 
 def read_prompts(path: Path) -> list[tuple[Prompt, Any]]:
-    """(prompt, record) of a text file with a prompt a line (record None), or of a file of training records.
+    """(prompt, record) of a text file with a prompt a line (record None), or of a file of records.
 
-    A record's last answer is left out, or both of a preference pair; {"prompt"} alone is also taken. Raises
-    FileNotFoundError, and ValueError that names file and line for a bad record.
+    Of a training record the last answer is left out, or both of a preference pair; one without an answer, be it that
+    its messages end with the user's, is all prompt. Raises FileNotFoundError, and ValueError that names file and line
+    for a bad record.
     """
     from lora_kernels.train.data import SUFFIXES, load_records
 
@@ -98,29 +106,76 @@ def read_prompts(path: Path) -> list[tuple[Prompt, Any]]:
         raise FileNotFoundError(f"{path}: no such file")
     if path.name.endswith(SUFFIXES):
         return [(prompt_of(record, where), record) for record, where in load_records(path)]
-    return [(line, None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [(line, None) for line, _ in text_prompts(path)]
+
+
+def text_prompts(path: Path) -> Iterator[tuple[str, str]]:
+    """(line, place) of the lines of a text file that are not blank. Raises ValueError with file and line."""
+    from lora_kernels.train.data import read_text
+
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield line.removesuffix("\r"), f"{path}:{number}"
 
 
 def prompt_of(record: Any, where: str) -> Prompt:
     """The prompt of a training record; ValueError starting with `where` for a bad record."""
-    from lora_kernels.train.data import to_conversation
+    from lora_kernels.train.data import message_list, to_conversation
     from lora_kernels.train.preference import is_preference, to_pair
 
+    messages = None
     if is_preference(record):
         messages = to_pair(record, where).prompt
-    else:
-        if isinstance(record, dict) and "prompt" in record:
-            record = {"completion": "", **record}
+    elif isinstance(record, dict):
+        if record.get("messages") is not None:
+            messages = message_list(record["messages"], "messages", where)
+            messages = None if messages[-1]["role"] == "assistant" else messages
+        for prompt, answer in (("instruction", "output"), ("prompt", "completion")):
+            if record.get(prompt) is not None and record.get(answer) is None:
+                record = {**record, answer: ""}
+    if messages is None:
         conversation = to_conversation(record, where)
         messages = conversation.messages[: conversation.answers[-1]]
     alone = len(messages) == 1 and messages[0]["role"] == "user"
     return messages[0]["content"] if alone else messages
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end an answer. Chat models end a turn with a token of their own, which their generation config names."""
+def stop_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> set[int]:
+    """Ids that end an answer: the tokenizer's end token, those that the model's generation config names, and what the
+    chat template puts after an answer, which is what training teaches: base models know of it only by their template.
+    """
     own = model.generation_config.eos_token_id
-    return (set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}) - {None}
+    named = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, turn_end(tokenizer, chat_template)}
+    return named - {None}
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> int | None:
+    """The special token with which `chat_template`, else the tokenizer's own, ends an answer, if it has one."""
+    from lora_kernels.train.data import Conversation, Renderer, message
+
+    if not (chat_template or tokenizer.chat_template):
+        return None
+    own = tokenizer.chat_template
+    tokenizer.chat_template = chat_template or own
+    try:
+        renderer = Renderer(tokenizer)
+        text, _ = renderer.spans(Conversation([message("user", "a"), message("assistant", "b")], (1,), "chat template"))
+    except ValueError:
+        # It refuses such a conversation, or shows it in another way, as training would say.
+        return None
+    finally:
+        tokenizer.chat_template = own
+    end = next((end for end in renderer.ends if text.endswith(end)), None)
+    return None if end is None else tokenizer.convert_tokens_to_ids(end)
+
+
+def stop_at_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the model's generation config, which is saved with it, name all that ends an answer."""
+    stops = sorted(stop_tokens(model, tokenizer))
+    if stops:
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None) -> list[int]:

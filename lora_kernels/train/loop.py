@@ -18,7 +18,14 @@ from torch import nn
 from lora_kernels.io.files import replacing
 from lora_kernels.methods import training_hook
 from lora_kernels.optim import LoRAPlusAdamW
-from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_checkpoint, load_state, save_checkpoint
+from lora_kernels.train.checkpoint import (
+    LoopState,
+    find_checkpoint,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    state_before,
+)
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.progress import Progress
@@ -37,6 +44,10 @@ class Dataset(Protocol):
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The keyword arguments of the trained module's forward for these rows."""
+        ...
+
+    def digest(self) -> str:
+        """Something that differs where the data differ."""
         ...
 
 
@@ -194,6 +205,7 @@ class Loop:
             "data rows": len(self.train_set),
             "data tokens": int(self.train_set.lengths.sum()),
             "data loss counts": int(self.train_set.loss_counts.sum()),
+            "data digest": self.train_set.digest(),
         }
 
     def restore(self) -> None:
@@ -205,6 +217,10 @@ class Loop:
             if self.hook and self.hook.load_state_dict(method_state, self.optimizer, self.state.step):
                 self._take_parameters()
             load_checkpoint(checkpoint, self.parameters, self.optimizer, self.accelerator)
+        eval_data = self.eval_set.digest() if self.eval_set is not None else None
+        if self.state.eval_data != eval_data:
+            # Losses of other data can't be compared.
+            self.state.eval_data, self.state.best_eval_loss = eval_data, None
         if self.main:
             truncate_metrics(self.metrics_path, self.state.step)
         self.accelerator.wait_for_everyone()
@@ -311,8 +327,8 @@ class Loop:
         if not (math.isfinite(loss) and self.finite.item()):
             what = "gradient was not finite" if math.isfinite(loss) else f"loss became {loss}"
             raise FloatingPointError(
-                f"the {what} in the {self.config.logging_steps} steps up to step {self.state.step}; "
-                "checkpoint-last holds the state before; a lower lr or dtype float32 may help"
+                f"the {what} in the {self.config.logging_steps} steps up to step {self.state.step}"
+                f"{state_before(self.output_dir)}; a lower lr or dtype float32 may help"
             )
         return sums
 

@@ -24,7 +24,7 @@ from lora_kernels.report import plot_ppo, read_metrics
 from lora_kernels.train import rl
 from lora_kernels.train.checkpoint import find_checkpoint, load_checkpoint, load_state, save_checkpoint
 from lora_kernels.train.config import PPOConfig
-from lora_kernels.train.data import set_chat_template
+from lora_kernels.train.data import digest_of, set_chat_template
 from lora_kernels.train.generate import Prompt, encode_prompt, read_prompts, stop_tokens
 from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, truncate_metrics
 from lora_kernels.train.ppo_learner import Learner
@@ -195,6 +195,7 @@ class PPOTrainer:
             "batch_size": self.config.batch_size,
             "prompts": len(self.prompts),
             "prompt tokens": sum(len(row.ids) for row in self.prompts),
+            "prompt digest": digest_of([[np.array(row.ids, dtype=np.int64)] for row in self.prompts]),
         }
 
     def run(self) -> PPOResult:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.optim.loraplus import loraplus_groups
 from lora_kernels.train import rl
+from lora_kernels.train.checkpoint import state_before
 from lora_kernels.train.config import PPOConfig
 from lora_kernels.train.roles import Roles, checkpointed
 from lora_kernels.train.rollout import Episode, EpisodeBatch, collate, micro_batches
@@ -130,8 +132,8 @@ class Learner:
                 metrics, stopped = self._minibatch(rollout, minibatch)
                 if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                     raise FloatingPointError(
-                        f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} in step {step}; "
-                        "checkpoint-last holds the state before; a lower lr or dtype float32 may help"
+                        f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} in step {step}"
+                        f"{state_before(Path(config.output_dir))}; a lower lr or dtype float32 may help"
                     )
                 done.append(metrics)
                 if stopped:

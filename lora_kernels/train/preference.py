@@ -30,10 +30,10 @@ from lora_kernels.train.data import (
     Conversation,
     Renderer,
     collate,
+    digest_of,
     load_records,
     message,
     message_list,
-    pad_token_of,
     set_chat_template,
     text_field,
     user_turn,
@@ -65,12 +65,14 @@ class Pair:
     def prompt(self) -> list[dict[str, str]]:
         return self.chosen.messages[: self.chosen.answers[0]]
 
-    def blank(self) -> str | None:
-        """Which of the two answers says nothing, if one does."""
+    def void(self) -> str | None:
+        """Why nothing can be learned from the pair, if so: an answer says nothing, or both say the same."""
         for name in ("chosen", "rejected"):
             conversation = getattr(self, name)
             if not any(conversation.messages[i]["content"].strip() for i in conversation.answers):
-                return name
+                return f"the {name} answer is blank"
+        if _stripped(self.chosen.messages) == _stripped(self.rejected.messages):
+            return "chosen and rejected are the same"
         return None
 
 
@@ -80,7 +82,7 @@ def is_preference(record: Any) -> bool:
 
 
 def to_pair(record: Any, where: str) -> Pair:
-    """The record's two conversations; ValueError starting with `where` for a bad record or answers that are equal."""
+    """The record's two conversations; ValueError starting with `where` for a bad record."""
     if not is_preference(record):
         found = ", ".join(map(repr, record)) or "none" if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where}: expected one of {'; '.join(FORMS)}; got the fields {found}")
@@ -93,8 +95,6 @@ def to_pair(record: Any, where: str) -> Pair:
     prompt = _prompt(record, where)
     whole = prompt is None
     answers = [_answer(record, name, where, whole) for name in ("chosen", "rejected")]
-    if _stripped(answers[0]) == _stripped(answers[1]):
-        raise ValueError(f"{where}: chosen and rejected are the same")
     if whole:
         # Where the one goes on after the other ends, what ends last is its answer.
         most = min(map(len, answers)) - 1
@@ -121,7 +121,10 @@ def _prompt(record: dict, where: str) -> list[dict[str, str]] | None:
         prompt = _messages(record["conversations"], "conversations", where)
     elif record.get("prompt") is not None:
         value = record["prompt"]
-        prompt = [message("user", value)] if isinstance(value, str) else _messages(value, "prompt", where)
+        is_text = isinstance(value, str)
+        prompt = (
+            [message("user", text_field(record, "prompt", where))] if is_text else _messages(value, "prompt", where)
+        )
     elif record.get("instruction") is not None:
         prompt = [user_turn(record, where)]
     else:
@@ -134,6 +137,7 @@ def _prompt(record: dict, where: str) -> list[dict[str, str]] | None:
 def _answer(record: dict, name: str, where: str, whole: bool) -> list[dict[str, str]]:
     value = record[name]
     if isinstance(value, str):
+        text_field(record, name, where)
         return _hh_messages(value, name, where) if whole else [message("assistant", value)]
     return _messages([value] if isinstance(value, dict) else value, name, where)
 
@@ -181,9 +185,8 @@ class PairDataset:
     chosen: list[Row] = field(default_factory=list)
     rejected: list[Row] = field(default_factory=list)
     margins: np.ndarray | None = None
-    pad_token_id: int = 0
     too_long: int = 0
-    blank: int = 0
+    void: int = 0
     ref_logprobs: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -200,7 +203,7 @@ class PairDataset:
         """The chosen rows, then the rejected ones, padded on the right: input_ids and labels (-100 off the answers)
         int64 [2B, T], lengths int64 [2B]; and margin [B], and ref_logprobs [2B] where they are known."""
         rows = [self.chosen[i] for i in indices] + [self.rejected[i] for i in indices]
-        batch = collate(rows, self.pad_token_id)
+        batch = collate(rows)
         batch["lengths"] = batch.pop("attention_mask").sum(1)
         batch["margin"] = torch.from_numpy(self.margins[list(indices)])
         if self.ref_logprobs is not None:
@@ -215,25 +218,29 @@ class PairDataset:
         )
         if self.too_long:
             text += f"; {self.too_long} pairs longer than max_length dropped"
-        if self.blank:
-            text += f"; {self.blank} pairs with a blank answer dropped"
+        if self.void:
+            text += f"; {self.void} pairs with a blank answer or two equal ones dropped"
         return text
+
+    def digest(self) -> str:
+        """Of all that is learned from."""
+        return digest_of([*self.chosen, *self.rejected, [self.margins]])
 
 
 def build_pairs(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: int, source: str) -> PairDataset:
     """Tokenise (record, place) pairs.
 
     A pair with an answer that, with its prompt, is longer than `max_length` tokens is dropped, not cut: a cut answer is
-    no longer the one that was judged. So is a pair with a blank answer. A warning counts both. Raises ValueError for a
-    bad record, for answers that are the same, and where no pair is left.
+    no longer the one that was judged. So is a pair with a blank answer or two equal ones. A warning counts both. Raises
+    ValueError for a bad record, and where no pair is left.
     """
     set_chat_template(tokenizer)
     renderer = Renderer(tokenizer)
-    pairs, blank = [], 0
+    pairs, void = [], 0
     for record, where in records:
         pair = to_pair(record, where)
-        if pair.blank():
-            blank += 1
+        if pair.void():
+            void += 1
         else:
             pairs.append(pair)
     chosen, rejected, margins, too_long = [], [], [], 0
@@ -242,7 +249,8 @@ def build_pairs(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: 
         rows = renderer.tokenize([side for pair in some for side in (pair.chosen, pair.rejected)])
         for pair, (one, other) in zip(some, zip(rows, rows, strict=True), strict=True):
             if one[0] == other[0]:
-                raise ValueError(f"{pair.where}: the chat template makes chosen and rejected the same")
+                void += 1
+                continue
             if max(len(one[0]), len(other[0])) > max_length:
                 too_long += 1
                 continue
@@ -251,12 +259,12 @@ def build_pairs(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: 
             margins.append(pair.margin)
     if too_long:
         warn(f"{source}: dropped {too_long} pairs with more than {max_length} tokens (max_length) in prompt and answer")
-    if blank:
-        warn(f"{source}: dropped {blank} pairs with a blank answer")
+    if void:
+        warn(f"{source}: dropped {void} pairs with a blank answer or two equal ones")
     if not chosen:
-        raise ValueError(f"{source}: no pair is left" if pairs or blank else f"{source}: no records")
+        raise ValueError(f"{source}: no pair is left" if pairs or void else f"{source}: no records")
     margins = np.array(margins, dtype=np.float32)
-    return PairDataset(chosen, rejected, margins, pad_token_of(tokenizer), too_long, blank)
+    return PairDataset(chosen, rejected, margins, too_long, void)
 
 
 def load_pairs(path: str | os.PathLike, tokenizer: Any, max_length: int) -> PairDataset:

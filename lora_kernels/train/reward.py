@@ -28,7 +28,6 @@ from lora_kernels.train.data import (
     batches_by_length,
     collate,
     message,
-    pad_token_of,
     set_chat_template,
 )
 from lora_kernels.train.generate import Prompt, generate, read_prompts
@@ -97,7 +96,7 @@ class RewardModel(nn.Module):
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
         for start_at in range(0, len(order), batch_size):
             some = order[start_at : start_at + batch_size]
-            batch = collate([rows[index] for index in some], pad_token_of(tokenizer))
+            batch = collate([rows[index] for index in some])
             lengths = batch["attention_mask"].sum(1).to(device)
             scores[some] = self.score(batch["input_ids"].to(device), lengths).cpu()
         return scores

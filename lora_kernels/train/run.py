@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from lora_kernels.io.adapters import save_adapter as save_to_directory
 from lora_kernels.io.files import replacing
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
-from lora_kernels.methods.virtual_tokens import context_length
+from lora_kernels.methods.virtual_tokens import context_length, learned_positions
 from lora_kernels.nn.fused_decoder import fuse_decoder
 from lora_kernels.report import plot_loss, plot_ranks
 from lora_kernels.train.checkpoint import find_checkpoint
 from lora_kernels.train.config import ADALORA, TrainConfig
 from lora_kernels.train.data import set_chat_template
+from lora_kernels.train.generate import stop_at_turn_end
 from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop, make_accelerator
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -89,6 +91,8 @@ class Run:
 
     def save_adapter(self, model: nn.Module, directory: Path) -> None:
         """`lora_kernels.save_adapter`, and beside it what of the tokenizer is not the model's own."""
+        if self.config.method == "full":
+            stop_at_turn_end(model, self.tokenizer)
         save_to_directory(model, directory)
         if self.config.method == "full":
             self.tokenizer.save_pretrained(directory)
@@ -251,14 +255,21 @@ def train(
 
 
 def check_context(model: nn.Module, train_set: Dataset, config: TrainConfig) -> None:
-    """ValueError where the virtual tokens and the longest row are more than the model's context holds."""
+    """ValueError where the virtual tokens and the longest row are more than the model's context holds; without virtual
+    tokens a warning, unless the positions are learned, of which there are no more."""
     virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
     context, longest = context_length(model), int(train_set.lengths.max())
-    if virtual and context is not None and virtual + longest > context:
+    if context is None or virtual + longest <= context:
+        return
+    text = f"the longest row of {longest} tokens exceeds the model's context of {context}"
+    if virtual:
         raise ValueError(
-            f"num_virtual_tokens {virtual} and the longest row of {longest} tokens exceed the model's context of "
-            f"{context}; lower max_length ({config.max_length}) or num_virtual_tokens"
+            f"num_virtual_tokens {virtual} and {text.replace('exceeds', 'exceed')}; lower max_length "
+            f"({config.max_length}) or num_virtual_tokens"
         )
+    if learned_positions(model) is not None:
+        raise ValueError(f"{text}; lower max_length ({config.max_length})")
+    warnings.warn(f"{text}: what it was never trained on; a max_length up to that would cut rows", stacklevel=2)
 
 
 def enable_checkpointing(model: nn.Module) -> None:
