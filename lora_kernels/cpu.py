@@ -124,6 +124,11 @@ def _check(x: Tensor, *adapters: Tensor | None) -> None:
             raise ValueError(f"adapter weights are {adapter.dtype}; allowed: torch.float32 and x's {x.dtype}")
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """torch.empty, whatever the default dtype and device are: kernels write to its address."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
     """Memory that this thread keeps: freshly allocated, its pages would cost more than what is written to them."""
     size, key = math.prod(shape), (name, dtype)
@@ -131,7 +136,7 @@ def _buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
     if kept is None:
         kept = _buffers.kept = {}
     if key not in kept or kept[key].numel() < size:
-        kept[key] = torch.empty(size, dtype=dtype)
+        kept[key] = _empty(size, dtype=dtype)
     return kept[key][:size].view(shape)
 
 
@@ -321,7 +326,7 @@ def lora_linear_group_fwd(
         _check(x, layer.lora_a, layer.lora_b, layer.lora_e)
     M = x.shape[0]
     if M <= LAYER_ROWS and not dropout_p and len(layers) <= MAX_LAYERS and all(map(in_one_pass, layers)):
-        hs = [torch.empty(M, layer.lora_a.shape[0], dtype=torch.float32) for layer in layers]
+        hs = [_empty(M, layer.lora_a.shape[0]) for layer in layers]
         return list(zip(few_rows_layers(x, [few_rows_layer(layer) for layer in layers], hs), hs, strict=True))
     native = x.dtype == torch.bfloat16 and native_bfloat16()
     x32 = None
@@ -386,7 +391,7 @@ def few_rows_layer(layer: Projection) -> _C.FewRowsLayer:
 def few_rows_layers(x: Tensor, layers: Sequence[_C.FewRowsLayer], hs: Sequence[Tensor] = ()) -> list[Tensor]:
     """y [..., N] of each layer for x [..., K] of up to LAYER_ROWS rows; writes h [M, R] to `hs` where given."""
     *shape, K = x.shape
-    ys = [torch.empty(*shape, layer.N, dtype=x.dtype) for layer in layers]
+    ys = [_empty(*shape, layer.N, dtype=x.dtype) for layer in layers]
     # Not by _launch, which takes as long as the kernel for a small layer.
     _C.layers_forward(
         layers,
@@ -409,7 +414,7 @@ def _lora_a_fwd(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: 
     """h = dropout(x) Aᵀ [M, R] of each layer."""
     lora_a = _side_by_side([layer.lora_a for layer in layers], 0)
     (M, K), R = x.shape, lora_a.shape[0]
-    h = torch.empty(M, R, dtype=torch.float32)
+    h = _empty(M, R)
     if R:
         _launch(
             "lora_a_fwd",
@@ -518,8 +523,8 @@ def _lora_b_bwd(
     lora_b, lora_e = layer.lora_b, layer.lora_e
     need_e = need_e and lora_e is not None
     (M, N), R = dy.shape, lora_b.shape[1]
-    dhe = torch.empty(M, R, dtype=torch.float32) if need_h or need_e else None
-    dlora_b = torch.empty(N, R, dtype=torch.float32) if need_b else None
+    dhe = _empty(M, R) if need_h or need_e else None
+    dlora_b = _empty(N, R) if need_b else None
     if R and (dhe is not None or dlora_b is not None):
         _launch(
             "lora_b_bwd",
@@ -596,7 +601,7 @@ def _lora_a_bwd(
             )
         if R == 0 and base is not None and base.dtype == dx.dtype:
             continue
-        block = torch.empty(R, K, dtype=torch.float32) if need_a else None
+        block = _empty(R, K) if need_a else None
         _launch(
             "lora_a_bwd",
             x=_part(x, rows),
@@ -655,8 +660,8 @@ def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
     """
     size = weight.numel()
     blocks = -(-size // block_size)
-    packed = torch.empty((size + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(blocks)
+    packed = _empty((size + 1) // 2, dtype=torch.uint8)
+    absmax = _empty(blocks)
     _launch(
         "nf4_quantize",
         weight=weight,
@@ -669,8 +674,8 @@ def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
     if not double_quant:
         return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
     offset = absmax.mean()
-    codes = torch.empty(blocks, dtype=torch.uint8)
-    absmax_scale = torch.empty(-(-blocks // ABSMAX_BLOCK))
+    codes = _empty(blocks, dtype=torch.uint8)
+    absmax_scale = _empty(-(-blocks // ABSMAX_BLOCK))
     _launch(
         "nf4_quantize_absmax",
         absmax=absmax,
@@ -695,7 +700,7 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     Parameters and gradients are float32, bfloat16 or float16. Arithmetic is float32. The result does not depend on
     the number of threads. Raises ValueError for another dtype or device.
     """
-    (params, grads, *states), changed = adamw_columns(groups, cache)
+    (params, grads, *_), changed = adamw_columns(groups, cache)
     grad_dtypes = [_DTYPES.get(grad.dtype) for grad in grads]
     if None in grad_dtypes:
         dtype = grads[grad_dtypes.index(None)].dtype
@@ -703,14 +708,11 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     if not params[0].is_cpu:
         raise ValueError(f"the cpu backend got parameters on {params[0].device}; it takes CPU tensors only")
     if changed:
-        cache["fixed"] = {
-            name: [0 if t is None else t.data_ptr() for t in column]
-            for name, column in zip(("exp_avg", "exp_avg_sq", "step", "master"), states, strict=True)
-        }
+        cache["fixed"] = dict(zip(("exp_avg", "exp_avg_sq", "step", "master"), cache["states"], strict=True))
         cache["fixed"]["numel"] = [param.numel() for param in params]
         cache["fixed"]["param_dtype"] = [_DTYPES[param.dtype] for param in params]
         cache["fixed"]["group"] = [index for index, group in enumerate(groups) for _ in group.params]
-    grad_norm = None if max_grad_norm is None else torch.empty((), dtype=torch.float32)
+    grad_norm = None if max_grad_norm is None else _empty()
     _C.adamw_step(
         param=cache["pointers"],
         grad=[grad.data_ptr() for grad in grads],

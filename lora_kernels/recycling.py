@@ -119,4 +119,4 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -
         return _pool.empty(*shape, dtype=dtype)
     if size >= HUGE:
         return _tensor(_aligned(_new_block(size)), shape, dtype)
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=device)

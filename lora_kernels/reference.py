@@ -290,10 +290,15 @@ def dynamic_code() -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        grid = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        grid = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         decade = (10.0 ** (i - 6) * ((grid[:-1] + grid[1:]) / 2)).tolist()
         values += decade + [-value for value in decade]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+
+
+def nf4_code(device: torch.device | str = "cpu") -> Tensor:
+    """NF4_CODE as float32 [16]."""
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 def _midpoints(code: Tensor) -> Tensor:
@@ -317,7 +322,7 @@ def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
     blocks = _in_blocks(weight.float(), block_size)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1.0 / absmax.clamp(min=NF4_SMALLEST_ABSMAX))[:, None]
-    codes = torch.bucketize(scaled, _midpoints(torch.tensor(NF4_CODE, device=device)))
+    codes = torch.bucketize(scaled, _midpoints(nf4_code(device)))
     codes = codes.reshape(-1)[: weight.numel()].to(torch.uint8)
     pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7).view(-1, 2)
     packed = (pairs[:, 0] << 4) | pairs[:, 1]
@@ -344,7 +349,7 @@ def dequantize_nf4(weight: NF4, out: Tensor) -> None:
     """Writes the dense weight to out [N, K]: NF4_CODE[code] · scale in float32, rounded once to the dtype of out."""
     N, K = weight.shape
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1)[: N * K]
-    values = torch.tensor(NF4_CODE, device=codes.device)[codes.int()]
+    values = nf4_code(codes.device)[codes.int()]
     scales = nf4_absmax(weight)[:, None]
     out.copy_((_in_blocks(values, weight.block_size) * scales).reshape(-1)[: N * K].view(N, K))
 
@@ -373,14 +378,19 @@ class AdamWGroup(NamedTuple):
 def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[list[list[Tensor | None]], bool]:
     """The six columns of tensors over all groups, for a backend that reads memory by address; and if they changed.
 
-    They changed if a parameter has moved or a tensor but a gradient is another one than in the last call with this
-    ``cache``. Then everything is checked: ValueError names what is not a contiguous float32, bfloat16 or float16
-    parameter, or a state that doesn't fit it. Gradients, new in each step, are the caller's to check.
+    They changed if a tensor but a gradient has moved or is another one than in the last call with this ``cache``. Then
+    everything is checked: ValueError names what is not a contiguous float32, bfloat16 or float16 parameter, or a state
+    that doesn't fit it. Gradients, new in each step, are the caller's to check.
     """
     columns = [[t for group in groups for t in group[column]] for column in range(6)]
     params, _, *states = columns
     # Reading an attribute of a tensor takes 0.1 us or more, and there are hundreds of them.
-    now = {"pointers": [param.data_ptr() for param in params], "sizes": [len(group.params) for group in groups]}
+    now = {
+        "pointers": [param.data_ptr() for param in params],
+        "contiguous": [param.is_contiguous() for param in params],
+        "states": [[0 if t is None else t.data_ptr() for t in column] for column in states],
+        "sizes": [len(group.params) for group in groups],
+    }
     tensors = [t for column in (params, *states) for t in column]
     same = all(cache.get(name) == value for name, value in now.items())
     if same and all(map(is_, cache["tensors"], tensors)):

@@ -520,3 +520,31 @@ def test_triton_needs_no_operator_of_torch_per_tensor(monkeypatch):
         launches.clear()
         ours_for(params, max_grad_norm=1.0).step()
     assert launches == ["_norm_kernel", "_prepare_kernel", "_step_kernel"]
+
+
+@pytest.mark.parametrize("move", ["data", "shared"])
+def test_state_that_has_moved(move):
+    """Offloading gives a tensor other memory and leaves it the same object."""
+    ours, theirs = (nn.Parameter(torch.ones(300, 30)) for _ in range(2))
+    optimizer, other = ours_for([ours], [{"params": [ours]}]), torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.0)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    for step in range(4):
+        ours.grad = torch.randn(300, 30, generator=torch.Generator().manual_seed(step))
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        other.step()
+        if step == 1:
+            for t in optimizer.state[ours].values():
+                if move == "data":
+                    old, t.data = t.data, t.data.clone()
+                    old.fill_(float("nan"))
+                else:
+                    t.share_memory_()
+    torch.testing.assert_close(ours, theirs)
+    square = nn.Parameter(torch.randn(4, 4))
+    optimizer = ours_for([square], [{"params": [square]}])
+    square.grad = torch.ones(4, 4)
+    optimizer.step()
+    square.data = square.data.t()
+    with pytest.raises(ValueError, match="parameter 0 is torch.float32 with strides"):
+        optimizer.step()

@@ -4,13 +4,17 @@ transformers' own."""
 import copy
 import gc
 import inspect
+import pickle
+import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
 from tiny_models import perturb, tiny_batch, tiny_model
 from torch import Tensor
+from torch.nn.utils import prune
 
 from lora_kernels import LoRAConfig, cpu, cpu_decoder, inject, reference, use_backend
 from lora_kernels.nn.fused_decoder import _rotating, fuse_decoder
@@ -438,7 +442,7 @@ def test_results_are_not_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> N
 
     def pack(t: Tensor, own=decoder._pack) -> object:
         packed = own(t)
-        if not isinstance(packed, Tensor):
+        if not isinstance(packed, decoder._Kept):
             dropped.append((t.numel() // t.shape[-1], t.shape[-1]))
         return packed
 
@@ -522,3 +526,104 @@ def test_compile() -> None:
     torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-4)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[1][name], atol=1e-6, rtol=1e-3)
+
+
+def test_what_is_kept_must_not_change() -> None:
+    """As torch sees to it where nothing is computed again."""
+    _, fused = pair("Llama")
+    loss = fused(input_ids=tiny_batch(), labels=tiny_batch()).loss
+    with torch.no_grad():
+        fused.model.layers[0].mlp.down_proj.lora_b.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_rms_norm_of_one_row() -> None:
+    x, dy = tensors(2, (9,), torch.float32)
+    weight = torch.full((9,), 2.0)
+    y = decoder.rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS)
+    y.backward(dy)
+    check([y.detach(), x.grad, weight.grad], lambda x, w: reference.rms_norm(x, w, EPS), [x, weight, dy])
+
+
+def test_inference_tensors_outside_of_inference_mode() -> None:
+    with torch.inference_mode():
+        x, gate = torch.randn(3, 8), torch.randn(3, 8)
+    torch.testing.assert_close(decoder.rms_norm(x, torch.ones(8), EPS), reference.rms_norm(x, torch.ones(8), EPS))
+    torch.testing.assert_close(decoder.swiglu(gate, x), reference.swiglu(gate, x))
+
+
+class SelfAttention(torch.nn.Module):
+    def __init__(self, between: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.between = between
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x)
+        self.between(x)
+        return q + 2 * self.k_proj(x) + 3 * self.v_proj(x)
+
+
+def fused_and_plain(between: Callable[[Tensor], object] = id) -> tuple[torch.nn.Module, torch.nn.Module]:
+    models = []
+    for fuse in (True, False):
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(SelfAttention(between))
+        if fuse:
+            assert fuse_decoder(model) == 1
+        torch.manual_seed(4)
+        inject(model, LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+        perturb(model)
+        models.append(model)
+    return tuple(models)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_x_that_changes_between_the_layers_of_a_group(rows: int) -> None:
+    fused, plain = fused_and_plain(lambda x: x.add_(1))
+    x = torch.randn(rows, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
+
+
+def test_layers_whose_hooks_change_them_are_no_group() -> None:
+    fused, plain = fused_and_plain()
+    x = torch.randn(20, 8)
+    for model in (fused, plain):
+        prune.l1_unstructured(model[0].k_proj, "lora_a", 0.5)
+        model[0].v_proj.register_forward_hook(lambda module, args, y: 2 * y)
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), plain(x))
+        for model in (fused, plain):
+            model[0].k_proj.lora_a_orig.data.mul_(3)
+
+
+def test_threads_do_not_take_each_others_group() -> None:
+    """One is between q_proj and k_proj while another runs the same model from end to end."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def between(x: Tensor) -> None:
+        if x is xs[0]:
+            inside.set()
+            assert leave.wait(20)
+
+    fused, plain = fused_and_plain(between)
+    plain[0].between = id
+    xs, results = [torch.randn(20, 8) for _ in range(2)], []
+    thread = threading.Thread(target=lambda: results.append(fused(xs[0])))
+    thread.start()
+    assert inside.wait(20) and fused[0].k_proj.group is not None
+    torch.testing.assert_close(fused(xs[1]), plain(xs[1]))
+    leave.set()
+    thread.join()
+    torch.testing.assert_close(results[0], plain(xs[0]))
+    assert not fused[0].lora_kernels_apart
+
+
+def test_a_pickled_model_comes_back_plain_and_can_be_fused() -> None:
+    plain, fused = pair("Llama")
+    loaded = pickle.loads(pickle.dumps(fused))
+    assert torch.equal(loss_and_grads(loaded)[0], loss_and_grads(plain)[0])
+    assert fuse_decoder(loaded) == FUSED["Llama"]
+    assert torch.equal(loss_and_grads(loaded)[0], loss_and_grads(fused)[0])

@@ -450,17 +450,47 @@ def test_bad_state_dict_is_named():
 
 @pytest.mark.parametrize("name, dtype", [("reference", FP32), ("cpu", FP32), ("cpu", BF16), ("cuda-emulated", BF16)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_frozen_layer_keeps_nothing_for_backward(name, dtype, bias):
+def test_a_frozen_layer_keeps_nothing_but_its_weight_for_backward(name, dtype, bias):
     inputs = lora_inputs(12, 65, 129, 1, dtype, bias=bias)
     weight = quantize_nf4(inputs["weight"])
     x, b = inputs["x"].view(3, 4, 129).requires_grad_(), inputs["bias"]
     dense, dy = weight.dequantize(dtype), torch.randn(3, 4, 65, generator=torch.Generator().manual_seed(1)).to(dtype)
     kept = []
-    with use_backend(name), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+    with use_backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = frozen_linear(x, weight, b)
         (dx,) = torch.autograd.grad(y, x, dy)
-    assert not kept
+        again = frozen_linear(x, weight, b)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in weight.tensors()[:2]}
+    assert again.requires_grad
     plain = torch.nn.functional.linear(x, dense, b)
     exact = torch.nn.functional.linear(x.double(), dense.double(), None if b is None else b.double())
     assert_close_to_reference(y, plain, exact, "y")
     assert_close_to_reference(dx, dy @ dense, dy.double() @ dense.double(), "dx")
+    y = frozen_linear(x, weight, b)
+    weight.absmax.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("default", [BF16, torch.float64])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_another_default_dtype_changes_nothing(default, double_quant):
+    """Kernels write float32 to what they are given."""
+    weight = lora_inputs(1, 300, 256, 1)["weight"]
+    expected = quantize_nf4(weight, 64, double_quant)
+    torch.set_default_dtype(default)
+    try:
+        for name in ("cpu", "reference"):
+            with use_backend(name):
+                made = quantize_nf4(weight, 64, double_quant)
+                assert torch.equal(made.dequantize(FP32), expected.dequantize(FP32))
+        assert torch.equal(made.absmax, expected.absmax) and made.absmax.dtype == expected.absmax.dtype
+        layers = [NF4Linear(w) for w in (made, quantize_nf4(torch.zeros_like(weight), 64, double_quant))]
+        state = layers[0].state_dict()
+        assert state["weight.quant_map"].dtype == FP32
+        layers[1].load_state_dict(state)
+    finally:
+        torch.set_default_dtype(FP32)
+    assert torch.equal(layers[1].weight.dequantize(FP32), expected.dequantize(FP32))
+    layers[1].weight.packed.zero_()
+    assert torch.equal(made.dequantize(FP32), expected.dequantize(FP32)), "what was loaded is a copy"

@@ -5,7 +5,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import cpu, use_backend
@@ -363,3 +365,64 @@ def test_few_rows_under_vmap_and_tracing(few_rows):
     traced = torch.jit.trace(layer, few_rows, check_trace=False)
     assert torch.equal(traced(2 * few_rows), layer(2 * few_rows))
     torch.testing.assert_close(torch.vmap(layer)(few_rows), y)
+
+
+class Twice(nn.Module):
+    def forward(self, t):
+        return 2 * t
+
+
+@pytest.mark.parametrize("name", ["lora_a", "lora_b", "bias", "weight"])
+def test_few_rows_of_a_layer_whose_tensors_are_made_anew(few_rows, name):
+    """The address of a tensor that lives for one call must not be kept."""
+    for change in ("parametrize", "prune"):
+        layer = make().eval()
+        if change == "parametrize":
+            parametrize.register_parametrization(layer, name, Twice())
+        else:
+            prune.l1_unstructured(layer, name, 0.5)
+        for factor in (1, 3):
+            if change == "prune":
+                getattr(layer, f"{name}_orig").data.mul_(factor)
+            torch.testing.assert_close(layer(few_rows), formula(layer, few_rows)) if factor == 1 else layer(few_rows)
+        torch.testing.assert_close(layer(few_rows), formula(layer, few_rows))
+
+
+def test_a_default_device_changes_nothing(few_rows):
+    layer, x = make(lora_dropout=0.1), torch.randn(20, 24)
+    expected = layer.eval()(x), layer(few_rows)
+    with torch.device("meta"):
+        actual = layer(x), layer(few_rows)
+        with torch.enable_grad():
+            layer.train()(x.requires_grad_()).sum().backward()
+    assert all(map(torch.equal, actual, expected)) and x.grad.device.type == "cpu"
+
+
+def test_forward_mode_is_refused():
+    """torch would take the derivative for zero."""
+    layer, x, t = make(), torch.randn(3, 24), torch.randn(3, 24)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(layer, (x,), (t,))
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        layer(forward_ad.make_dual(x, t))
+    assert layer(x).isfinite().all()
+
+
+def test_views_with_a_pending_negation():
+    z = torch.randn(20, 24, dtype=torch.complex64)
+    x = torch._neg_view(z.real.contiguous())
+    assert x.is_neg() and x.is_contiguous()
+    for rows in (x, x[:2]):
+        with torch.no_grad():
+            torch.testing.assert_close(make()(rows), formula(make(), rows.resolve_neg()))
+
+
+def test_norms_of_dora_follow_lora_e():
+    layer, x = make(use_dora=True), torch.randn(12, 24)
+    with torch.no_grad():
+        before = layer(x)
+        layer.lora_e = nn.Parameter(torch.tensor([1.0, 2.0, 0.5, 3.0]))
+        after = layer(x)
+        layer._eval_norms = None
+        torch.testing.assert_close(layer(x), after)
+    assert not torch.equal(before, after)

@@ -57,7 +57,7 @@ def fuse_decoder(model: nn.Module) -> int:
 
     Returns how many modules it has changed.
     """
-    own = [module for module in model.modules() if "forward" not in vars(module)]
+    own = [module for module in model.modules() if _has_own_forward(module)]
     count = 0
     for module in own:
         plain = getattr(type(module), "forward", None)
@@ -80,13 +80,19 @@ def fuse_decoder(model: nn.Module) -> int:
             module.forward = MethodType(forward, module)
         count += 1
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) is nn.Linear and "forward" not in vars(head):
+    if type(head) is nn.Linear and _has_own_forward(head):
         head.forward = MethodType(_head_forward, head)
         count += 1
     if count:
         for stack in filter(_is_stack, own):
             stack.forward = MethodType(_recomputing(type(stack).forward), stack)
     return count
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether nobody has replaced it. (What was pickled comes back as the class's.)"""
+    forward = vars(module).get("forward")
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 def _norm_eps(norm: nn.Module) -> float | None:
@@ -276,6 +282,11 @@ def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
     if not decoder.is_fused(x):
         return type(self).forward(self, x)
     return self.down_proj(decoder.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+for _function in (_norm_forward, _head_forward, _mlp_forward):
+    # By which pickle looks a bound method up in its module, and finds the class's own.
+    _function.__name__ = "forward"
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:

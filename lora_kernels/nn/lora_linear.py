@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from lora_kernels.reference import Projection
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 # Along which dimension of the adapter's tensors the rank runs.
 RANK_DIMENSION = {"lora_a": 0, "lora_b": 1, "lora_e": 0}
+# What `few_rows_view` reads beside the weight.
+_VIEWED = frozenset({"lora_a", "lora_b", "lora_e", "bias"})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -63,22 +66,25 @@ class ProjectionGroup:
     def __init__(self, layers: Sequence[FusedLoRALinear]) -> None:
         self.layers = layers
         self.idle = False
-        self._waiting: tuple[Tensor | None, dict[FusedLoRALinear, Tensor]] = (None, {})
+        # Other threads that run the same model meanwhile have nothing to do with it.
+        self.thread = threading.get_ident()
+        self._waiting: tuple[Tensor | None, int | None, dict[FusedLoRALinear, Tensor]] = (None, None, {})
 
     def __call__(self, layer: FusedLoRALinear, x: Tensor) -> Tensor:
-        source, results = self._waiting
-        if source is not x or layer not in results:
+        source, source_version, results = self._waiting
+        version = None if x.is_inference() else x._version
+        if source is not x or source_version != version or layer not in results:
             self.idle = self.idle or bool(results)
             ys = _few_rows(self.layers, x)
             if ys is None:
                 dropout_p = layer.lora_dropout if layer.training else 0.0
                 ys = lora_linear_group(x, [each.projection() for each in self.layers], dropout_p)
             results = dict(zip(self.layers, ys, strict=True))
-            self._waiting = (x, results)
+            self._waiting = (x, version, results)
         return results.pop(layer)
 
     def close(self) -> None:
-        self.idle = self.idle or bool(self._waiting[1])
+        self.idle = self.idle or bool(self._waiting[2])
         for layer in self.layers:
             layer.__dict__["group"] = None
 
@@ -100,13 +106,17 @@ def _few_rows(layers: Sequence[FusedLoRALinear], x: Tensor) -> list[Tensor] | No
 def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
     """A group of these layers, which until it is closed compute each other's results; None where they can't be one.
 
-    They must be FusedLoRALinears of one dropout with their adapters in use, unmerged and without DoRA.
+    They must be FusedLoRALinears of one dropout with their adapters in use, unmerged and without DoRA, and nothing may
+    wait for a layer's own call, such as a hook that fills its weight.
     """
     how = set()
     for layer in layers:
         if type(layer) is not FusedLoRALinear or layer.group is not None or not layer.adapters_enabled or not layer.r:
             return None
         if layer.merged or layer.lora_magnitude is not None:
+            return None
+        own = layer.__dict__
+        if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
             return None
         how.add((layer.in_features, layer.lora_dropout if layer.training else 0.0))
     if len(how) > 1:
@@ -309,7 +319,7 @@ class FusedLoRALinear(nn.Module):
         args = (self._base(), self._weight_squares, self.lora_a, lora_b, self.scaling)
         if torch.compiler.is_compiling():
             return row_norms(*args)
-        adapter = (self.lora_a, self.lora_b)
+        adapter = tuple(t for t in (self.lora_a, self.lora_b, self.lora_e) if t is not None)
         if torch.is_grad_enabled() or any(t.is_inference() for t in adapter):
             self._eval_norms = None
             return row_norms(*args)
@@ -332,12 +342,15 @@ class FusedLoRALinear(nn.Module):
         if self.lora_magnitude is not None or self.fan_in_fan_out:
             return None
         # Not self.lora_a: nn.Module's __getattr__ would take longer than all of this.
-        tensors = self._parameters
+        tensors, nf4 = self._parameters, self._modules.get("weight")
+        # Else they are made anew for each call, by pruning or a parametrization.
+        if type(self) is not FusedLoRALinear or not tensors.keys() >= _VIEWED or ("weight" in tensors) == bool(nf4):
+            return None
         state = (
             x.dtype,
             self.scaling,
             *(None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors.values()),
-            None if "weight" in tensors else self._modules["weight"].addresses(),
+            None if nf4 is None else nf4.addresses(),
         )
         if self._view[0] != state:
             layer = few_rows_projection(x, self.projection())
@@ -347,8 +360,9 @@ class FusedLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
         weight = self.weight
-        if self.group is not None:
-            return self.group(self, x)
+        group = self.group
+        if group is not None and group.thread == threading.get_ident():
+            return group(self, x)
         if self.adapters_enabled and not self.merged and self.r:
             if (ys := _few_rows((self,), x)) is not None:
                 return ys[0]

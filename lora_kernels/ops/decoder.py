@@ -9,10 +9,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import backends, cpu, cpu_decoder
@@ -26,6 +27,7 @@ def is_fused(x: Tensor, weight: Tensor | None = None) -> bool:
         x.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
         and (weight is None or (weight.dtype == x.dtype and weight.is_contiguous()))
         and backends.resolve(x) is cpu
         and x.dtype in cpu._DTYPES
@@ -57,17 +59,34 @@ class _Recipe:
         return self.made
 
 
+class _Kept(NamedTuple):
+    """A saved tensor and its version, which torch doesn't look at where there are hooks."""
+
+    tensor: Tensor
+    version: int | None
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
 def _pack(t: Tensor) -> Any:
     recipe = getattr(t.untyped_storage(), _RECIPE, None)
     if recipe is None or recipe.version != t._version:
         # Not t itself, which keeps the node alive whose result it is, and that keeps what this returns.
-        return t.detach()
+        return _Kept(t.detach(), _version(t))
     return recipe, t.shape, t.stride(), t.storage_offset()
 
 
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
+    if isinstance(packed, _Kept):
+        t, version = packed
+        if _version(t) != version:
+            raise RuntimeError(
+                f"a tensor {list(t.shape)} that is needed for gradient computation has been modified by an inplace "
+                f"operation: it is at version {_version(t)}; expected version {version}"
+            )
+        return t
     recipe, *view = packed
     return recipe().as_strided(*view)
 
@@ -108,7 +127,7 @@ class _RMSNorm(torch.autograd.Function):
         dweight = None
         if ctx.needs_input_grad[1]:
             terms = dy.float() * x.float() * rstd.unsqueeze(-1)
-            dweight = terms.flatten(0, -2).sum(0).to(weight.dtype)
+            dweight = terms.reshape(-1, terms.shape[-1]).sum(0).to(weight.dtype)
         return dx, dweight, None, None
 
 
@@ -123,7 +142,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {list(weight.shape)}; expected {list(x.shape[-1:])}, the last dim of x")
     _check(x, weight)
-    if not torch.is_grad_enabled():
+    if _needs_no_graph(x, weight):
         return cpu_decoder.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps, offset)[0]
     return _RMSNorm.apply(x, weight.contiguous(), float(eps), float(offset))
 
@@ -157,7 +176,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if up.shape != gate.shape:
         raise ValueError(f"up has shape {list(up.shape)}; expected that of gate, {list(gate.shape)}")
     _check(gate, up)
-    if not torch.is_grad_enabled():
+    if _needs_no_graph(gate, up):
         return cpu_decoder.swiglu_fwd(gate.contiguous(), up.contiguous())
     return _SwiGLU.apply(gate, up)
 
@@ -193,6 +212,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         _check(x, angle)
     x, cos, sin = with_rows(x), cos.contiguous(), sin.contiguous()
     return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else cpu_decoder.rotary(x, cos, sin)
+
+
+def _needs_no_graph(*tensors: Tensor) -> bool:
+    """Whether neither a gradient nor, for what comes after, a recipe is made of these."""
+    if not torch.is_grad_enabled():
+        return True
+    return any(t.is_inference() for t in tensors) and not any(t.requires_grad for t in tensors)
 
 
 def with_rows(t: Tensor) -> Tensor:

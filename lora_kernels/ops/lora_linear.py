@@ -15,6 +15,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import backends, cpu, reference, strategy
@@ -44,6 +45,7 @@ def _matrix(t: Tensor) -> Tensor:
 
 def _rows(t: Tensor) -> Tensor:
     """t [M, K] with unit stride along K and rows that don't overlap, which is what every backend reads."""
+    t = t.resolve_neg() if t.is_neg() else t
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
@@ -140,9 +142,11 @@ def _unwatched(*tensors: Tensor | None) -> bool:
     """Whether the implementation of an op may be called past torch's dispatcher, which takes longer than a small layer.
 
     Not where something else than autograd sees ops: a compiler or tracer, a mode (FakeTensorMode, a profiler of FLOPs,
-    selective checkpointing), a transform (vmap), or a subclass of Tensor.
+    selective checkpointing), a transform (vmap), forward-mode differentiation, or a subclass of Tensor.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return not torch._C._len_torch_dispatch_stack() and all(t is None or type(t) in _PLAIN for t in tensors)
 
@@ -217,7 +221,8 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.weight, ctx.shape = weight, x.shape
+        ctx.save_for_backward(*weight[:-2])
+        ctx.settings = weight[-2:], x.shape
         rows = _rows(_matrix(x))
         lora_a, lora_b = _no_adapter(rows, weight)
         args = (rows, weight, lora_a, lora_b, 1.0, _vector(bias), None, 0.0, None, None)
@@ -227,7 +232,8 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _frozen_dx(_rows(_matrix(dy)), ctx.weight).view(ctx.shape), None, None
+        settings, shape = ctx.settings
+        return _frozen_dx(_rows(_matrix(dy)), NF4(*ctx.saved_tensors, *settings)).view(shape), None, None
 
 
 def _frozen_dx(dy: Tensor, weight: Tensor | NF4) -> Tensor:
@@ -444,7 +450,7 @@ def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
 
 def is_plain_on_cpu(x: Tensor) -> bool:
     """Whether x, without a gradient, may go to our C++ past the op."""
-    return _plain(x) and is_fused(x)
+    return _plain(x) and not x.is_neg() and is_fused(x)
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -567,6 +573,11 @@ def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
 
 
 def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None) -> Tensor:
+    if forward_ad._current_level >= 0:
+        # torch would take the tangent for 0.
+        raise NotImplementedError(
+            "lora_linear has no forward-mode derivative; use lora_kernels.reference.lora_linear_ref for it"
+        )
     N, K = weight.shape
     weight, *nf4_parts = _parts_of(weight.tensors() if isinstance(weight, NF4Weight) else weight)
     tensors = (x, weight, lora_a, lora_b, bias, lora_e, column_scale)

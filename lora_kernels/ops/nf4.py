@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import backends, recycling
-from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_CODE, dynamic_code
+from lora_kernels.reference import ABSMAX_BLOCK, NF4, dynamic_code, nf4_code
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +125,8 @@ class NF4Weight(nn.Module):
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
         device = self.device
-        self._adopt(NF4(*(part.to(device) if isinstance(part, Tensor) else part for part in parts)), dtype)
+        copy = not local_metadata.get("assign_to_params_buffers", False)
+        self._adopt(NF4(*(part.to(device, copy=copy) if isinstance(part, Tensor) else part for part in parts)), dtype)
 
     def extra_repr(self) -> str:
         double = ", double_quant=True" if self.double_quant else ""
@@ -179,7 +180,7 @@ def to_bitsandbytes(weight: NF4Weight) -> dict[str, Tensor]:
     entries = {
         "": weight.packed.unsqueeze(1),
         ".absmax": weight.absmax,
-        ".quant_map": torch.tensor(NF4_CODE, device=weight.device),
+        ".quant_map": nf4_code(weight.device),
     }
     if weight.double_quant:
         entries[".nested_absmax"] = weight.absmax_scale
@@ -221,7 +222,7 @@ def from_bitsandbytes(entries: Mapping[str, Tensor]) -> tuple[NF4, torch.dtype]:
     expect("quant_type", state.get("quant_type"), "nf4")
     if block_size not in BLOCK_SIZES or dtype not in _DTYPES:
         raise ValueError(f"blocksize is {block_size} and dtype {dtype}; allowed: {BLOCK_SIZES} and {_DTYPES}")
-    if not torch.equal(flat(".quant_map", torch.float32, 16).cpu(), torch.tensor(NF4_CODE)):
+    if not torch.equal(flat(".quant_map", torch.float32, 16).cpu(), nf4_code()):
         raise ValueError("quant_map is not NF4's")
     packed = entry("").detach().contiguous().view(-1).view(torch.uint8)
     expect("bytes of weight", packed.numel(), (N * K + 1) // 2)

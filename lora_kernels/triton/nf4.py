@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.parts import ceil_div
-from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_CODE, NF4_SMALLEST_ABSMAX, dynamic_code
+from lora_kernels.reference import ABSMAX_BLOCK, NF4, NF4_SMALLEST_ABSMAX, dynamic_code, nf4_code
 
 from . import configs
 from .common import Launcher, cast
@@ -27,14 +27,14 @@ _SMALLEST_ABSMAX = tl.constexpr(NF4_SMALLEST_ABSMAX)
 @functools.lru_cache
 def tables(device: torch.device) -> Tensor:
     """float32 [272] on the device: NF4_CODE, then dynamic_code()."""
-    return torch.cat([torch.tensor(NF4_CODE), dynamic_code()]).to(device)
+    return torch.cat([nf4_code(), dynamic_code()]).to(device)
 
 
 @functools.lru_cache
 def _midpoints(device: torch.device) -> Tensor:
     """float32 [272] on the device: the midpoints of NF4_CODE, then of dynamic_code(), each with +inf at its end."""
     ends = [torch.cat([(code[:-1] + code[1:]) / 2, code.new_tensor([torch.inf])])
-            for code in (torch.tensor(NF4_CODE), dynamic_code())]  # fmt: skip
+            for code in (nf4_code(), dynamic_code())]  # fmt: skip
     return torch.cat(ends).to(device)
 
 
