@@ -367,6 +367,15 @@ def test_few_rows_under_vmap_and_tracing(few_rows):
     torch.testing.assert_close(torch.vmap(layer)(few_rows), y)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_few_rows_of_every_plain_layer_go_past_the_op(few_rows, bias, quantize):
+    linear = nn.Linear(24, 40, bias=bias)
+    layer = FusedLoRALinear.from_linear(linear, 4, 8, quantize=quantize).eval()
+    layer(few_rows)
+    assert layer._view[1] is not None
+
+
 class Twice(nn.Module):
     def forward(self, t):
         return 2 * t

@@ -28,8 +28,7 @@ from lora_kernels.reference import Projection
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 # Along which dimension of the adapter's tensors the rank runs.
 RANK_DIMENSION = {"lora_a": 0, "lora_b": 1, "lora_e": 0}
-# What `few_rows_view` reads beside the weight.
-_VIEWED = frozenset({"lora_a", "lora_b", "lora_e", "bias"})
+_ADAPTER = frozenset({"lora_a", "lora_b"})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -343,8 +342,10 @@ class FusedLoRALinear(nn.Module):
             return None
         # Not self.lora_a: nn.Module's __getattr__ would take longer than all of this.
         tensors, nf4 = self._parameters, self._modules.get("weight")
-        # Else they are made anew for each call, by pruning or a parametrization.
-        if type(self) is not FusedLoRALinear or not tensors.keys() >= _VIEWED or ("weight" in tensors) == bool(nf4):
+        # What is made anew for each call, by pruning or a parametrization, is no parameter, but an attribute.
+        own = self.__dict__
+        made_anew = own.get("bias") is not None or own.get("lora_e") is not None or not tensors.keys() >= _ADAPTER
+        if made_anew or type(self) is not FusedLoRALinear or ("weight" in tensors) == (nf4 is not None):
             return None
         state = (
             x.dtype,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.methods.virtual_tokens import cache_argument
+from lora_kernels.ops.lora_linear import frozen_linear
 from lora_kernels.train.losses import IGNORE_INDEX
 from lora_kernels.train.sft import AnswerLoss
 
@@ -103,7 +104,7 @@ def sample(
     for _ in range(max_new_tokens):
         arguments = {"attention_mask": mask, "position_ids": positions, cache_name: cache, "use_cache": True}
         hidden = decoder(input_ids=ids, **arguments).last_hidden_state[:, -1]
-        logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * lm.logit_scale
+        logits = frozen_linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * lm.logit_scale
         if lm.logit_softcap is not None:
             logits = lm.logit_softcap * torch.tanh(logits / lm.logit_softcap)
         logprobs = torch.log_softmax(logits / temperature, -1)
