@@ -15,7 +15,7 @@ from lora_kernels.train.config import TrainConfig
 FIELD_HELP = {
     "model": ("Model and data", "Directory or hub id of a causal LM, a Llama GGUF file, or smollm2-135m."),
     "data": ("Model and data", "Training file: .json, .jsonl, .jsonl.gz or .parquet."),
-    "eval_data": ("Model and data", "Evaluation file, same forms."),
+    "eval_data": ("Model and data", "Evaluation file, same forms; the adapter with the best loss on it is kept."),
     "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
     "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
     "max_length": ("Model and data", "Tokens kept of each example; a longer preference pair is left out."),
