@@ -50,8 +50,8 @@ class TrainConfig:
 
     model: directory or hub id of a causal language model.
     data, eval_data: .json, .jsonl, .jsonl.gz or .parquet file (see `lora_kernels.train.data`).
-    output_dir: gets the adapter (with eval_data that of the best evaluation), `checkpoint-last/`, metrics.jsonl, loss.png and config.yaml; ranks.png with
-        adalora.
+    output_dir: gets the adapter (with eval_data that of the best evaluation), `checkpoint-last/`, metrics.jsonl,
+        loss.png and config.yaml; ranks.png with adalora.
     method: "lora"; "qlora", the same with the frozen linear layers in NF4 (Dettmers et al. 2023), where a bitsandbytes
         NF4 checkpoint stays with any method; "dora", LoRA with a trained magnitude for each row of the weight (Liu et
         al. 2024); "adalora", low-rank updates whose ranks are distributed over the modules
