@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lora_kernels import LoRAConfig, inject, save_adapter
+from lora_kernels import LoRAConfig, PromptConfig, inject, save_adapter
 from lora_kernels.cli import app
 from lora_kernels.cli_flags import FIELD_HELP
 from lora_kernels.train.compare import plan
@@ -307,8 +307,14 @@ def test_a_pad_token_that_the_embedding_does_not_have(tiny):
 
 def test_learned_positions_are_not_exceeded(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
-    with pytest.raises(ValueError, match=r"max_new_tokens is 60; .* exceeds the 64 positions"):
-        generate(tiny_model("gpt2"), tokenizer, ["abcde"], max_new_tokens=60)
+    model, template = tiny_model("gpt2"), "{{ messages[0]['content'] }}"
+    for virtual in (0, 8):
+        if virtual:
+            inject(model, PromptConfig(num_virtual_tokens=virtual))
+        most = 64 - virtual - 5 + 1
+        generate(model, tokenizer, ["!!!!!"], max_new_tokens=most, chat_template=template)
+        with pytest.raises(ValueError, match=rf"max_new_tokens is {most + 1}; .* exceeds the 64 positions"):
+            generate(model, tokenizer, ["!!!!!"], max_new_tokens=most + 1, chat_template=template)
 
 
 def test_generate_samples_from_the_seed(tiny):
@@ -428,6 +434,10 @@ def test_compare_names_a_bad_run(methods, message):
     settings = {"model": "m", "data": "d", "eval_data": "e"}
     with pytest.raises(ValueError, match=message):
         plan(settings, methods)
+    runs = plan({**settings, "optimizer": "loraplus"}, {"lora": None, "full": None})
+    assert [run.optimizer for run in runs.values()] == ["loraplus", "adamw"]
+    with pytest.raises(ValueError, match="methods: full: optimizer must be adamw"):
+        plan(settings, {"full": {"optimizer": "loraplus"}})
     with pytest.raises(ValueError, match="eval_data is missing"):
         plan({"model": "m", "data": "d"}, {"lora": None})
     with pytest.raises(ValueError, match="method is 'lora' for all runs"):

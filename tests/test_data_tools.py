@@ -300,6 +300,11 @@ def test_records_without_an_answer_are_prompts(tmp_path):
     assert [prompt for prompt, _ in read_prompts(path)] == ["a", "do", "p"]
     found = check_file(path, tiny_tokenizer())
     assert (found.kind, found.problems, len(found.lengths["prompt"])) == ("prompts", [], 3)
+    found = check_file(write(tmp_path / "chats.jsonl", {"messages": turns[:1]}, {"messages": turns}))
+    assert (found.kind, found.problems) == ("prompts", [])
+    both = {"instruction": "i", "prompt": "p", "completion": "c"}
+    path = write(tmp_path / "both.jsonl", both)
+    assert [prompt for prompt, _ in read_prompts(path)] == ["p"] and check_file(path).kind == "sft"
     path = write(tmp_path / "turns.jsonl", {"messages": turns}, {"messages": turns[:2]})
     assert [prompt for prompt, _ in read_prompts(path)] == [turns, "a"]
     assert check_file(path).kind == "sft"

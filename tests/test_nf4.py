@@ -472,6 +472,13 @@ def test_a_frozen_layer_keeps_nothing_but_its_weight_for_backward(name, dtype, b
         y.sum().backward()
 
 
+def test_a_large_weight_is_dequantised_inside_a_compiled_function():
+    weight = quantize_nf4(lora_inputs(1, 1024, 1024, 1)["weight"])
+    compiled = torch.compile(lambda x: x @ weight.dequantize(FP32).T, backend="eager")
+    x = torch.randn(2, 1024)
+    torch.testing.assert_close(compiled(x), x @ weight.dequantize(FP32).T)
+
+
 @pytest.mark.parametrize("default", [BF16, torch.float64])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_another_default_dtype_changes_nothing(default, double_quant):

@@ -151,6 +151,7 @@ def test_long_and_blank_pairs_are_dropped_and_counted(tmp_path):
     assert f"{path}: dropped 1 pairs with more than 40 tokens (max_length) in prompt and answer" in texts
     assert f"{path}: dropped 2 pairs with a blank answer or two equal ones" in texts
     assert (len(pairs), pairs.too_long, pairs.void) == (1, 1, 2)
+    assert pairs.longest == max(len(pairs.chosen[0][0]), len(pairs.rejected[0][0])) < pairs.lengths[0]
     described = "1 pairs longer than max_length dropped; 2 pairs with a blank answer or two equal ones dropped"
     assert pairs.describe().endswith(described)
     with pytest.raises(ValueError, match="no pair is left"), pytest.warns(UserWarning):

@@ -414,8 +414,8 @@ bool column_scale_bwd(const ColumnScaleBwd& p) {
     using T = __typeof__(*type);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int part = 0; part < threads; ++part) {
-      float *const total = p.total ? partials.data + part * 2 * width : nullptr, *const piece =
-                                                                                     total ? total + width : total;
+      float* const total = p.total ? partials.data + part * 2 * width : nullptr;
+      float* const piece = total ? total + width : nullptr;
       if (total) memset(total, 0, 2 * width * sizeof(float));
       const Range own = share(p.M, kTileRows, part, threads);
       for (int64_t row = own.first; row < own.last; ++row) {

@@ -286,7 +286,7 @@ def _case(
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """A training step; in full also generation, and steps as layers and the length of a row grow."""
+    """A training step; in full also one of few tokens, generation, and steps as layers and the length of a row grow."""
     if reason := missing("transformers", "tokenizers"):
         raise ValueError(f"suite train: {reason}")
     layers, batch, length = (2, 1, 128) if settings.quick else (LAYERS, 4, 512)
@@ -306,6 +306,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield training(layers, batch, length, TRAIN)
         if settings.quick:
             return
+        # Few tokens, as on a laptop: what is not a product weighs more.
+        yield training(layers, 1, 128, TRAIN)
         for rows in (1, 8):
             sizes = {"batch": rows, "prompt": 16, "new_tokens": 48}
             yield _case(

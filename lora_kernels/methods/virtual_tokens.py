@@ -80,7 +80,8 @@ def context_length(model: nn.Module) -> int | None:
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions the model has an embedding for; None where it computes them, as with rotary ones."""
-    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    names = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)}
     return context_length(model) if names & {"wpe", "embed_positions", "position_embeddings"} else None
 
 

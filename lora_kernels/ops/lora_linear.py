@@ -572,9 +572,13 @@ def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
         _check_tensor("bias", bias, (N,), x, (x.dtype,))
 
 
+def _has_tangent(*tensors: Tensor | NF4Weight | None) -> bool:
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None) -> Tensor:
-    if forward_ad._current_level >= 0:
-        # torch would take the tangent for 0.
+    if forward_ad._current_level >= 0 and _has_tangent(x, weight, lora_a, lora_b, bias, lora_e, column_scale):
+        # torch would take the result's for 0.
         raise NotImplementedError(
             "lora_linear has no forward-mode derivative; use lora_kernels.reference.lora_linear_ref for it"
         )

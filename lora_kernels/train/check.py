@@ -10,7 +10,15 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.train.data import Conversation, Renderer, load_records, message, set_chat_template, to_conversation
+from lora_kernels.train.data import (
+    Conversation,
+    Renderer,
+    load_records,
+    message,
+    set_chat_template,
+    to_conversation,
+    with_empty_answer,
+)
 from lora_kernels.train.generate import prompt_of, text_prompts
 from lora_kernels.train.preference import is_preference, to_pair
 
@@ -26,7 +34,7 @@ _PROMPT, _LEARNED = "dim", "bold green"
 class Check:
     """What was found in a file.
 
-    kind: a key of `KINDS`, that of the first record, or "" in a file without one. lengths: of each good record's
+    kind: a key of `KINDS`, or "" in a file without a record. lengths: of each good record's
     "prompt" and "answer", or "chosen" and "rejected", in `unit`. problems: one line each, with file and line.
     example: {name: (input_ids, answer_mask)} of the first good record, with a tokenizer only. too_long: good records
     with more than max_length tokens.
@@ -61,14 +69,17 @@ def check_file(path: str | os.PathLike, tokenizer: Any = None, max_length: int |
         set_chat_template(tokenizer)
         renderer = Renderer(tokenizer)
     path = Path(path)
-    is_text = path.is_file() and path.suffix == ".txt"
-    records = (({"prompt": line}, where) for line, where in text_prompts(path)) if is_text else None
-    for record, where in records or load_records(path, check.problems):
+    if path.is_file() and path.suffix == ".txt":
+        records = [({"prompt": line}, where) for line, where in text_prompts(path)]
+    else:
+        records = list(load_records(path, check.problems))
+    kinds = [_kind(record) for record, _ in records]
+    # A conversation that ends with the user's turn may be either; in a file of prompts there is nothing else.
+    check.kind = "sft" if "sft" in kinds and kinds[0] != "preference" else kinds[0] if kinds else ""
+    for (record, where), kind in zip(records, kinds, strict=True):
         check.records += 1
-        kind = _kind(record)
-        check.kind = check.kind or kind
         try:
-            if kind != check.kind:
+            if (kind == "preference") != (check.kind == "preference"):
                 raise ValueError(f"{where}: expected {KINDS[check.kind]} as before, got {KINDS[kind]}")
             _read(check, record, where, renderer, max_length)
         except ValueError as error:
@@ -83,12 +94,10 @@ def _kind(record: Any) -> str:
         return "preference"
     if not isinstance(record, dict):
         return "sft"
-    if isinstance(messages := record.get("messages"), list):
-        answered = any(isinstance(item, dict) and item.get("role") == "assistant" for item in messages)
-        return "sft" if answered else "prompts"
-    fields = {name for name, value in record.items() if value is not None}
-    pairs = (("instruction", "output"), ("prompt", "completion"))
-    return "prompts" if any(prompt in fields and answer not in fields for prompt, answer in pairs) else "sft"
+    if isinstance(messages := record.get("messages"), list) and messages:
+        last = messages[-1]
+        return "sft" if isinstance(last, dict) and last.get("role") == "assistant" else "prompts"
+    return "sft" if with_empty_answer(record) is record else "prompts"
 
 
 def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_length: int | None) -> None:

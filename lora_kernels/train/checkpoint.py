@@ -99,7 +99,7 @@ def load_state(
     values = json.loads((directory / _STATE).read_text())
     saved = values.pop("run")
     for key, value in run.items():
-        if saved.get(key) != value:
+        if key in saved and saved[key] != value:
             raise ValueError(
                 f"can't resume {directory}: it was made with {key} = {saved.get(key)}, this run has {value}"
             )

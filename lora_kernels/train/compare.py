@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.io.files import replacing, write_json
-from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.config import WITH_LORA_B, SFTConfig
 
 BASE = "base model"
 RESULT, TABLE = "result.json", "comparison"
@@ -45,6 +45,9 @@ def plan(settings: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any] | 
         if name == BASE or directory in {Path(run.output_dir).name for run in runs.values()}:
             raise ValueError(f"methods: {name!r} is taken; allowed: names that differ, and another than {BASE!r}")
         values = {"method": name, **shared, **(own or {}), "output_dir": str(output_dir / directory)}
+        if values["method"] not in WITH_LORA_B and "optimizer" not in (own or {}):
+            # What all share, LoRA+, is for those that it is made for.
+            values.pop("optimizer", None)
         try:
             runs[name] = SFTConfig.from_dict(values, source=f"methods: {name}")
         except ValueError as error:

@@ -41,6 +41,8 @@ _NOT_IDENTITY = {
     *("batch_size", "gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
     *("bad_rewards", "eval_prompts"),
 }
+# Methods that train lora_b, of which LoRA+ speaks.
+WITH_LORA_B = ("lora", "qlora", "dora", "adalora")
 _Config = TypeVar("_Config", bound="TrainConfig")
 
 
@@ -156,8 +158,11 @@ class TrainConfig:
         self._check("max_length", self.max_length >= 2, ">= 2")
         self._check("epochs", 0 < self.epochs < math.inf, "finite and > 0")
         self._check("lr", self.lr > 0, "> 0")
-        with_lora_b = self.optimizer != "loraplus" or self.method in ("lora", "qlora", "dora", "adalora")
-        self._check("optimizer", with_lora_b, f"adamw with method {self.method}, which has no lora_b")
+        self._check(
+            "optimizer",
+            self.optimizer != "loraplus" or self.method in WITH_LORA_B,
+            f"adamw with method {self.method}, which has no lora_b",
+        )
         self._check("lr_ratio", 1 <= self.lr_ratio < math.inf, "finite and >= 1")
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._check("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")

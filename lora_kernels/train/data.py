@@ -80,6 +80,11 @@ class TokenDataset:
         """The rows as `collate` makes them."""
         return collate([(self.input_ids[i], self.answer_mask[i]) for i in indices])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max())
+
     def digest(self) -> str:
         """Of all that is learned from."""
         return digest_of(zip(self.input_ids, self.answer_mask, strict=True))
@@ -244,6 +249,17 @@ def to_conversation(record: Any, where: str) -> Conversation:
     if messages[0]["role"] == "assistant":
         raise ValueError(f"{where}: the first message must not be the assistant's")
     return Conversation(messages[: answers[-1] + 1], answers, where)
+
+
+def with_empty_answer(record: dict) -> dict:
+    """A record with a prompt alone gets an empty answer; any other is returned as it is."""
+    forms = (("instruction", "output"), ("prompt", "completion"))
+    given = {name for name, value in record.items() if value is not None}
+    if not any({*form} <= given for form in forms):
+        for prompt, answer in forms:
+            if prompt in given:
+                return {**record, answer: ""}
+    return record
 
 
 def message(role: str, content: str) -> dict[str, str]:

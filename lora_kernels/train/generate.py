@@ -49,10 +49,12 @@ def generate(
 
     rows = [encode_prompt(tokenizer, prompt, chat_template) for prompt in prompts]
     longest, positions = max(map(len, rows), default=0), learned_positions(model)
-    if positions is not None and longest + max_new_tokens > positions:
+    virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
+    # The last token is not read.
+    if positions is not None and virtual + longest + max_new_tokens - 1 > positions:
         raise ValueError(
-            f"max_new_tokens is {max_new_tokens}; with the longest prompt of {longest} tokens that exceeds the "
-            f"{positions} positions that the model has learned"
+            f"max_new_tokens is {max_new_tokens}; with the longest prompt of {longest} tokens and {virtual} virtual "
+            f"ones that exceeds the {positions} positions that the model has learned"
         )
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -120,7 +122,7 @@ def text_prompts(path: Path) -> Iterator[tuple[str, str]]:
 
 def prompt_of(record: Any, where: str) -> Prompt:
     """The prompt of a training record; ValueError starting with `where` for a bad record."""
-    from lora_kernels.train.data import message_list, to_conversation
+    from lora_kernels.train.data import message_list, to_conversation, with_empty_answer
     from lora_kernels.train.preference import is_preference, to_pair
 
     messages = None
@@ -130,9 +132,7 @@ def prompt_of(record: Any, where: str) -> Prompt:
         if record.get("messages") is not None:
             messages = message_list(record["messages"], "messages", where)
             messages = None if messages[-1]["role"] == "assistant" else messages
-        for prompt, answer in (("instruction", "output"), ("prompt", "completion")):
-            if record.get(prompt) is not None and record.get(answer) is None:
-                record = {**record, answer: ""}
+        record = with_empty_answer(record)
     if messages is None:
         conversation = to_conversation(record, where)
         messages = conversation.messages[: conversation.answers[-1]]

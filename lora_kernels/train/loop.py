@@ -46,6 +46,11 @@ class Dataset(Protocol):
         """The keyword arguments of the trained module's forward for these rows."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model sees."""
+        ...
+
     def digest(self) -> str:
         """Something that differs where the data differ."""
         ...

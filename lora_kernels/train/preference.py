@@ -222,6 +222,11 @@ class PairDataset:
             text += f"; {self.void} pairs with a blank answer or two equal ones dropped"
         return text
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, which is one answer and its prompt."""
+        return max(len(ids) for ids, _ in (*self.chosen, *self.rejected))
+
     def digest(self) -> str:
         """Of all that is learned from."""
         return digest_of([*self.chosen, *self.rejected, [self.margins]])

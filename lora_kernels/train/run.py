@@ -258,7 +258,7 @@ def check_context(model: nn.Module, train_set: Dataset, config: TrainConfig) -> 
     """ValueError where the virtual tokens and the longest row are more than the model's context holds; without virtual
     tokens a warning, unless the positions are learned, of which there are no more."""
     virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
-    context, longest = context_length(model), int(train_set.lengths.max())
+    context, longest = context_length(model), train_set.longest
     if context is None or virtual + longest <= context:
         return
     text = f"the longest row of {longest} tokens exceeds the model's context of {context}"
@@ -269,7 +269,7 @@ def check_context(model: nn.Module, train_set: Dataset, config: TrainConfig) -> 
         )
     if learned_positions(model) is not None:
         raise ValueError(f"{text}; lower max_length ({config.max_length})")
-    warnings.warn(f"{text}: what it was never trained on; a max_length up to that would cut rows", stacklevel=2)
+    warnings.warn(f"{text}; with max_length {context} no row would go beyond what it was trained on", stacklevel=2)
 
 
 def enable_checkpointing(model: nn.Module) -> None:

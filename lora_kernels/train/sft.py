@@ -127,7 +127,7 @@ def train_sft(
     module = AnswerLoss(model)
     if config.cuda_graphs:
         check_graphs(accelerator)
-        module.graphs = DecoderGraphs(module.parts[0], int(train_set.lengths.max()))
+        module.graphs = DecoderGraphs(module.parts[0], train_set.longest)
     with backend_option(config.backend):
         module.to(accelerator.device).check(torch.from_numpy(train_set.input_ids[0]).long())
     return train(module, model, train_set, eval_set, config, accelerator=accelerator, **options)

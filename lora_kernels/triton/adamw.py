@@ -181,7 +181,7 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     synchronises, so a CUDA graph can't hold it: the addresses of the gradients are read on the host. Raises ValueError
     for another dtype or device.
     """
-    (params, grads, *states), _ = adamw_columns(groups, cache)
+    (params, grads, *_), _ = adamw_columns(groups, cache)
     device = params[0].device
     for grad in grads:
         if grad.device != device or grad.dtype not in _DTYPES:
@@ -192,7 +192,7 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     if device.type == "cpu" and not INTERPRETED:
         raise RuntimeError("parameters: are on cpu; the triton backend takes CPU tensors only with TRITON_INTERPRET=1")
     config = configs.ADAMW
-    rows = [[0 if t is None else t.data_ptr() for t in column] for column in (params, grads, *states)]
+    rows = [cache["pointers"], [grad.data_ptr() for grad in grads], *cache["states"]]
     numels = [param.numel() for param in params]
     rows += [numels, [index for index, group in enumerate(groups) for _ in group.params]]
     kinds = [(param.dtype, grad.dtype) for param, grad in zip(params, grads, strict=True)]
