@@ -37,7 +37,8 @@ SCHEDULERS = ("cosine", "linear", "constant")
 # others must agree for a resumed run to continue the same computation.
 _NOT_IDENTITY = {
     *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
-    *("backend", "cuda_graphs", "fuse_decoder", "chat_template", "max_length", "dtype", "epochs", "max_steps"),
+    *("backend", "cuda_graphs", "fuse_decoder", "gradient_checkpointing", "chat_template", "max_length", "dtype"),
+    *("epochs", "max_steps"),
     *("batch_size", "gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
     *("bad_rewards", "eval_prompts"),
 }
