@@ -113,12 +113,13 @@ def enable() -> None:
 def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """torch.empty(shape); on the CPU from a block where they are enabled, and from huge pages where there are any."""
     size = math.prod(shape) * dtype.itemsize
+    is_large = size >= (HUGE if _pool is None else LARGE)
     # A compiler or a mode that makes no real tensors reads none of this.
-    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if torch.device(device).type != "cpu" or size < LARGE or is_watched:
+    if (
+        not is_large
+        or torch.device(device).type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return torch.empty(shape, dtype=dtype, device=device)
-    if _pool is not None:
-        return _pool.empty(*shape, dtype=dtype)
-    if size >= HUGE:
-        return _tensor(_aligned(_new_block(size)), shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+    return _tensor(_aligned(_new_block(size)), shape, dtype) if _pool is None else _pool.empty(*shape, dtype=dtype)

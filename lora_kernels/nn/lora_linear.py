@@ -15,6 +15,7 @@ from lora_kernels import cpu
 from lora_kernels.arguments import check_integer, check_number
 from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
+from lora_kernels.ops.decoder import version_of
 from lora_kernels.ops.lora_linear import (
     few_rows_projection,
     frozen_linear,
@@ -71,7 +72,7 @@ class ProjectionGroup:
 
     def __call__(self, layer: FusedLoRALinear, x: Tensor) -> Tensor:
         source, source_version, results = self._waiting
-        version = None if x.is_inference() else x._version
+        version = version_of(x)
         if source is not x or source_version != version or layer not in results:
             self.idle = self.idle or bool(results)
             ys = _few_rows(self.layers, x)

@@ -66,7 +66,8 @@ class _Kept(NamedTuple):
     version: int | None
 
 
-def _version(t: Tensor) -> int | None:
+def version_of(t: Tensor) -> int | None:
+    """How often the contents have changed; None for an inference tensor, of which torch doesn't know."""
     return None if t.is_inference() else t._version
 
 
@@ -74,17 +75,17 @@ def _pack(t: Tensor) -> Any:
     recipe = getattr(t.untyped_storage(), _RECIPE, None)
     if recipe is None or recipe.version != t._version:
         # Not t itself, which keeps the node alive whose result it is, and that keeps what this returns.
-        return _Kept(t.detach(), _version(t))
+        return _Kept(t.detach(), version_of(t))
     return recipe, t.shape, t.stride(), t.storage_offset()
 
 
 def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, _Kept):
         t, version = packed
-        if _version(t) != version:
+        if version_of(t) != version:
             raise RuntimeError(
                 f"a tensor {list(t.shape)} that is needed for gradient computation has been modified by an inplace "
-                f"operation: it is at version {_version(t)}; expected version {version}"
+                f"operation: it is at version {version_of(t)}; expected version {version}"
             )
         return t
     recipe, *view = packed

@@ -1,5 +1,6 @@
 """The training loop: steps, learning rate, accumulation, evaluation, metrics, checkpoints; one or many processes."""
 
+import functools
 import json
 import math
 import time
@@ -197,7 +198,7 @@ class Loop:
             raise ValueError("the model has no trainable parameters; inject adapters first")
         self.wrapped = self.accelerator.prepare(self.module)
 
-    @property
+    @functools.cached_property
     def run_identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to continue the same computation."""
         return {

@@ -185,7 +185,7 @@ class PPOTrainer:
         per_epoch = max(1, round(len(prompts) / config.rollout_size))
         self.eval_steps, self.save_steps = config.eval_steps or per_epoch, config.save_steps or per_epoch
 
-    @property
+    @functools.cached_property
     def run_identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to continue the same computation."""
         return {
