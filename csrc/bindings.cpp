@@ -1,4 +1,4 @@
-// lora_kernels._C: the only file that knows Python. Tensors arrive as addresses; all checks are made in Python.
+// lora_kernels._C: with tensor.h the only file that knows Python. All checks are made in Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,8 +11,10 @@
 
 #include "cpu/amx.h"
 #include "cpu/isa.h"
+#include "tensor.h"
 
 namespace py = pybind11;
+using lora_kernels::Tensor;
 using namespace lora_kernels::cpu;
 
 namespace {
@@ -51,18 +53,25 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Address, and how far apart batches, heads and rows are.
-using HeadsArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+DType dtype_of(const Tensor& t) { return t.dtype<DType>(); }
 
-Heads heads(const HeadsArgument& x) {
-  const auto& [address, batch, head, row] = x;
-  return {pointer(address), batch, head, row};
+// [B, heads, T, D]
+Heads heads(const Tensor& t) { return {t.data(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+AttentionShape attention_shape(const Tensor& q, const Tensor& k, float scale, int num_threads) {
+  return {q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), scale, dtype_of(q), num_threads};
+}
+
+// rng is an int64 tensor of two, the seed and the offset, or None.
+Dropout dropout(const Tensor& rng, uint32_t threshold) {
+  const auto* state = rng.data<const uint64_t>();
+  return state ? Dropout{state[0], state[1], threshold} : Dropout{0, 0, threshold};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of lora_kernels. Addresses in, nothing out; use lora_kernels.cpu instead.";
+  m.doc() = "CPU kernels of lora_kernels. Tensors in, nothing out; use lora_kernels.cpu instead.";
 
   m.def("isa_supported", [] {
     py::list names;
@@ -86,297 +95,270 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "lora_a_fwd",
-      [](uintptr_t x, int x_dtype, int64_t ld_x, uintptr_t lora_a, int lora_a_dtype, uintptr_t h, int64_t M, int64_t K,
-         int64_t R, uint64_t seed, uint64_t offset, uint32_t threshold, int num_threads) {
+      [](Tensor x, Tensor lora_a, Tensor h, Tensor rng, uint32_t threshold, int num_threads) {
         launch(&Isa::lora_linear, &LoraLinearKernels::lora_a_fwd,
-               LoraAFwd{pointer(x), DType(x_dtype), ld_x, pointer(lora_a), DType(lora_a_dtype), pointer<float>(h), M, K,
-                        R, Dropout{seed, offset, threshold}, num_threads});
+               LoraAFwd{x.data(), dtype_of(x), x.stride(0), lora_a.data(), dtype_of(lora_a), h.data<float>(), x.size(0),
+                        x.size(1), lora_a.size(0), dropout(rng, threshold), num_threads});
       },
-      py::kw_only(), py::arg("x"), py::arg("x_dtype"), py::arg("ld_x"), py::arg("lora_a"), py::arg("lora_a_dtype"),
-      py::arg("h"), py::arg("M"), py::arg("K"), py::arg("R"), py::arg("seed"), py::arg("offset"), py::arg("threshold"),
+      py::kw_only(), py::arg("x"), py::arg("lora_a"), py::arg("h"), py::arg("rng"), py::arg("threshold"),
       py::arg("num_threads"));
 
   m.def(
       "lora_b_fwd",
-      [](uintptr_t base, int base_dtype, int64_t ld_base, uintptr_t column_scale, uintptr_t bias, uintptr_t h,
-         uintptr_t lora_b, int lora_b_dtype, float scaling, uintptr_t y, int y_dtype, int64_t ld_y, int64_t M,
-         int64_t N, int64_t R, int num_threads) {
+      [](Tensor base, Tensor column_scale, Tensor bias, Tensor h, Tensor lora_b, float scaling, Tensor y,
+         int num_threads) {
         launch(&Isa::lora_linear, &LoraLinearKernels::lora_b_fwd,
-               LoraBFwd{pointer(base), DType(base_dtype), ld_base, pointer<float>(column_scale), pointer<float>(bias),
-                        pointer<float>(h), pointer(lora_b), DType(lora_b_dtype), scaling, pointer(y), DType(y_dtype),
-                        ld_y, M, N, R, num_threads});
+               LoraBFwd{base.data(), dtype_of(base), base.stride(0), column_scale.data<float>(), bias.data<float>(),
+                        h.data<float>(), lora_b.data(), dtype_of(lora_b), scaling, y.data(), dtype_of(y), y.stride(0),
+                        y.size(0), y.size(1), h.size(1), num_threads});
       },
-      py::kw_only(), py::arg("base"), py::arg("base_dtype"), py::arg("ld_base"), py::arg("column_scale"),
-      py::arg("bias"), py::arg("h"), py::arg("lora_b"), py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("y"),
-      py::arg("y_dtype"), py::arg("ld_y"), py::arg("M"), py::arg("N"), py::arg("R"), py::arg("num_threads"));
+      py::kw_only(), py::arg("base"), py::arg("column_scale"), py::arg("bias"), py::arg("h"), py::arg("lora_b"),
+      py::arg("scaling"), py::arg("y"), py::arg("num_threads"));
 
   m.def(
       "column_scale_bwd",
-      [](uintptr_t dy, int64_t ld_dy, uintptr_t y, int64_t ld_y, uintptr_t bias, uintptr_t column_scale, uintptr_t dz,
-         int dtype, uintptr_t total, int64_t M, int64_t N, int num_threads) {
+      [](Tensor dy, Tensor y, Tensor bias, Tensor column_scale, Tensor dz, Tensor total, int num_threads) {
         launch(&Isa::lora_linear, &LoraLinearKernels::column_scale_bwd,
-               ColumnScaleBwd{pointer(dy), ld_dy, pointer(y), ld_y, pointer<float>(bias), pointer<float>(column_scale),
-                              pointer(dz), DType(dtype), pointer<float>(total), M, N, num_threads});
+               ColumnScaleBwd{dy.data(), dy.stride(0), y.data(), y.is_none() ? 0 : y.stride(0), bias.data<float>(),
+                              column_scale.data<float>(), dz.data(), dtype_of(dy), total.data<float>(), dy.size(0),
+                              dy.size(1), num_threads});
       },
-      py::kw_only(), py::arg("dy"), py::arg("ld_dy"), py::arg("y"), py::arg("ld_y"), py::arg("bias"),
-      py::arg("column_scale"), py::arg("dz"), py::arg("dtype"), py::arg("total"), py::arg("M"), py::arg("N"),
-      py::arg("num_threads"));
+      py::kw_only(), py::arg("dy"), py::arg("y"), py::arg("bias"), py::arg("column_scale"), py::arg("dz"),
+      py::arg("total"), py::arg("num_threads"));
 
   m.def(
       "lora_b_bwd",
-      [](uintptr_t dy, int dy_dtype, int64_t ld_dy, uintptr_t h, uintptr_t lora_b, int lora_b_dtype, float scaling,
-         uintptr_t dh, uintptr_t dlora_b, int64_t M, int64_t N, int64_t R, int num_threads) {
-        launch(&Isa::lora_linear, &LoraLinearKernels::lora_b_bwd,
-               LoraBBwd{pointer(dy), DType(dy_dtype), ld_dy, pointer<float>(h), pointer(lora_b), DType(lora_b_dtype),
-                        scaling, pointer<float>(dh), pointer<float>(dlora_b), M, N, R, num_threads});
+      [](Tensor dy, Tensor h, Tensor lora_b, float scaling, Tensor dh, Tensor dlora_b, int num_threads) {
+        launch(
+            &Isa::lora_linear, &LoraLinearKernels::lora_b_bwd,
+            LoraBBwd{dy.data(), dtype_of(dy), dy.stride(0), h.data<float>(), lora_b.data(), dtype_of(lora_b), scaling,
+                     dh.data<float>(), dlora_b.data<float>(), dy.size(0), dy.size(1), lora_b.size(1), num_threads});
       },
-      py::kw_only(), py::arg("dy"), py::arg("dy_dtype"), py::arg("ld_dy"), py::arg("h"), py::arg("lora_b"),
-      py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("dh"), py::arg("dlora_b"), py::arg("M"), py::arg("N"),
-      py::arg("R"), py::arg("num_threads"));
+      py::kw_only(), py::arg("dy"), py::arg("h"), py::arg("lora_b"), py::arg("scaling"), py::arg("dh"),
+      py::arg("dlora_b"), py::arg("num_threads"));
 
   m.def(
       "lora_a_bwd",
-      [](uintptr_t x, int x_dtype, int64_t ld_x, uintptr_t dh, uintptr_t lora_a, int lora_a_dtype, uintptr_t dlora_a,
-         uintptr_t base, int base_dtype, int64_t ld_base, uintptr_t dx, int64_t ld_dx, int64_t M, int64_t K, int64_t R,
-         uint64_t seed, uint64_t offset, uint32_t threshold, bool undo_dropped, int64_t first_row, int num_threads) {
-        launch(&Isa::lora_linear, &LoraLinearKernels::lora_a_bwd,
-               LoraABwd{pointer(x), DType(x_dtype), ld_x, pointer<float>(dh), pointer(lora_a), DType(lora_a_dtype),
-                        pointer<float>(dlora_a), pointer(base), DType(base_dtype), ld_base, pointer(dx), ld_dx, M, K, R,
-                        Dropout{seed, offset, threshold}, undo_dropped, first_row, num_threads});
+      [](Tensor x, Tensor dh, Tensor lora_a, Tensor dlora_a, Tensor base, Tensor dx, bool undo_dropped,
+         int64_t first_row, Tensor rng, uint32_t threshold, int num_threads) {
+        LoraABwd p{};
+        p.x = x.data(), p.x_dtype = dtype_of(x), p.ld_x = x.stride(0);
+        p.dh = dh.data<float>(), p.lora_a = lora_a.data(), p.lora_a_dtype = dtype_of(lora_a);
+        p.dlora_a = dlora_a.data<float>();
+        if (!dx.is_none()) {
+          p.base = base.data(), p.base_dtype = dtype_of(base), p.ld_base = base.stride(0);
+          p.dx = dx.data(), p.ld_dx = dx.stride(0);
+        }
+        p.M = x.size(0), p.K = x.size(1), p.R = lora_a.size(0);
+        p.dropout = dropout(rng, threshold), p.undo_dropped = undo_dropped, p.first_row = first_row;
+        p.num_threads = num_threads;
+        launch(&Isa::lora_linear, &LoraLinearKernels::lora_a_bwd, p);
       },
-      py::kw_only(), py::arg("x"), py::arg("x_dtype"), py::arg("ld_x"), py::arg("dh"), py::arg("lora_a"),
-      py::arg("lora_a_dtype"), py::arg("dlora_a"), py::arg("base"), py::arg("base_dtype"), py::arg("ld_base"),
-      py::arg("dx"), py::arg("ld_dx"), py::arg("M"), py::arg("K"), py::arg("R"), py::arg("seed"), py::arg("offset"),
-      py::arg("threshold"), py::arg("undo_dropped"), py::arg("first_row"), py::arg("num_threads"));
+      py::kw_only(), py::arg("x"), py::arg("dh"), py::arg("lora_a"), py::arg("dlora_a"), py::arg("base"), py::arg("dx"),
+      py::arg("undo_dropped"), py::arg("first_row"), py::arg("rng"), py::arg("threshold"), py::arg("num_threads"));
 
   m.def(
       "nf4_quantize",
-      [](uintptr_t weight, int weight_dtype, int64_t size, int64_t block_size, uintptr_t packed, uintptr_t absmax,
-         int num_threads) {
+      [](Tensor weight, int64_t block_size, Tensor packed, Tensor absmax, int num_threads) {
         launch(&Isa::nf4, &Nf4Kernels::quantize,
-               Nf4Quantize{pointer(weight), DType(weight_dtype), size, block_size, pointer<uint8_t>(packed),
-                           pointer<float>(absmax), num_threads});
+               Nf4Quantize{weight.data(), dtype_of(weight), weight.numel(), block_size, packed.data<uint8_t>(),
+                           absmax.data<float>(), num_threads});
       },
-      py::kw_only(), py::arg("weight"), py::arg("weight_dtype"), py::arg("size"), py::arg("block_size"),
-      py::arg("packed"), py::arg("absmax"), py::arg("num_threads"));
+      py::kw_only(), py::arg("weight"), py::arg("block_size"), py::arg("packed"), py::arg("absmax"),
+      py::arg("num_threads"));
 
   m.def(
       "nf4_quantize_absmax",
-      [](uintptr_t absmax, int64_t blocks, float absmax_offset, uintptr_t absmax_code, uintptr_t codes,
-         uintptr_t absmax_scale, int) {
+      [](Tensor absmax, float absmax_offset, Tensor absmax_code, Tensor codes, Tensor absmax_scale, int) {
         launch(&Isa::nf4, &Nf4Kernels::quantize_absmax,
-               Nf4QuantizeAbsmax{pointer<float>(absmax), blocks, absmax_offset, pointer<float>(absmax_code),
-                                 pointer<uint8_t>(codes), pointer<float>(absmax_scale)});
+               Nf4QuantizeAbsmax{absmax.data<float>(), absmax.numel(), absmax_offset, absmax_code.data<float>(),
+                                 codes.data<uint8_t>(), absmax_scale.data<float>()});
       },
-      py::kw_only(), py::arg("absmax"), py::arg("blocks"), py::arg("absmax_offset"), py::arg("absmax_code"),
-      py::arg("codes"), py::arg("absmax_scale"), py::arg("num_threads"));
+      py::kw_only(), py::arg("absmax"), py::arg("absmax_offset"), py::arg("absmax_code"), py::arg("codes"),
+      py::arg("absmax_scale"), py::arg("num_threads"));
 
+  // A view of tensors that must outlive it.
   py::class_<Weight>(m, "Weight")
-      .def_static(
-          "nf4",
-          [](uintptr_t packed, uintptr_t absmax, uintptr_t absmax_scale, uintptr_t absmax_code, uintptr_t absmax_offset,
-             int64_t block_size, int64_t N, int64_t K) {
-            Weight w{};
-            w.nf4 = {pointer<uint8_t>(packed),
-                     pointer(absmax),
-                     pointer<float>(absmax_scale),
-                     pointer<float>(absmax_code),
-                     pointer<float>(absmax_offset),
-                     block_size,
-                     N,
-                     K};
-            w.N = N, w.K = K;
-            return w;
-          },
-          py::kw_only(), py::arg("packed"), py::arg("absmax"), py::arg("absmax_scale"), py::arg("absmax_code"),
-          py::arg("absmax_offset"), py::arg("block_size"), py::arg("N"), py::arg("K"))
-      .def_static(
-          "dense",
-          [](uintptr_t data, int dtype, int64_t ld, int64_t N, int64_t K) {
-            return Weight{{}, pointer(data), DType(dtype), ld, N, K};
-          },
-          py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("ld"), py::arg("N"), py::arg("K"));
+      .def_static("nf4",
+                  [](Tensor packed, Tensor absmax, Tensor absmax_scale, Tensor absmax_offset, int64_t block_size,
+                     std::pair<int64_t, int64_t> shape, Tensor absmax_code) {
+                    const auto [N, K] = shape;
+                    const Nf4Weight nf4{packed.data<uint8_t>(),
+                                        absmax.data(),
+                                        absmax_scale.data<float>(),
+                                        absmax_code.data<float>(),
+                                        absmax_offset.data<float>(),
+                                        block_size,
+                                        N,
+                                        K};
+                    return Weight{nf4, nullptr, DType::kFloat32, 0, N, K};
+                  })
+      .def_static("dense", [](Tensor weight) {
+        return Weight{{}, weight.data(), dtype_of(weight), weight.stride(0), weight.size(0), weight.size(1)};
+      });
 
   m.def(
       "nf4_dequantize",
-      [](const Weight& weight, int64_t row_first, int64_t row_last, int64_t col_first, int64_t col_last, uintptr_t out,
-         int out_dtype, int64_t ld_out, int num_threads) {
+      [](const Weight& weight, int64_t row_first, int64_t row_last, int64_t col_first, int64_t col_last, Tensor out,
+         int num_threads) {
         launch(&Isa::nf4, &Nf4Kernels::dequantize,
-               Nf4Dequantize{weight.nf4, row_first, row_last, col_first, col_last, pointer(out), DType(out_dtype),
-                             ld_out, num_threads});
+               Nf4Dequantize{weight.nf4, row_first, row_last, col_first, col_last, out.data(), dtype_of(out),
+                             out.stride(0), num_threads});
       },
       py::kw_only(), py::arg("weight"), py::arg("row_first"), py::arg("row_last"), py::arg("col_first"),
-      py::arg("col_last"), py::arg("out"), py::arg("out_dtype"), py::arg("ld_out"), py::arg("num_threads"));
+      py::arg("col_last"), py::arg("out"), py::arg("num_threads"));
 
   m.attr("LAYER_ROWS") = kLayerRows;
   m.attr("MAX_LAYERS") = kMaxLayers;
+  // A view of tensors that must outlive it.
   py::class_<FewRowsLayer>(m, "FewRowsLayer")
-      .def(py::init([](const Weight& weight, uintptr_t lora_a, int lora_a_dtype, uintptr_t lora_b, int lora_b_dtype,
-                       float scaling, uintptr_t bias, uintptr_t lora_e, int lora_e_dtype, uintptr_t column_scale,
-                       int64_t R) {
-             return FewRowsLayer{
-                 weight,  pointer(lora_a), DType(lora_a_dtype), pointer(lora_b),     DType(lora_b_dtype),
-                 scaling, pointer(bias),   pointer(lora_e),     DType(lora_e_dtype), pointer<float>(column_scale),
-                 R};
-           }),
-           py::kw_only(), py::arg("weight"), py::arg("lora_a"), py::arg("lora_a_dtype"), py::arg("lora_b"),
-           py::arg("lora_b_dtype"), py::arg("scaling"), py::arg("bias"), py::arg("lora_e"), py::arg("lora_e_dtype"),
-           py::arg("column_scale"), py::arg("R"))
+      .def(py::init([](const Weight& weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor bias, Tensor lora_e,
+                       Tensor column_scale) {
+        return FewRowsLayer{weight,
+                            lora_a.data(),
+                            dtype_of(lora_a),
+                            lora_b.data(),
+                            dtype_of(lora_b),
+                            scaling,
+                            bias.data(),
+                            lora_e.data(),
+                            lora_e.is_none() ? DType::kFloat32 : dtype_of(lora_e),
+                            column_scale.data<float>(),
+                            lora_a.size(0)};
+      }))
       .def_property_readonly("N", [](const FewRowsLayer& layer) { return layer.weight.N; });
 
-  // Arguments by position: their names would take as long as a small layer.
-  m.def("layers_forward",
-        [](const std::vector<const FewRowsLayer*>& layers, const std::vector<uintptr_t>& y,
-           const std::vector<uintptr_t>& h, uintptr_t x, int x_dtype, int64_t ld_x, int64_t M, int num_threads) {
-          if (layers.empty() || layers.size() > kMaxLayers || y.size() != layers.size() || h.size() > layers.size())
-            throw py::value_error("layers_forward takes 1 to " + std::to_string(kMaxLayers) + " layers with a y each");
-          LayersForward p{};
-          for (size_t i = 0; i < layers.size(); ++i) p.layers[i] = layers[i], p.y[i] = pointer(y[i]);
-          for (size_t i = 0; i < h.size(); ++i) p.h[i] = pointer<float>(h[i]);
-          p.count = (int)layers.size(), p.x = pointer(x), p.x_dtype = DType(x_dtype), p.ld_x = ld_x;
-          p.M = M, p.K = layers[0]->weight.K, p.num_threads = num_threads;
-          launch(&Isa::few_rows, &FewRowsKernels::layers_forward, p);
-        });
+  // x [..., K], contiguous but for how far apart its rows are if it is a matrix. Arguments by position: their names
+  // would take as long as a small layer.
+  m.def("layers_forward", [](const std::vector<const FewRowsLayer*>& layers, const std::vector<Tensor>& y,
+                             const std::vector<Tensor>& h, Tensor x, int64_t M, int64_t ld_x, int num_threads) {
+    if (layers.empty() || layers.size() > kMaxLayers || y.size() != layers.size() || h.size() > layers.size())
+      throw py::value_error("layers_forward takes 1 to " + std::to_string(kMaxLayers) + " layers with a y each");
+    LayersForward p{};
+    for (size_t i = 0; i < layers.size(); ++i) p.layers[i] = layers[i], p.y[i] = y[i].data();
+    for (size_t i = 0; i < h.size(); ++i) p.h[i] = h[i].data<float>();
+    p.count = (int)layers.size(), p.x = x.data(), p.x_dtype = dtype_of(x), p.ld_x = ld_x;
+    p.M = M, p.K = layers[0]->weight.K, p.num_threads = num_threads;
+    launch(&Isa::few_rows, &FewRowsKernels::layers_forward, p);
+  });
 
   m.def(
       "product",
-      // A term: (weight, in, ld, scale).
-      [](const std::vector<std::tuple<Weight, uintptr_t, int64_t, float>>& terms, int in_dtype, bool transposed,
-         uintptr_t column_scale, uintptr_t bias, uintptr_t out, int out_dtype, int64_t ld_out, int64_t M, int64_t J,
-         int num_threads) {
+      // A term: (weight, in, scale).
+      [](const std::vector<std::tuple<Weight, Tensor, float>>& terms, bool transposed, Tensor column_scale, Tensor bias,
+         Tensor out, int num_threads) {
         std::vector<ProductTerm> list;
-        for (const auto& [weight, in, ld, scale] : terms) list.push_back({weight, pointer(in), ld, scale});
-        launch(&Isa::product, &ProductKernels::product,
-               Product{list.data(), (int)list.size(), DType(in_dtype), transposed, pointer<float>(column_scale),
-                       pointer<float>(bias), pointer(out), DType(out_dtype), ld_out, M, J, num_threads});
+        for (const auto& [weight, in, scale] : terms) list.push_back({weight, in.data(), in.stride(0), scale});
+        const DType in_dtype = dtype_of(std::get<Tensor>(terms.at(0)));
+        launch(
+            &Isa::product, &ProductKernels::product,
+            Product{list.data(), (int)list.size(), in_dtype, transposed, column_scale.data<float>(), bias.data<float>(),
+                    out.data(), dtype_of(out), out.stride(0), out.size(0), out.size(1), num_threads});
       },
-      py::kw_only(), py::arg("terms"), py::arg("in_dtype"), py::arg("transposed"), py::arg("column_scale"),
-      py::arg("bias"), py::arg("out"), py::arg("out_dtype"), py::arg("ld_out"), py::arg("M"), py::arg("J"),
+      py::kw_only(), py::arg("terms"), py::arg("transposed"), py::arg("column_scale"), py::arg("bias"), py::arg("out"),
       py::arg("num_threads"));
 
   m.def(
       "rms_norm_fwd",
-      [](uintptr_t x, uintptr_t weight, float eps, float offset, uintptr_t y, uintptr_t rstd, int64_t M, int64_t K,
-         int dtype, int num_threads) {
+      [](Tensor x, Tensor weight, float eps, float offset, Tensor y, Tensor rstd, int num_threads) {
         launch(&Isa::decoder, &DecoderKernels::rms_norm_fwd,
-               RmsNormFwd{pointer(x), pointer(weight), eps, offset, pointer(y), pointer<float>(rstd), M, K,
-                          DType(dtype), num_threads});
+               RmsNormFwd{x.data(), weight.data(), eps, offset, y.data(), rstd.data<float>(), rstd.numel(),
+                          weight.size(0), dtype_of(x), num_threads});
       },
       py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("offset"), py::arg("y"), py::arg("rstd"),
-      py::arg("M"), py::arg("K"), py::arg("dtype"), py::arg("num_threads"));
-
-  m.def(
-      "rms_norm_bwd",
-      [](uintptr_t dy, uintptr_t x, uintptr_t rstd, uintptr_t weight, float offset, uintptr_t dx, int64_t M, int64_t K,
-         int dtype, int num_threads) {
-        launch(&Isa::decoder, &DecoderKernels::rms_norm_bwd,
-               RmsNormBwd{pointer(dy), pointer(x), pointer<float>(rstd), pointer(weight), offset, pointer(dx), M, K,
-                          DType(dtype), num_threads});
-      },
-      py::kw_only(), py::arg("dy"), py::arg("x"), py::arg("rstd"), py::arg("weight"), py::arg("offset"), py::arg("dx"),
-      py::arg("M"), py::arg("K"), py::arg("dtype"), py::arg("num_threads"));
-
-  m.def(
-      "swiglu_fwd",
-      [](uintptr_t gate, uintptr_t up, uintptr_t y, int64_t size, int dtype, int num_threads) {
-        launch(&Isa::decoder, &DecoderKernels::swiglu_fwd,
-               SwigluFwd{pointer(gate), pointer(up), pointer(y), size, DType(dtype), num_threads});
-      },
-      py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("y"), py::arg("size"), py::arg("dtype"),
       py::arg("num_threads"));
 
   m.def(
+      "rms_norm_bwd",
+      [](Tensor dy, Tensor x, Tensor rstd, Tensor weight, float offset, Tensor dx, int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::rms_norm_bwd,
+               RmsNormBwd{dy.data(), x.data(), rstd.data<float>(), weight.data(), offset, dx.data(), rstd.numel(),
+                          weight.size(0), dtype_of(x), num_threads});
+      },
+      py::kw_only(), py::arg("dy"), py::arg("x"), py::arg("rstd"), py::arg("weight"), py::arg("offset"), py::arg("dx"),
+      py::arg("num_threads"));
+
+  m.def(
+      "swiglu_fwd",
+      [](Tensor gate, Tensor up, Tensor y, int num_threads) {
+        launch(&Isa::decoder, &DecoderKernels::swiglu_fwd,
+               SwigluFwd{gate.data(), up.data(), y.data(), gate.numel(), dtype_of(gate), num_threads});
+      },
+      py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("y"), py::arg("num_threads"));
+
+  m.def(
       "swiglu_bwd",
-      [](uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup, int64_t size, int dtype,
-         int num_threads) {
+      [](Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup, int num_threads) {
         launch(&Isa::decoder, &DecoderKernels::swiglu_bwd,
-               SwigluBwd{pointer(dy), pointer(gate), pointer(up), pointer(dgate), pointer(dup), size, DType(dtype),
+               SwigluBwd{dy.data(), gate.data(), up.data(), dgate.data(), dup.data(), gate.numel(), dtype_of(gate),
                          num_threads});
       },
-      py::kw_only(), py::arg("dy"), py::arg("gate"), py::arg("up"), py::arg("dgate"), py::arg("dup"), py::arg("size"),
-      py::arg("dtype"), py::arg("num_threads"));
+      py::kw_only(), py::arg("dy"), py::arg("gate"), py::arg("up"), py::arg("dgate"), py::arg("dup"),
+      py::arg("num_threads"));
 
   m.def(
       "rotary",
-      [](const HeadsArgument& x, uintptr_t cos, uintptr_t sin, int64_t angle_batch, bool transposed,
-         const HeadsArgument& y, int64_t B, int64_t H, int64_t T, int64_t D, int dtype, int num_threads) {
+      [](Tensor x, Tensor cos, Tensor sin, bool transposed, Tensor y, int num_threads) {
+        const int64_t T = x.size(2), D = x.size(3);
         launch(&Isa::decoder, &DecoderKernels::rotary,
-               Rotary{heads(x), heads(y), pointer(cos), pointer(sin), angle_batch, transposed, B, H, T, D, DType(dtype),
-                      num_threads});
+               Rotary{heads(x), heads(y), cos.data(), sin.data(), cos.size(0) == 1 ? 0 : T * D, transposed, x.size(0),
+                      x.size(1), T, D, dtype_of(x), num_threads});
       },
-      py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("angle_batch"), py::arg("transposed"),
-      py::arg("y"), py::arg("B"), py::arg("H"), py::arg("T"), py::arg("D"), py::arg("dtype"), py::arg("num_threads"));
+      py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("transposed"), py::arg("y"),
+      py::arg("num_threads"));
 
   m.def(
       "cross_entropy",
-      [](uintptr_t logits, uintptr_t target, float scale, bool with_gradient, uintptr_t nll, int64_t M, int64_t V,
-         int dtype, int num_threads) {
+      [](Tensor logits, Tensor target, float scale, bool with_gradient, Tensor nll, int num_threads) {
         launch(&Isa::decoder, &DecoderKernels::cross_entropy,
-               CrossEntropy{pointer(logits), pointer<int64_t>(target), scale, with_gradient, pointer<float>(nll), M, V,
-                            DType(dtype), num_threads});
+               CrossEntropy{logits.data(), target.data<int64_t>(), scale, with_gradient, nll.data<float>(),
+                            logits.size(0), logits.size(1), dtype_of(logits), num_threads});
       },
       py::kw_only(), py::arg("logits"), py::arg("target"), py::arg("scale"), py::arg("with_gradient"), py::arg("nll"),
-      py::arg("M"), py::arg("V"), py::arg("dtype"), py::arg("num_threads"));
+      py::arg("num_threads"));
 
   m.def(
       "attention_fwd",
-      [](const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& o, uintptr_t lse,
-         int64_t B, int64_t H, int64_t KV, int64_t T, int64_t D, float scale, int dtype, int num_threads) {
+      [](Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, int num_threads) {
         launch(&Isa::attention, &AttentionKernels::forward,
-               AttentionFwd{heads(q),
-                            heads(k),
-                            heads(v),
-                            heads(o),
-                            pointer<float>(lse),
-                            {B, H, KV, T, D, scale, DType(dtype), num_threads}});
+               AttentionFwd{heads(q), heads(k), heads(v), heads(o), lse.data<float>(),
+                            attention_shape(q, k, scale, num_threads)});
       },
-      py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("lse"), py::arg("B"), py::arg("H"),
-      py::arg("KV"), py::arg("T"), py::arg("D"), py::arg("scale"), py::arg("dtype"), py::arg("num_threads"));
+      py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("lse"), py::arg("scale"),
+      py::arg("num_threads"));
 
   m.def(
       "attention_bwd",
-      [](const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& o,
-         const HeadsArgument& dout, const HeadsArgument& dq, const HeadsArgument& dk, const HeadsArgument& dv,
-         uintptr_t lse, int64_t B, int64_t H, int64_t KV, int64_t T, int64_t D, float scale, int dtype,
+      [](Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor dq, Tensor dk, Tensor dv, Tensor lse, float scale,
          int num_threads) {
         launch(&Isa::attention, &AttentionKernels::backward,
-               AttentionBwd{heads(q),
-                            heads(k),
-                            heads(v),
-                            heads(o),
-                            heads(dout),
-                            heads(dq),
-                            heads(dk),
-                            heads(dv),
-                            pointer<float>(lse),
-                            {B, H, KV, T, D, scale, DType(dtype), num_threads}});
+               AttentionBwd{heads(q), heads(k), heads(v), heads(o), heads(dout), heads(dq), heads(dk), heads(dv),
+                            lse.data<float>(), attention_shape(q, k, scale, num_threads)});
       },
       py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("dout"), py::arg("dq"),
-      py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("B"), py::arg("H"), py::arg("KV"), py::arg("T"),
-      py::arg("D"), py::arg("scale"), py::arg("dtype"), py::arg("num_threads"));
+      py::arg("dk"), py::arg("dv"), py::arg("lse"), py::arg("scale"), py::arg("num_threads"));
 
   m.def(
       "adamw_step",
-      [](const std::vector<uintptr_t>& param, const std::vector<uintptr_t>& grad, const std::vector<int>& grad_dtype,
-         const std::vector<uintptr_t>& exp_avg, const std::vector<uintptr_t>& exp_avg_sq,
-         const std::vector<uintptr_t>& step, const std::vector<uintptr_t>& master, const std::vector<int64_t>& numel,
-         const std::vector<int>& param_dtype, const std::vector<int>& group,
-         const std::vector<std::array<double, 5>>& settings, double max_grad_norm, uintptr_t grad_norm,
-         int num_threads) {
+      [](const std::vector<uintptr_t>& param, const std::vector<Tensor>& grad, const std::vector<uintptr_t>& exp_avg,
+         const std::vector<uintptr_t>& exp_avg_sq, const std::vector<uintptr_t>& step,
+         const std::vector<uintptr_t>& master, const std::vector<int64_t>& numel, const std::vector<int>& param_dtype,
+         const std::vector<int>& group, const std::vector<std::array<double, 5>>& settings, double max_grad_norm,
+         Tensor grad_norm, int num_threads) {
         std::vector<AdamWTensor> tensors;
         for (size_t i = 0; i < param.size(); ++i)
-          tensors.push_back({pointer(param[i]), pointer<float>(master.at(i)), pointer(grad.at(i)),
+          tensors.push_back({pointer(param[i]), pointer<float>(master.at(i)), grad.at(i).data(),
                              pointer<float>(exp_avg.at(i)), pointer<float>(exp_avg_sq.at(i)),
-                             pointer<float>(step.at(i)), numel.at(i), DType(param_dtype.at(i)), DType(grad_dtype.at(i)),
+                             pointer<float>(step.at(i)), numel.at(i), DType(param_dtype.at(i)), dtype_of(grad.at(i)),
                              group.at(i)});
         std::vector<AdamWGroup> groups;
         for (const auto& [lr, beta1, beta2, eps, weight_decay] : settings)
           groups.push_back({lr, beta1, beta2, eps, weight_decay});
         launch(&Isa::adamw, &AdamWKernels::step,
-               AdamWStep{tensors.data(), int64_t(tensors.size()), groups.data(), max_grad_norm,
-                         pointer<float>(grad_norm), num_threads});
+               AdamWStep{tensors.data(), int64_t(tensors.size()), groups.data(), max_grad_norm, grad_norm.data<float>(),
+                         num_threads});
       },
-      py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("grad_dtype"), py::arg("exp_avg"),
-      py::arg("exp_avg_sq"), py::arg("step"), py::arg("master"), py::arg("numel"), py::arg("param_dtype"),
-      py::arg("group"), py::arg("settings"), py::arg("max_grad_norm"), py::arg("grad_norm"), py::arg("num_threads"));
+      py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("step"),
+      py::arg("master"), py::arg("numel"), py::arg("param_dtype"), py::arg("group"), py::arg("settings"),
+      py::arg("max_grad_norm"), py::arg("grad_norm"), py::arg("num_threads"));
 }

@@ -102,16 +102,9 @@ def native_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def _launch(kernel: str, *, threshold: int | None = None, rng: Tensor | None = None, **arguments) -> None:
-    """Call a kernel of _C. Tensors become addresses; this frame keeps them alive until the kernel has returned."""
-    values = {
-        name: 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    if threshold is not None:
-        seed, offset = (0, 0) if rng is None else (v & 0xFFFFFFFFFFFFFFFF for v in rng.tolist())
-        values.update(threshold=threshold, seed=seed, offset=offset)
-    getattr(_C, kernel)(**values, num_threads=torch.get_num_threads())
+def _launch(kernel: str, **arguments) -> None:
+    """Call a kernel of _C, which reads tensors where they are; this frame keeps them alive until it has returned."""
+    getattr(_C, kernel)(**arguments, num_threads=torch.get_num_threads())
 
 
 def _check(x: Tensor, *adapters: Tensor | None) -> None:
@@ -142,20 +135,9 @@ def _buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def _weight(weight: Tensor | NF4) -> _C.Weight:
     """The C++ view of weight, which must outlive it."""
-    N, K = weight.shape
-    if not isinstance(weight, NF4):
-        return _C.Weight.dense(data=weight.data_ptr(), dtype=_DTYPES[weight.dtype], ld=weight.stride(0), N=N, K=K)
-    double_quant = weight.absmax_scale is not None
-    return _C.Weight.nf4(
-        packed=weight.packed.data_ptr(),
-        absmax=weight.absmax.data_ptr(),
-        absmax_scale=weight.absmax_scale.data_ptr() if double_quant else 0,
-        absmax_code=dynamic_code().data_ptr(),
-        absmax_offset=weight.absmax_offset.data_ptr() if double_quant else 0,
-        block_size=weight.block_size,
-        N=N,
-        K=K,
-    )
+    if isinstance(weight, NF4):
+        return _C.Weight.nf4(*weight, dynamic_code())
+    return _C.Weight.dense(weight)
 
 
 def _copy_weight(weight: Tensor | NF4, rows: slice, cols: slice, out: Tensor) -> None:
@@ -171,8 +153,6 @@ def _copy_weight(weight: Tensor | NF4, rows: slice, cols: slice, out: Tensor) ->
         col_first=cols.start,
         col_last=cols.stop,
         out=out,
-        out_dtype=_DTYPES[out.dtype],
-        ld_out=out.stride(0),
     )
 
 
@@ -247,20 +227,8 @@ def _product(
     All x are float32, or all bfloat16, to which factor · W is then rounded; column_scale and bias are float32; the rows
     of W, x and out are contiguous. NF4 takes a factor of 1. No size may be 0.
     """
-    M, J = out.shape
-    _launch(
-        "product",
-        terms=[(_weight(weight), x.data_ptr(), x.stride(0), factor) for weight, x, factor in terms],
-        in_dtype=_DTYPES[terms[0][1].dtype],
-        transposed=transposed,
-        column_scale=column_scale,
-        bias=bias,
-        out=out,
-        out_dtype=_DTYPES[out.dtype],
-        ld_out=out.stride(0),
-        M=M,
-        J=J,
-    )
+    terms = [(_weight(weight), x, factor) for weight, x, factor in terms]
+    _launch("product", terms=terms, transposed=transposed, column_scale=column_scale, bias=bias, out=out)
 
 
 def _low_rank_fwd(
@@ -273,27 +241,10 @@ def _low_rank_fwd(
     column_scale: Tensor | None = None,
 ) -> None:
     """y = column_scale ∘ (base + scaling · h lora_bᵀ) + bias, rounded once; base may be y."""
-    (M, N), R = y.shape, h.shape[1]
-    if R == 0 and bias is None and column_scale is None and base.data_ptr() == y.data_ptr():
+    if h.shape[1] == 0 and bias is None and column_scale is None and base.data_ptr() == y.data_ptr():
         return
-    _launch(
-        "lora_b_fwd",
-        base=base,
-        base_dtype=_DTYPES[base.dtype],
-        ld_base=base.stride(0),
-        column_scale=column_scale,
-        bias=bias,
-        h=h,
-        lora_b=lora_b,
-        lora_b_dtype=_DTYPES[lora_b.dtype],
-        scaling=scaling,
-        y=y,
-        y_dtype=_DTYPES[y.dtype],
-        ld_y=y.stride(0),
-        M=M,
-        N=N,
-        R=R,
-    )
+    tensors = {"base": base, "column_scale": column_scale, "bias": bias, "h": h, "lora_b": lora_b, "y": y}
+    _launch("lora_b_fwd", **tensors, scaling=scaling)
 
 
 def lora_linear_fwd(
@@ -372,37 +323,16 @@ def in_one_pass(layer: Projection) -> bool:
 
 def few_rows_layer(layer: Projection) -> _C.FewRowsLayer:
     """The C++ view of a layer, whose contiguous tensors must outlive it and stay where they are."""
-    weight, lora_a, lora_b, scaling, bias, lora_e, column_scale = layer
-    return _C.FewRowsLayer(
-        weight=_weight(weight),
-        lora_a=lora_a.data_ptr(),
-        lora_a_dtype=_DTYPES[lora_a.dtype],
-        lora_b=lora_b.data_ptr(),
-        lora_b_dtype=_DTYPES[lora_b.dtype],
-        scaling=scaling,
-        bias=0 if bias is None else bias.data_ptr(),
-        lora_e=0 if lora_e is None else lora_e.data_ptr(),
-        lora_e_dtype=_C.FLOAT32 if lora_e is None else _DTYPES[lora_e.dtype],
-        column_scale=0 if column_scale is None else column_scale.data_ptr(),
-        R=lora_a.shape[0],
-    )
+    return _C.FewRowsLayer(_weight(layer.weight), *layer[1:])
 
 
 def few_rows_layers(x: Tensor, layers: Sequence[_C.FewRowsLayer], hs: Sequence[Tensor] = ()) -> list[Tensor]:
     """y [..., N] of each layer for x [..., K] of up to LAYER_ROWS rows; writes h [M, R] to `hs` where given."""
     *shape, K = x.shape
     ys = [_empty(*shape, layer.N, dtype=x.dtype) for layer in layers]
-    # Not by _launch, which takes as long as the kernel for a small layer.
-    _C.layers_forward(
-        layers,
-        [y.data_ptr() for y in ys],
-        [h.data_ptr() for h in hs],
-        x.data_ptr(),
-        _DTYPES[x.dtype],
-        x.stride(0) if len(shape) == 1 else K,
-        math.prod(shape),
-        torch.get_num_threads(),
-    )
+    # Not by _launch, whose names would take as long as the kernel for a small layer.
+    ld_x = x.stride(0) if len(shape) == 1 else K
+    _C.layers_forward(layers, ys, hs, x, math.prod(shape), ld_x, torch.get_num_threads())
     return ys
 
 
@@ -413,23 +343,9 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
 def _lora_a_fwd(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None) -> list[Tensor]:
     """h = dropout(x) Aᵀ [M, R] of each layer."""
     lora_a = _side_by_side([layer.lora_a for layer in layers], 0)
-    (M, K), R = x.shape, lora_a.shape[0]
-    h = _empty(M, R)
-    if R:
-        _launch(
-            "lora_a_fwd",
-            x=x,
-            x_dtype=_DTYPES[x.dtype],
-            ld_x=x.stride(0),
-            lora_a=lora_a,
-            lora_a_dtype=_DTYPES[lora_a.dtype],
-            h=h,
-            M=M,
-            K=K,
-            R=R,
-            threshold=dropout_threshold(dropout_p),
-            rng=rng,
-        )
+    h = _empty(x.shape[0], lora_a.shape[0])
+    if h.shape[1]:
+        _launch("lora_a_fwd", x=x, lora_a=lora_a, h=h, threshold=dropout_threshold(dropout_p), rng=rng)
     if len(layers) == 1:
         return [h]
     return [part.contiguous() for part in h.split([layer.lora_a.shape[0] for layer in layers], dim=1)]
@@ -443,20 +359,8 @@ def column_scale_bwd(
     M, N = dy.shape
     dz = recycling.empty(M, N, dtype=dy.dtype)
     total = None if y is None else column_scale.new_empty(N)
-    _launch(
-        "column_scale_bwd",
-        dy=dy,
-        ld_dy=dy.stride(0),
-        y=y,
-        ld_y=0 if y is None else y.stride(0),
-        bias=None if bias is None else bias.float(),
-        column_scale=column_scale,
-        dz=dz,
-        dtype=_DTYPES[dy.dtype],
-        total=total,
-        M=M,
-        N=N,
-    )
+    bias32 = None if bias is None else bias.float()
+    _launch("column_scale_bwd", dy=dy, y=y, bias=bias32, column_scale=column_scale, dz=dz, total=total)
     return dz, None if total is None else scale_gradient(total, column_scale)
 
 
@@ -526,21 +430,8 @@ def _lora_b_bwd(
     dhe = _empty(M, R) if need_h or need_e else None
     dlora_b = _empty(N, R) if need_b else None
     if R and (dhe is not None or dlora_b is not None):
-        _launch(
-            "lora_b_bwd",
-            dy=dy,
-            dy_dtype=_DTYPES[dy.dtype],
-            ld_dy=dy.stride(0),
-            h=h if lora_e is None else h * lora_e.float(),
-            lora_b=lora_b,
-            lora_b_dtype=_DTYPES[lora_b.dtype],
-            scaling=layer.scaling,
-            dh=dhe,
-            dlora_b=dlora_b,
-            M=M,
-            N=N,
-            R=R,
-        )
+        he = h if lora_e is None else h * lora_e.float()
+        _launch("lora_b_bwd", dy=dy, h=he, lora_b=lora_b, scaling=layer.scaling, dh=dhe, dlora_b=dlora_b)
     dlora_e = (h * dhe).sum(0).to(lora_e.dtype) if need_e else None
     dh = dhe if lora_e is None or dhe is None else dhe * lora_e.float()
     return dh, None if dlora_b is None else dlora_b.to(lora_b.dtype), dlora_e
@@ -605,20 +496,11 @@ def _lora_a_bwd(
         _launch(
             "lora_a_bwd",
             x=_part(x, rows),
-            x_dtype=_DTYPES[x.dtype],
-            ld_x=x.stride(0),
             dh=_part(dh, rows),
             lora_a=lora_a,
-            lora_a_dtype=_DTYPES[lora_a.dtype],
             dlora_a=block,
             base=base,
-            base_dtype=_DTYPES[x.dtype if base is None else base.dtype],
-            ld_base=0 if base is None else base.stride(0),
             dx=own_dx if finish_dx else None,
-            ld_dx=K,
-            M=rows.stop - rows.start,
-            K=K,
-            R=R,
             undo_dropped=native_dx,
             first_row=rows.start,
             threshold=threshold,
@@ -662,15 +544,7 @@ def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
     blocks = -(-size // block_size)
     packed = _empty((size + 1) // 2, dtype=torch.uint8)
     absmax = _empty(blocks)
-    _launch(
-        "nf4_quantize",
-        weight=weight,
-        weight_dtype=_DTYPES[weight.dtype],
-        size=size,
-        block_size=block_size,
-        packed=packed,
-        absmax=absmax,
-    )
+    _launch("nf4_quantize", weight=weight, block_size=block_size, packed=packed, absmax=absmax)
     if not double_quant:
         return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
     offset = absmax.mean()
@@ -679,7 +553,6 @@ def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
     _launch(
         "nf4_quantize_absmax",
         absmax=absmax,
-        blocks=blocks,
         absmax_offset=offset.item(),
         absmax_code=dynamic_code(),
         codes=codes,
@@ -701,10 +574,8 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     the number of threads. Raises ValueError for another dtype or device.
     """
     (params, grads, *_), changed = adamw_columns(groups, cache)
-    grad_dtypes = [_DTYPES.get(grad.dtype) for grad in grads]
-    if None in grad_dtypes:
-        dtype = grads[grad_dtypes.index(None)].dtype
-        raise ValueError(f"the cpu backend got a gradient of {dtype}; it takes float32, bfloat16 and float16")
+    if others := {grad.dtype for grad in grads} - _DTYPES.keys():
+        raise ValueError(f"the cpu backend got a gradient of {others.pop()}; it takes float32, bfloat16 and float16")
     if not params[0].is_cpu:
         raise ValueError(f"the cpu backend got parameters on {params[0].device}; it takes CPU tensors only")
     if changed:
@@ -715,12 +586,11 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     grad_norm = None if max_grad_norm is None else _empty()
     _C.adamw_step(
         param=cache["pointers"],
-        grad=[grad.data_ptr() for grad in grads],
-        grad_dtype=grad_dtypes,
+        grad=grads,
         **cache["fixed"],
         settings=[group[6:] for group in groups],
         max_grad_norm=max_grad_norm or 0.0,
-        grad_norm=0 if grad_norm is None else grad_norm.data_ptr(),
+        grad_norm=grad_norm,
         num_threads=torch.get_num_threads(),
     )
     return grad_norm

@@ -13,60 +13,30 @@ from lora_kernels import cpu, recycling
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """y [..., K] and rstd [...] of contiguous x [..., K] and weight [K] of one dtype; rstd is float32."""
-    K = x.shape[-1]
     y, rstd = recycling.empty(*x.shape, dtype=x.dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    cpu._launch(
-        "rms_norm_fwd",
-        x=x,
-        weight=weight,
-        eps=eps,
-        offset=offset,
-        y=y,
-        rstd=rstd,
-        M=rstd.numel(),
-        K=K,
-        dtype=cpu._DTYPES[x.dtype],
-    )
+    cpu._launch("rms_norm_fwd", x=x, weight=weight, eps=eps, offset=offset, y=y, rstd=rstd)
     return y, rstd
 
 
 def rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
     """dx [..., K]; dy and x are contiguous."""
     dx = recycling.empty(*x.shape, dtype=x.dtype)
-    cpu._launch(
-        "rms_norm_bwd",
-        dy=dy,
-        x=x,
-        rstd=rstd,
-        weight=weight,
-        offset=offset,
-        dx=dx,
-        M=rstd.numel(),
-        K=x.shape[-1],
-        dtype=cpu._DTYPES[x.dtype],
-    )
+    cpu._launch("rms_norm_bwd", dy=dy, x=x, rstd=rstd, weight=weight, offset=offset, dx=dx)
     return dx
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """gate ∘ sigmoid(gate) ∘ up of contiguous tensors of one shape and dtype."""
     y = recycling.empty(*gate.shape, dtype=gate.dtype)
-    cpu._launch("swiglu_fwd", gate=gate, up=up, y=y, size=gate.numel(), dtype=cpu._DTYPES[gate.dtype])
+    cpu._launch("swiglu_fwd", gate=gate, up=up, y=y)
     return y
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """dgate and dup; all contiguous."""
     dgate, dup = (recycling.empty(*gate.shape, dtype=gate.dtype) for _ in range(2))
-    cpu._launch(
-        "swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup, size=gate.numel(), dtype=cpu._DTYPES[gate.dtype]
-    )
+    cpu._launch("swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup)
     return dgate, dup
-
-
-def _heads(t: Tensor) -> tuple[int, int, int, int]:
-    """[B, heads, T, D] as the kernels take it; its last stride is 1."""
-    return t.data_ptr(), *t.stride()[:3]
 
 
 def _empty_heads(like: Tensor) -> Tensor:
@@ -79,39 +49,9 @@ def _empty_heads(like: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
     """y [B, H, T, D] of x [B, H, T, D], whose last stride is 1, and contiguous cos and sin [B or 1, T, D], all of one
     dtype; or, transposed, dx of dy."""
-    B, H, T, D = x.shape
     y = _empty_heads(x)
-    cpu._launch(
-        "rotary",
-        x=_heads(x),
-        cos=cos,
-        sin=sin,
-        angle_batch=0 if cos.shape[0] == 1 else T * D,
-        transposed=transposed,
-        y=_heads(y),
-        B=B,
-        H=H,
-        T=T,
-        D=D,
-        dtype=cpu._DTYPES[x.dtype],
-    )
+    cpu._launch("rotary", x=x, cos=cos, sin=sin, transposed=transposed, y=y)
     return y
-
-
-def _launch_attention(kernel: str, lse: Tensor, scale: float, **heads: Tensor) -> None:
-    B, H, T, D = heads["q"].shape
-    cpu._launch(
-        kernel,
-        lse=lse,
-        scale=scale,
-        B=B,
-        H=H,
-        KV=heads["k"].shape[1],
-        T=T,
-        D=D,
-        dtype=cpu._DTYPES[heads["q"].dtype],
-        **{name: _heads(t) for name, t in heads.items()},
-    )
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -120,7 +60,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     q is [B, H, T, D], k and v are [B, KV, T, D], of one dtype and with the last stride 1.
     """
     o, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _launch_attention("attention_fwd", lse, scale, q=q, k=k, v=v, o=o)
+    cpu._launch("attention_fwd", q=q, k=k, v=v, o=o, lse=lse, scale=scale)
     return o, lse
 
 
@@ -129,7 +69,8 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, laid out as o is; the last stride of dout is 1."""
     dq, dk, dv = (_empty_heads(t) for t in (q, k, v))
-    _launch_attention("attention_bwd", lse, scale, q=q, k=k, v=v, o=o, dout=dout, dq=dq, dk=dk, dv=dv)
+    tensors = {"q": q, "k": k, "v": v, "o": o, "dout": dout, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
+    cpu._launch("attention_bwd", **tensors, scale=scale)
     return dq, dk, dv
 
 
@@ -137,16 +78,5 @@ def cross_entropy(logits: Tensor, target: Tensor, scale: float, with_gradient: b
     """-log softmax(scale · logits)[target] [M], float32, of contiguous logits [M, V] and target [M], int64 from 0 to
     V - 1. Its gradient is written over the logits, if asked for."""
     nll = logits.new_empty(target.shape, dtype=torch.float32)
-    M, V = logits.shape
-    cpu._launch(
-        "cross_entropy",
-        logits=logits,
-        target=target,
-        scale=scale,
-        with_gradient=with_gradient,
-        nll=nll,
-        M=M,
-        V=V,
-        dtype=cpu._DTYPES[logits.dtype],
-    )
+    cpu._launch("cross_entropy", logits=logits, target=target, scale=scale, with_gradient=with_gradient, nll=nll)
     return nll
