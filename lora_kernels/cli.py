@@ -50,6 +50,19 @@ def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _train(run: Callable[[Any], Any], settings: TrainConfig) -> None:
+    """run(settings); where the user stops it, say how to go on."""
+    try:
+        run(settings)
+    except KeyboardInterrupt:
+        from lora_kernels.train.checkpoint import find_checkpoint
+
+        checkpoint = find_checkpoint(Path(settings.output_dir))
+        how = f"; the same command with --resume goes on from {checkpoint}" if checkpoint else "; nothing is saved yet"
+        typer.secho(f"interrupted{how}", fg=typer.colors.YELLOW, err=True)
+        raise typer.Exit(130) from None
+
+
 _ConfigFile = Annotated[
     Path | None, typer.Option(help="YAML file with the same names, underscores for dashes. Flags override it.")
 ]
@@ -74,7 +87,7 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(SFTConfig, config, flags)
     from lora_kernels.train.sft import run_sft
 
-    run_sft(settings)
+    _train(run_sft, settings)
     typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
 
 
@@ -98,7 +111,7 @@ def ppo(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(PPOConfig, config, flags)
     from lora_kernels.train.ppo import run_ppo
 
-    run_ppo(settings)
+    _train(run_ppo, settings)
     typer.echo(f"adapter, metrics, samples and plots: {settings.output_dir}")
 
 
@@ -110,7 +123,7 @@ def reward(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(RewardConfig, config, flags)
     from lora_kernels.train.reward import run_reward
 
-    run_reward(settings)
+    _train(run_reward, settings)
     typer.echo(f"adapter with head, metrics and plots: {settings.output_dir}")
 
 
@@ -122,7 +135,7 @@ def dpo(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(DPOConfig, config, flags)
     from lora_kernels.train.dpo import run_dpo
 
-    run_dpo(settings)
+    _train(run_dpo, settings)
     typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
 
 

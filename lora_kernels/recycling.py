@@ -10,6 +10,7 @@ no free one fits. All blocks together take the most that was in use at one time,
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections import deque
@@ -108,6 +109,16 @@ _pool: Pool | None = None
 def enable() -> None:
     global _pool
     _pool = _pool or Pool()
+
+
+def _after_fork() -> None:
+    # The thread that held the lock, if one did, does not exist in the child.
+    if _pool is not None:
+        _pool._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

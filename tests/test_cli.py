@@ -88,6 +88,29 @@ def test_sft_writes_its_run(trained, tiny):
     assert again.exit_code == 2 and "holds another run" in again.stderr
 
 
+def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch):
+    def stopped(settings):
+        raise KeyboardInterrupt
+
+    arguments = ("--model", "m", "--data", "d", "--output-dir", tmp_path)
+    for command in ("sft", "reward", "dpo", "ppo"):
+        monkeypatch.setattr(f"lora_kernels.train.{command}.run_{command}", stopped)
+        result = run(command, *arguments, *(("--reward", "r.py:f") if command == "ppo" else ()))
+        assert result.exit_code == 130 and "nothing is saved yet" in result.stderr
+    (tmp_path / "checkpoint-last").mkdir()
+    result = run("sft", *arguments)
+    assert result.exit_code == 130 and "with --resume goes on from" in result.stderr
+
+
+def test_an_output_directory_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    arguments = ("sft", "--model", tmp_path / "no-model", "--data", "d", "--output-dir")
+    for output in ("file", "file/run"):
+        assert f"{tmp_path / 'file'} is a file" in run(*arguments, tmp_path / output).stderr
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert f"{tmp_path} can't be written to" in run(*arguments, tmp_path / "new" / "run").stderr
+
+
 @pytest.mark.parametrize("command", ["reward", "dpo"])
 def test_reward_and_dpo_write_their_runs(tiny, tmp_path, command):
     pairs = [{"prompt": name, "chosen": answer, "rejected": answer[::-1]} for name, answer in ANSWERS.items()]

@@ -1,7 +1,9 @@
 """Blocks of memory for large results: used again when nothing refers to them, and never before."""
 
 import gc
+import os
 import random
+import signal
 import threading
 import weakref
 
@@ -134,3 +136,18 @@ def test_our_ops_take_blocks_only_where_enabled(monkeypatch):
         for t, other in zip(gradients(), expected, strict=True):
             assert torch.equal(t, other)
     assert recycling._pool.free_bytes() > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_does_not_wait_for_a_thread_of_its_parent(monkeypatch):
+    pool = recycling.Pool()
+    monkeypatch.setattr(recycling, "_pool", pool)
+    with pool._lock:
+        child = os.fork()
+        if child == 0:
+            # Killed where it waits for the lock.
+            signal.alarm(20)
+            recycling.empty(recycling.LARGE, dtype=torch.float32)
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

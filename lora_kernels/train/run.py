@@ -140,10 +140,14 @@ def return_freed_memory() -> None:
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """FileExistsError where `output_dir` holds a run and the configuration does not say to resume it."""
+    """FileExistsError where `output_dir` holds a run and the configuration does not say to resume it, PermissionError
+    where it can't be written."""
     directory = Path(config.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"output_dir {directory} is a file")
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"output_dir {directory}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir {directory}: {there} can't be written to")
     found = [
         name for name in (METRICS, "adapter_model.safetensors", "model.safetensors") if (directory / name).exists()
     ]
