@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
 
@@ -85,6 +86,28 @@ def selected() -> str:
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     return name
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether an implementation may be called past torch's dispatcher, which takes longer than a small layer, and read
+    the tensors where they are.
+
+    Not where something else than autograd sees ops: a compiler or tracer, a mode (FakeTensorMode, a profiler of FLOPs,
+    selective checkpointing), a transform (vmap), forward-mode differentiation, or a subclass of Tensor.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    return not torch._C._len_torch_dispatch_stack() and all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+def in_autocast(device_type: str) -> bool:
+    """Whether autocast is on for the device, which it can't be for some, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def resolve(x: Tensor, activations: bool = False) -> ModuleType:

@@ -5,6 +5,8 @@ are from there. Where glibc gives a large tensor's memory back as soon as it is 
 (`return_freed_memory` in `lora_kernels.train.run`), each activation would still come from fresh pages. With `enable`,
 those that our own ops make come from blocks of earlier ones that nothing refers to any more. A block is made only where
 no free one fits. All blocks together take the most that was in use at one time, and do so until the process ends.
+
+Such results are ordinary tensors but for `resize_` to more elements, which torch refuses for memory that isn't its own.
 """
 
 from __future__ import annotations

@@ -12,7 +12,16 @@ from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from tiny_models import logits, perturb, tiny_batch, tiny_model
 from torch.nn import functional as F
 
-from lora_kernels import AdaLoRAConfig, LoRAConfig, adapters_disabled, inject, load_adapter, merge, save_adapter
+from lora_kernels import (
+    AdaLoRAConfig,
+    LoRAConfig,
+    LoRAPlusAdamW,
+    adapters_disabled,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from lora_kernels.methods import training_hook
 from lora_kernels.methods.adalora import RankAllocator, Triplets, orthogonality
 from lora_kernels.methods.lora import lora_modules, replace_module
@@ -549,3 +558,36 @@ def test_rank_map(tmp_path):
     assert image.shape == other.shape and not np.array_equal(image, other)
     with pytest.raises(ValueError, match="ranks is empty"):
         plot_ranks({}, tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.3, 1e9])
+def test_scores_see_the_gradients_as_they_were_clipped(max_grad_norm):
+    """As where clip_grad_norm_ clips them before the optimizer's step."""
+    kept = []
+    for clips in (True, False):
+        model = inject(tiny_model("llama"), AdaLoRAConfig(init_r=6, target_r=2, tinit=2, tfinal=2))
+        perturb(model)
+        optimizer = LoRAPlusAdamW(model, lr=1e-2, lr_ratio=1, max_grad_norm=max_grad_norm if clips else None)
+        hook = training_hook(model, 12)
+        for step in range(1, 11):
+            torch.manual_seed(step)
+            # Steps of very different gradients.
+            (lm_loss(model) * 10 ** (step % 3)).backward()
+            if not clips:
+                torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+            optimizer.step()
+            hook.after_step(optimizer, step)
+            optimizer.zero_grad()
+        kept.append(hook.ranks())
+    assert kept[0] == kept[1] and len(set(kept[0].values())) > 1
+
+
+def test_a_step_that_changed_nothing_leaves_the_scores_finite():
+    model = inject(tiny_model("llama"), AdaLoRAConfig(init_r=6, target_r=2, tinit=2, tfinal=2))
+    optimizer, hook = LoRAPlusAdamW(model, lr=1e-2, lr_ratio=1, max_grad_norm=1.0), training_hook(model, 12)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.step()
+    hook.after_step(optimizer, 1)
+    assert all(torch.isfinite(score).all() for score in hook.allocator.scores().values())

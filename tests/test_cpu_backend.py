@@ -455,3 +455,10 @@ def test_what_it_refuses():
     inputs, dy, *rest = make_case(3, 4, 5, 2, FP32, BF16, 0.0)
     with pytest.raises(ValueError, match="adapter weights are torch.bfloat16"):
         run(cpu, inputs, dy, *rest)
+
+
+def test_group_checks_the_column_scale():
+    x, layers, _ = group_case(5, FP32, FP32, False)
+    for scale, error in ((torch.ones(1), ValueError), (torch.ones(layers[1].weight.shape[0]).double(), TypeError)):
+        with pytest.raises(error, match=r"layers\[1\]: column_scale has"):
+            lora_linear_group(x, [layers[0], layers[1]._replace(column_scale=scale)])

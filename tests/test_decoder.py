@@ -14,6 +14,8 @@ import torch
 import transformers
 from tiny_models import perturb, tiny_batch, tiny_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 from lora_kernels import LoRAConfig, cpu, cpu_decoder, inject, reference, use_backend
@@ -627,3 +629,20 @@ def test_a_pickled_model_comes_back_plain_and_can_be_fused() -> None:
     assert torch.equal(loss_and_grads(loaded)[0], loss_and_grads(plain)[0])
     assert fuse_decoder(loaded) == FUSED["Llama"]
     assert torch.equal(loss_and_grads(loaded)[0], loss_and_grads(fused)[0])
+
+
+def test_what_sees_ops_sees_those_of_a_fused_model():
+    """No kernel reads the address of a tensor that has none."""
+    plain, fused = tiny_model("llama").requires_grad_(False), tiny_model("llama").requires_grad_(False)
+    fuse_decoder(fused)
+    ids = tiny_batch()
+
+    def run(model, ids):
+        return model(input_ids=ids, use_cache=False).logits
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run(fused, mode.from_tensor(ids)).shape == (*ids.shape, plain.config.vocab_size)
+    norm, x = fused.model.norm, torch.randn(2, 3, 32)
+    torch.testing.assert_close(make_fx(norm)(x)(2 * x), norm(2 * x))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(norm)(x), norm(x))

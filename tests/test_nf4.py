@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cpu_isa import ISAS, instruction_set, multiply_bf16
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -501,3 +502,33 @@ def test_another_default_dtype_changes_nothing(default, double_quant):
     assert torch.equal(layers[1].weight.dequantize(FP32), expected.dequantize(FP32))
     layers[1].weight.packed.zero_()
     assert torch.equal(made.dequantize(FP32), expected.dequantize(FP32)), "what was loaded is a copy"
+
+
+def test_no_address_is_read_of_a_tensor_that_has_none():
+    weight = quantize_nf4(torch.randn(64, 64), double_quant=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert weight.dequantize().shape == (64, 64)
+        with pytest.raises(DataDependentOutputException):
+            quantize_nf4(mode.from_tensor(torch.randn(64, 64)))
+
+
+def test_a_layer_without_memory_takes_what_it_loads():
+    source = FusedLoRALinear.from_linear(torch.nn.Linear(64, 32), r=2, lora_alpha=4, quantize="nf4", double_quant=True)
+    target = FusedLoRALinear.from_linear(torch.nn.Linear(64, 32), r=2, lora_alpha=4, quantize="nf4").to("meta")
+    target.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(3, 64)
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_layer_in_float64(use_dora):
+    torch.manual_seed(0)
+    layer = FusedLoRALinear.from_linear(torch.nn.Linear(64, 32), r=2, lora_alpha=4, quantize="nf4", use_dora=use_dora)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    expected = layer(x.float())
+    layer.double()
+    layer.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x).float(), expected)
+    layer.double()
+    layer.merge()
+    torch.testing.assert_close(layer(x).float(), expected)

@@ -434,3 +434,20 @@ def test_norms_of_dora_follow_lora_e():
         layer._eval_norms = None
         torch.testing.assert_close(layer(x), after)
     assert not torch.equal(before, after)
+
+
+def test_shapes_without_memory():
+    layer = FusedLoRALinear(16, 8, r=2, lora_alpha=4, device="meta")
+    assert layer(torch.empty(3, 16, device="meta")).shape == (3, 8)
+    layer = FusedLoRALinear(16, 8, r=2, lora_alpha=4)
+    layer.merge()
+    layer.to("meta")
+    layer.unmerge()
+    assert layer.weight.is_meta
+
+
+@pytest.mark.parametrize("own, other", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_autocast_to_another_half_precision(own, other):
+    layer = FusedLoRALinear(16, 8, r=2, lora_alpha=4, dtype=own, adapter_dtype=own, init="both_gaussian")
+    with torch.autocast("cpu", dtype=other):
+        assert layer(torch.randn(3, 16, dtype=own)).dtype == other

@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import logits, perturb, tiny_model
+from transformers import PretrainedConfig
 
-from lora_kernels.io.peft import load_adapter, save_adapter
+from lora_kernels.io.peft import load_adapter, save_adapter, task_type
 from lora_kernels.methods.lora import LoRAConfig, adapters_disabled, inject, lora_modules, merge
 
 KINDS = ["llama", "gpt2", "qwen2"]
@@ -319,3 +320,32 @@ def test_what_can_not_be_saved(tmp_path):
     with adapters_disabled(model), pytest.raises(RuntimeError, match="adapters_disabled"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*embedding layers found:UserWarning", "ignore:.*tied.*:UserWarning")
+@pytest.mark.parametrize("targets, embeddings", [(["lm_head", "q_proj"], "auto"), (["q_proj"], True)])
+def test_copies_of_the_base_that_peft_writes_are_passed_over(tmp_path, targets, embeddings):
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(tiny_model("llama"), config)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    path = tmp_path / "adapter_model.safetensors"
+    extra = [key for key in load_file(path) if "lora_" not in key]
+    assert extra
+    ours = load_adapter(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    tensors = load_file(path)
+    tensors[extra[0]] = tensors[extra[0]] + 1
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="unexpected"):
+        load_adapter(tiny_model("llama"), tmp_path)
+
+
+def test_a_decoder_that_is_called_conditional_generation_is_a_causal_lm():
+    class TinyForConditionalGeneration(torch.nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.config = PretrainedConfig(is_encoder_decoder=encoder)
+
+    assert task_type(TinyForConditionalGeneration(False), []) == "CAUSAL_LM"
+    assert task_type(TinyForConditionalGeneration(False), ["score"]) == "SEQ_CLS"
+    assert task_type(TinyForConditionalGeneration(True), []) == "SEQ_2_SEQ_LM"

@@ -24,6 +24,7 @@ from lora_kernels.methods.named import adapter_names, use_adapter
 from lora_kernels.testing import assert_close_to_reference
 from lora_kernels.train import ppo
 from lora_kernels.train.config import PPOConfig, RewardConfig
+from lora_kernels.train.generate import encode_prompt
 from lora_kernels.train.ppo import run_ppo
 from lora_kernels.train.reward import HEAD, attach_head, load_reward_model, run_reward
 from lora_kernels.train.rewards import FunctionReward, RewardError, load_function
@@ -612,3 +613,25 @@ def test_reward_functions_are_found_and_their_faults_named(tmp_path, monkeypatch
     reward = FunctionReward(lambda prompts, responses: [1.0])
     with pytest.raises(RewardError, match="it returned 1 numbers for 2 answers, for 2 answers together, but not"):
         reward(["a", "b"], ["c", "d"], [None, None], 3)
+
+
+def test_answers_are_scored_with_the_template_that_the_reward_model_knows(tmp_path):
+    own, reward, other = "[{{ messages[0]['content'] }}]", tmp_path / "reward", tmp_path / "policy"
+    for directory in (reward, other):
+        directory.mkdir()
+    (reward / "chat_template.jinja").write_text(own)
+    config = settings(tmp_path, "m", "d", reward=None, reward_adapter=str(reward))
+    tokenizer = tiny_tokenizer()
+    ppo._set_template(tokenizer, config)
+    assert tokenizer.chat_template == own
+    (other / "chat_template.jinja").write_text(own + "!")
+    with pytest.warns(UserWarning, match="reward.* is not the chat template in use"):
+        ppo._set_template(tokenizer, dataclasses.replace(config, adapter=str(other)))
+    assert tokenizer.chat_template == own + "!"
+    with pytest.warns(UserWarning, match="reward.* is not the chat template in use"):
+        ppo._set_template(tokenizer, dataclasses.replace(config, chat_template="{{ 'asked for' }}"))
+
+
+def test_a_template_that_refuses_a_prompt():
+    with pytest.raises(ValueError, match="refuses the prompt .*no system"):
+        encode_prompt(tiny_tokenizer("{{ raise_exception('no system') }}"), "a")

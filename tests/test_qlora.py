@@ -532,3 +532,34 @@ def test_command_line(tmp_path, model_dir):
     assert result.exit_code == 2 and "--double-quant needs --quantize nf4" in result.stderr
     result = command("generate", "--adapter", run, "--quantize", "int4", *prompt)
     assert result.exit_code == 2 and "quantize is 'int4'" in result.stderr
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_families_that_transformers_loads(tmp_path, quantize):
+    """Without scaled_dot_product_attention; with tensors that older versions called otherwise."""
+    from transformers import BloomConfig, BloomForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 340, "hidden_size": 32, "num_attention_heads": 4}
+    models = {
+        "bloom": BloomForCausalLM(BloomConfig(**sizes, n_layer=2)),
+        "gpt_neox": GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=64, num_hidden_layers=2)),
+    }
+    for name, dense in models.items():
+        write_model(tmp_path / name, dense)
+        model, _ = load_model(tmp_path / name, "float32", quantize=quantize)
+        expected = rounded_to_nf4(dense) if quantize and name == "gpt_neox" else dense.eval()
+        if quantize and name == "bloom":
+            assert nf4_layers(model)
+        else:
+            torch.testing.assert_close(logits(model), logits(expected))
+
+
+def test_tensors_that_would_be_merged_are_refused(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    sizes = {"vocab_size": 340, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**sizes, hidden_size=32, intermediate_size=48, num_local_experts=2)
+    write_model(tmp_path, transformers.MixtralForCausalLM(config))
+    load_model(tmp_path, "float32")
+    with pytest.raises(ValueError, match=r"w1\.weight is to be merged .* load the MixtralForCausalLM dense"):
+        load_model(tmp_path, "float32", quantize="nf4")

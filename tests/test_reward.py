@@ -310,3 +310,12 @@ def test_saved_and_loaded(tmp_path):
     expected = rewards(model.eval(), batch["input_ids"], batch["lengths"])
     loaded = load_adapter(attach_head(tiny_llama(), seed=8), tmp_path).eval()
     assert torch.equal(rewards(loaded, batch["input_ids"], batch["lengths"]), expected)
+
+
+def test_the_head_is_as_wide_as_what_the_decoder_gives():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 340}
+    model = attach_head(OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16)))
+    assert model.score.in_features == 16
+    assert rewards(model, torch.randint(3, 300, (2, 5)), torch.tensor([5, 3])).shape == (2,)

@@ -478,3 +478,17 @@ def test_config_errors(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         SFTConfig.from_yaml(tmp_path / "run.yaml")
+
+
+def test_epochs_that_floats_cannot_hold():
+    for epochs, rows, steps in ((2.2, 50, 11), (1.1, 100, 11), (0.55, 100, 6), (0.001, 50, 1)):
+        plan = StepPlan(rows=rows, batch_size=10, accumulation=1, processes=1, epochs=epochs, max_steps=None, seed=0)
+        assert plan.total_steps == steps
+
+
+def test_evaluation_rows_beyond_learned_positions(tmp_path):
+    config = GPT2Config(vocab_size=340, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    model = inject(GPT2LMHeadModel(config), LoRAConfig(r=2))
+    longer = [({"instruction": "q", "output": "A0 " * 80}, "data:1")]
+    with pytest.raises(ValueError, match=r"exceeds the model's context of 64"):
+        train_tiny(tmp_path, model=model, eval_set=build_dataset(longer, tiny_tokenizer(), 128, "data"))

@@ -331,9 +331,7 @@ def load_model(
             model = load_nf4_model(local, torch_dtype, block_size, double_quant, skip_modules, progress)
             model.config._name_or_path = where
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                where, dtype=torch_dtype, attn_implementation="sdpa", use_safetensors=True
-            )
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, use_safetensors=True)
     except OSError as error:
         raise _not_loaded(source, directory, error) from error
     return model.eval(), tokenizer

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,26 +78,28 @@ def load_nf4_model(
                 f"{directory / 'config.json'}: quantization_config is {quantization}; supported: bitsandbytes nf4"
             )
         del config.quantization_config
-    where = _tensor_files(directory)
+    files = _tensor_files(directory)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     # Parameters without memory, buffers for real: those that no file holds (rotary frequencies) get their values.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     slots = _slots(model)
+    where = _places(model, files, slots)
     if quantization is None:
         layers = {f"{name}.weight": [""] for name in _layers_to_quantise(model, slots, skip_modules)}
         if not layers:
             raise ValueError(f"model {directory} ({type(model).__name__}) has no torch.nn.Linear to quantise")
     else:
         layers = _quantised_layers(model, where)
-    _check_names(slots, where, layers, directory)
+    ignored = "|".join([_OBSOLETE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())])
+    _check_names(slots, where, layers, directory, ignored)
     for name in _track([name for name in where if name in slots], progress):
         try:
             if name in layers:
                 linear = model.get_submodule(name.removesuffix(".weight"))
-                entries = {key: _read(where[name + key], name + key) for key in layers[name]}
+                entries = {key: _read(where[name + key]) for key in layers[name]}
                 if quantization is None:
                     weight = quantize_nf4(entries[""].to(dtype), block_size, double_quant)
                 else:
@@ -105,9 +107,9 @@ def load_nf4_model(
                 _check_shape(weight.shape, linear.weight.shape)
                 model.set_submodule(name.removesuffix(".weight"), NF4Linear(weight, linear.bias).train(linear.training))
             else:
-                _set_dense(model, slots[name], _read(where[name], name))
+                _set_dense(model, slots[name], _read(where[name]))
         except ValueError as error:
-            raise ValueError(f"{where[name]}: tensor {name}: {error}") from None
+            raise ValueError(f"{where[name].file}: tensor {where[name].key}: {error}") from None
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
@@ -173,10 +175,45 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     return where
 
 
-def _read(file: Path, name: str) -> Tensor:
+class _Place(NamedTuple):
+    """Where a tensor is: in which file, and what it is called there."""
+
+    file: Path
+    key: str
+
+
+def _places(model: PreTrainedModel, files: Mapping[str, Path], slots: Mapping[str, Any]) -> dict[str, _Place]:
+    """The place of each tensor by the name that the model has for it: transformers renames what older versions wrote.
+
+    Raises ValueError where it would make one tensor of several, as of the experts of a mixture.
+    """
+    places = {key: _Place(file, key) for key, file in files.items()}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # transformers before 5 has no such files
+        return places
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if not isinstance(each, WeightRenaming)]
+    named = {}
+    for key, place in places.items():
+        name, converter = key, None
+        if key not in slots:
+            name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, slots)
+        if converter is not None:
+            raise ValueError(
+                f"{place.file}: {key} is to be merged with others into {name}, which can't be read in 4 bits; load the "
+                f"{type(model).__name__} dense"
+            )
+        named[name] = place
+    return named
+
+
+def _read(place: _Place) -> Tensor:
     # The file is mapped, and its pages count as memory until the map is closed: so it is opened for each tensor anew.
-    with safe_open(file, "pt") as reader:
-        return reader.get_tensor(name)
+    with safe_open(place.file, "pt") as reader:
+        return reader.get_tensor(place.key)
 
 
 def _slots(model: nn.Module) -> dict[str, list[str]]:
@@ -205,7 +242,7 @@ def _layers_to_quantise(model: PreTrainedModel, slots: Mapping[str, list[str]], 
     ]
 
 
-def _quantised_layers(model: nn.Module, where: Mapping[str, Path]) -> dict[str, list[str]]:
+def _quantised_layers(model: nn.Module, where: Mapping[str, _Place]) -> dict[str, list[str]]:
     """{name of a quantised weight: what follows that name in the names of its entries}."""
     end = f".{QUANT_STATE}"
     modules = dict(model.named_modules())
@@ -213,19 +250,25 @@ def _quantised_layers(model: nn.Module, where: Mapping[str, Path]) -> dict[str, 
     for name in (name.removesuffix(end) for name in where if name.endswith(end)):
         module = modules.get(name.removesuffix(".weight"))
         if type(module) is not nn.Linear or not name.endswith(".weight"):
-            raise ValueError(f"{where[name + end]}: {name} is quantised, but is no weight of a torch.nn.Linear here")
+            raise ValueError(
+                f"{where[name + end].file}: {name} is quantised, but is no weight of a torch.nn.Linear here"
+            )
         layers[name] = [other[len(name) :] for other in where if other == name or other.startswith(f"{name}.")]
     return layers
 
 
 def _check_names(
-    slots: Mapping[str, list[str]], where: Mapping[str, Path], layers: Mapping[str, list[str]], directory: Path
+    slots: Mapping[str, list[str]],
+    where: Mapping[str, _Place],
+    layers: Mapping[str, list[str]],
+    directory: Path,
+    ignored: str,
 ) -> None:
     entries = {name + key for name, keys in layers.items() for key in keys}
     problems = [
-        f"{file.name} has an unexpected tensor {name}"
-        for name, file in where.items()
-        if name not in slots and name not in entries and not re.search(_OBSOLETE, name)
+        f"{place.file.name} has an unexpected tensor {place.key}"
+        for name, place in where.items()
+        if name not in slots and name not in entries and not re.search(ignored, name)
     ]
     problems += [f"tensor {name} is missing" for name, same in slots.items() if not any(n in where for n in same)]
     if problems:

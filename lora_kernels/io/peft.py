@@ -82,7 +82,6 @@ _INITS = {True: "default", False: "default", "gaussian": "gaussian", "eva": "def
 _TASK_TYPES = (
     (r"For(CausalLM)$|LMHeadModel$", "CAUSAL_LM"),
     (r"ForSequenceClassification$", "SEQ_CLS"),
-    (r"ForConditionalGeneration$", "SEQ_2_SEQ_LM"),
     (r"ForTokenClassification$", "TOKEN_CLS"),
 )
 
@@ -207,6 +206,9 @@ def _ends(name: str) -> list[str]:
 def task_type(model: nn.Module, saved: list[str]) -> str | None:
     name = type(model).__name__
     task = next((task for pattern, task in _TASK_TYPES if re.search(pattern, name)), None)
+    if name.endswith("ForConditionalGeneration"):
+        # Also what reads images and writes text by a decoder alone is called that.
+        task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
     if task == "CAUSAL_LM" and "score" in saved:
         # A reward model: the head that a sequence classifier has, on the decoder of a causal LM.
         return "SEQ_CLS"
@@ -242,6 +244,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
     else:
         expected = _expected_shapes(model, config)
+    tensors = without_base_copies(model, tensors, expected)
     check_tensors(tensors, expected, directory / WEIGHTS_NAME)
     if not injected:
         # The values come from the file: with zeros, loading leaves torch's random state alone.
@@ -399,6 +402,22 @@ def _check_same_adapters(model: nn.Module, config: LoRAConfig) -> None:
                 f"use_rslora={config.use_rslora}), the model {layer.scaling:g} (r={layer.r}, "
                 f"lora_alpha={layer.lora_alpha:g}, use_rslora={layer.use_rslora})"
             )
+
+
+def without_base_copies(
+    model: nn.Module, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """`tensors` but for those not `expected` that are the model's own: PEFT also writes the embeddings that an adapter
+    stands on, changed or not."""
+    own = model.state_dict() if tensors.keys() - expected.keys() else {}
+
+    def is_own(key: str) -> bool:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if key in expected or name not in own or own[name].shape != tensors[key].shape:
+            return False
+        return torch.equal(own[name].cpu(), tensors[key].to(own[name].dtype))
+
+    return {key: tensor for key, tensor in tensors.items() if not is_own(key)}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], path: Path) -> None:

@@ -102,6 +102,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
     else:
         expected = _expected_shapes(model, config, ranks)
+    tensors = peft.without_base_copies(model, tensors, expected)
     peft.check_tensors(tensors, expected, directory / WEIGHTS_NAME)
     if not injected:
         # The values come from the file, so that torch's random state is left alone.

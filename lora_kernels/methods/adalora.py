@@ -300,9 +300,10 @@ class TrainingHook:
         if step > self.allocator.last_step:
             return False
         weights = {name: _triplets(layer) for name, layer in self.layers.items()}
+        factor = _clip_factor(optimizer)
         grads = {
-            name: Triplets(*(torch.zeros_like(p) if p.grad is None else p.grad for p in triplets))
-            for name, triplets in weights.items()
+            name: Triplets(*(torch.zeros_like(p) if p.grad is None or not factor else p.grad * factor for p in each))
+            for name, each in weights.items()
         }
         self.allocator.allocate(step, weights, grads)
         if step == self.allocator.last_step:
@@ -340,6 +341,16 @@ class TrainingHook:
             return False
         self._cut(optimizer)
         return True
+
+
+def _clip_factor(optimizer: torch.optim.Optimizer) -> float:
+    """What the last step multiplied the gradients by: LoRAPlusAdamW clips, and leaves `grad` as it was. 0 where their
+    norm was not finite, since that step changed nothing."""
+    norm, largest = getattr(optimizer, "grad_norm", None), getattr(optimizer, "max_grad_norm", None)
+    if norm is None or largest is None:
+        return 1.0
+    norm = float(norm)
+    return min(1.0, largest / (norm + 1e-6)) if math.isfinite(norm) else 0.0
 
 
 def _triplets(layer: FusedLoRALinear) -> Triplets:

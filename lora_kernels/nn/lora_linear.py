@@ -491,7 +491,12 @@ class FusedLoRALinear(nn.Module):
                 if isinstance(self._unmerged_weight, NF4Weight):
                     self._unmerged_weight._apply(fn)
                 else:
-                    self._unmerged_weight.data = fn(self._unmerged_weight.data)
+                    weight, moved = self._unmerged_weight, fn(self._unmerged_weight.data)
+                    # Those of meta don't go into it.
+                    if torch._has_compatible_shallow_copy_type(weight, moved):
+                        weight.data = moved
+                    else:
+                        self.__dict__["_unmerged_weight"] = nn.Parameter(moved, requires_grad=False)
         if self.lora_magnitude is not None:
             # fn may have cast the squares, or W to a dtype in which they are others.
             self._weight_was_set()

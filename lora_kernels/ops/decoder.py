@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import backends, cpu, cpu_decoder
@@ -22,12 +21,11 @@ _RECIPE = "lora_kernels_recipe"
 
 
 def is_fused(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether the kernels take these: CPU tensors of one dtype, nothing compiled, no autocast, backend auto or cpu."""
+    """Whether the kernels take these: CPU tensors of one dtype, `unwatched`, no autocast, backend auto or cpu."""
     return (
         x.is_cpu
-        and not torch.compiler.is_compiling()
+        and backends.unwatched(x, weight)
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
         and (weight is None or (weight.dtype == x.dtype and weight.is_contiguous()))
         and backends.resolve(x) is cpu
         and x.dtype in cpu._DTYPES

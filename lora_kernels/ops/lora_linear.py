@@ -61,7 +61,7 @@ def _run(name: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], va
 
     layers: (weight, lora_a) of each.
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    if not backends.in_autocast(x.device.type):
         empty = not x.numel() or not all(weight.shape[0] for weight, _ in layers)
         backend = reference if empty else strategy.resolve(name, x, layers, variant, args)
         return getattr(backend, name)(*args)
@@ -135,22 +135,6 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _unwatched(*tensors: Tensor | None) -> bool:
-    """Whether the implementation of an op may be called past torch's dispatcher, which takes longer than a small layer.
-
-    Not where something else than autograd sees ops: a compiler or tracer, a mode (FakeTensorMode, a profiler of FLOPs,
-    selective checkpointing), a transform (vmap), forward-mode differentiation, or a subclass of Tensor.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if forward_ad._current_level >= 0:
-        return False
-    return not torch._C._len_torch_dispatch_stack() and all(t is None or type(t) in _PLAIN for t in tensors)
-
-
 def _setup_context(ctx, inputs, output):
     y, h = output
     ctx.mark_non_differentiable(h)
@@ -176,7 +160,7 @@ def _autograd(ctx, dy, _dh=None):
         y = None if y is None else _matrix(y)
         dy, dscale = torch.ops.lora_kernels.column_scale_bwd(dy, y, bias, column_scale)
     # With create_graph the dispatcher is needed: the op's own autograd is what refuses the second derivative.
-    direct = not torch.is_grad_enabled() and _unwatched(dy, x, h, weight, lora_a, lora_b, lora_e, rng, *scales)
+    direct = not torch.is_grad_enabled() and backends.unwatched(dy, x, h, weight, lora_a, lora_b, lora_e, rng, *scales)
     op = _bwd if direct else torch.ops.lora_kernels.lora_linear_bwd
     tensors = (dy, x, h, weight, lora_a, lora_b)
     grads = op(*tensors, ctx.scaling, lora_e, ctx.dropout_p, rng, needs, *scales, ctx.block_size)
@@ -368,17 +352,14 @@ def lora_linear(
 
     Returns y [..., N] in the dtype of x. Sums run in float32 and are rounded once. All of x, lora_a, lora_b, lora_e,
     column_scale, weight and bias receive gradients if they require them. Under autocast x, weight and bias are cast to
-    its dtype. The dropout mask comes from torch's generator of the device of x, so seeds, activation checkpointing and
-    CUDA graphs behave as with torch's own dropout.
+    its dtype, and so are adapters in 16 bits. The dropout mask comes from torch's generator of the device of x, so
+    seeds, activation checkpointing and CUDA graphs behave as with torch's own dropout.
 
     Raises ValueError for a wrong shape, device, or dropout_p; TypeError for a wrong dtype.
     """
-    x, weight, bias = _under_autocast(x, weight, bias)
-    _check_layer(x, weight, lora_a, lora_b, bias, lora_e)
-    if column_scale is not None:
-        _check_tensor("column_scale", column_scale, (weight.shape[0],), x, _adapter_dtypes(x))
+    x, (layer,) = _cast_layers(x, [Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)])
+    _check_layer(x, layer)
     rng = _dropout_rng(x, dropout_p)
-    layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
     return _call_layers(x, (layer,), float(dropout_p), rng)[0]
 
 
@@ -395,13 +376,10 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
     """
     if not layers:
         raise ValueError("layers is empty; allowed: at least one Projection")
-    if torch.is_autocast_enabled(x.device.type):
-        cast = [_under_autocast(x, layer.weight, layer.bias) for layer in layers]
-        layers = [layer._replace(weight=w, bias=b) for layer, (_, w, b) in zip(layers, cast, strict=True)]
-        x = cast[0][0]
+    x, layers = _cast_layers(x, layers)
     for index, layer in enumerate(layers):
         try:
-            _check_layer(x, layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.lora_e)
+            _check_layer(x, layer)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layers[{index}]: {error}") from None
     return _call_layers(x, layers, float(dropout_p), _dropout_rng(x, dropout_p))
@@ -442,7 +420,7 @@ def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
         if dense is not None and dense.requires_grad or bias is not None and bias.requires_grad:
             return False
         tensors += (dense, lora_a, lora_b, lora_e, bias)
-    if not _unwatched(*tensors) or not x.numel():
+    if not backends.unwatched(*tensors) or not x.numel():
         return False
     backend = backends.resolve(x, activations=True)
     return hasattr(backend, "lora_linear_group_fwd") and len(layers) <= getattr(backend, "MAX_GROUP", math.inf)
@@ -455,15 +433,15 @@ def is_plain_on_cpu(x: Tensor) -> bool:
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether C++ may read these where they are."""
-    return _unwatched(*tensors) and all(t is None or t.is_contiguous() for t in tensors)
+    return backends.unwatched(*tensors) and all(t is None or t.is_contiguous() for t in tensors)
 
 
 def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
     """The layer checked as `lora_linear` does and as `cpu.few_rows_layer` takes it, or None where it can't."""
-    weight, lora_a, lora_b, _, bias, lora_e, _ = layer
-    _check_layer(x, weight, lora_a, lora_b, bias, lora_e)
+    _check_layer(x, layer)
+    weight, lora_a, lora_b, _, bias, lora_e, column_scale = layer
     dense = None if isinstance(weight, NF4Weight) else weight
-    if not _plain(dense, lora_a, lora_b, bias, lora_e):
+    if not _plain(dense, lora_a, lora_b, bias, lora_e, column_scale):
         return None
     return layer if dense is not None else layer._replace(weight=weight.tensors())
 
@@ -505,7 +483,7 @@ def frozen_linear_dx(dy: Tensor, weight: Tensor, out: Tensor) -> None:
 def _trains_x_alone(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a gradient is taken of x but not of the bias, and nothing else sees the op."""
     is_trained = torch.is_grad_enabled() and x.requires_grad and not (bias is not None and bias.requires_grad)
-    return is_trained and _unwatched(x, bias)
+    return is_trained and backends.unwatched(x, bias)
 
 
 # Elements of a dense weight below which torch has the product before the checks are made.
@@ -527,10 +505,24 @@ def _past_the_op(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> 
 
 
 def _under_autocast(x: Tensor, *others: Tensor | NF4Weight | None) -> tuple:
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not backends.in_autocast(x.device.type) or x.dtype == torch.float64:
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), *(other.to(dtype) if isinstance(other, Tensor) else other for other in others)
+
+
+def _cast_layers(x: Tensor, layers: Sequence[Projection]) -> tuple[Tensor, Sequence[Projection]]:
+    """Under autocast, x and the layers in its dtype, but for adapters in float32."""
+    if not backends.in_autocast(x.device.type) or x.dtype == torch.float64:
+        return x, layers
+    cast = []
+    x = _under_autocast(x)[0]
+    for layer in layers:
+        _, weight, bias = _under_autocast(x, layer.weight, layer.bias)
+        names = ("lora_a", "lora_b", "lora_e", "column_scale")
+        adapter = {name: t.to(x.dtype) for name in names if (t := getattr(layer, name)) is not None and t.itemsize == 2}
+        cast.append(layer._replace(weight=weight, bias=bias, **adapter))
+    return x, cast
 
 
 def _adapter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
@@ -543,7 +535,8 @@ def _dropout_rng(x: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p > 0.0 else None
 
 
-def _check_layer(x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias, lora_e) -> None:
+def _check_layer(x: Tensor, layer: Projection) -> None:
+    weight, lora_a, lora_b, _, bias, lora_e, column_scale = layer
     _check_shapes(x, weight, bias)
     if lora_a.dim() != 2 or lora_a.shape[0] < 1:
         raise ValueError(f"lora_a has shape {list(lora_a.shape)}; expected [R, K], and the rank R must be at least 1")
@@ -552,6 +545,8 @@ def _check_layer(x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: 
     _check_tensor("lora_b", lora_b, (N, R), x, dtypes)
     if lora_e is not None:
         _check_tensor("lora_e", lora_e, (R,), x, dtypes)
+    if column_scale is not None:
+        _check_tensor("column_scale", column_scale, (N,), x, dtypes)
 
 
 def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
@@ -586,7 +581,7 @@ def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, colu
     weight, *nf4_parts = _parts_of(weight.tensors() if isinstance(weight, NF4Weight) else weight)
     tensors = (x, weight, lora_a, lora_b, bias, lora_e, column_scale)
     rest = (weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale, *nf4_parts)
-    unwatched = _unwatched(*tensors)
+    unwatched = backends.unwatched(*tensors)
     if unwatched and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Eager.apply(x, *rest)
     op = _fwd if unwatched else torch.ops.lora_kernels.lora_linear_fwd

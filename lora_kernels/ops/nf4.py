@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import backends, recycling
+from lora_kernels import backends, recycling, reference
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, dynamic_code, nf4_code
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -21,6 +22,11 @@ QUANT_STATE = "quant_state.bitsandbytes__nf4"
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _backend(*tensors: Tensor) -> ModuleType:
+    """That of the tensors, or the reference where a mode or a transform has to see what is done with them."""
+    return backends.resolve(tensors[0]) if backends.unwatched(*tensors) else reference
 
 
 class NF4Weight(nn.Module):
@@ -78,13 +84,14 @@ class NF4Weight(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The dense weight [N, K]: code · scale in float32, rounded once, bit for bit what bitsandbytes' format means.
 
-        dtype: float32, bfloat16 or float16, by default that of `out` or of the original weight. out: a contiguous
+        dtype: floating point, by default that of `out` or of the original weight. out: a contiguous
         [N, K] tensor to write to, which saves the allocation. Raises TypeError for another dtype, ValueError for
         another `out`.
         """
         dtype = dtype or (self.dtype if out is None else out.dtype)
-        if dtype not in _DTYPES:
-            raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, _DTYPES))}")
+        allowed = (*_DTYPES, torch.float64)
+        if dtype not in allowed:
+            raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, allowed))}")
         if out is None:
             out = recycling.empty(*self.shape, dtype=dtype, device=self.device)
         found = (out.shape, out.dtype, out.device, out.is_contiguous())
@@ -93,7 +100,7 @@ class NF4Weight(nn.Module):
                 f"out is {list(out.shape)} of {out.dtype} on {out.device}, strides {list(out.stride())}; expected a "
                 f"contiguous {list(self.shape)} of {dtype} on {self.device}"
             )
-        backends.resolve(out).dequantize_nf4(self.tensors(), out)
+        _backend(out, *self.buffers()).dequantize_nf4(self.tensors(), out)
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Weight:
@@ -124,9 +131,10 @@ class NF4Weight(nn.Module):
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
-        device = self.device
-        copy = not local_metadata.get("assign_to_params_buffers", False)
-        self._adopt(NF4(*(part.to(device, copy=copy) if isinstance(part, Tensor) else part for part in parts)), dtype)
+        if not local_metadata.get("assign_to_params_buffers", False):
+            device = self.device
+            parts = NF4(*(part.to(device, copy=True) if isinstance(part, Tensor) else part for part in parts))
+        self._adopt(parts, dtype)
 
     def extra_repr(self) -> str:
         double = ", double_quant=True" if self.double_quant else ""
@@ -162,7 +170,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = Fals
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size}; allowed: {', '.join(map(str, BLOCK_SIZES))}")
     with torch.no_grad():
-        parts = backends.resolve(weight).quantize_nf4(weight.contiguous(), block_size, bool(double_quant))
+        parts = _backend(weight).quantize_nf4(weight.contiguous(), block_size, bool(double_quant))
     # A block with an element that is not finite has such a scale, and the mean of the scales is then not finite either.
     if not torch.isfinite(parts.absmax_offset if double_quant else parts.absmax).all():
         raise ValueError("weight has an element that is not finite; NF4 has no code for it")
@@ -174,7 +182,8 @@ def to_bitsandbytes(weight: NF4Weight) -> dict[str, Tensor]:
     state = {
         "quant_type": "nf4",
         "blocksize": weight.block_size,
-        "dtype": _dtype_name(weight.dtype),
+        # bitsandbytes knows no float64.
+        "dtype": _dtype_name(torch.float32 if weight.dtype == torch.float64 else weight.dtype),
         "shape": list(weight.shape),
     }
     entries = {

@@ -99,7 +99,7 @@ def train_dpo(
     With `config.precompute_ref`, the datasets without `ref_logprobs` get them: from the model without adapters, with
     method "full" from the model as it is.
     """
-    check_context(model, train_set, config)
+    check_context(model, (train_set, eval_set), config)
     accelerator = accelerator or make_accelerator()
     module = DPOLoss(model, config.beta, config.loss, config.label_smoothing)
     with backend_option(config.backend):

@@ -179,12 +179,18 @@ def stop_at_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None) -> list[int]:
-    """Token ids of `prompt` up to where the answer starts. Raises ValueError for an empty prompt."""
+    """Token ids of `prompt` up to where the answer starts. Raises ValueError for an empty prompt, and for one that the
+    chat template refuses."""
+    import jinja2
+
     if chat_template or tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the prompt {messages!r:.200}: {error}") from error
         ids = tokenizer(text, add_special_tokens=False).input_ids
     elif isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids

@@ -91,7 +91,10 @@ class StepPlan:
 
     @property
     def sequences(self) -> int:
-        return self.max_steps * self.sequences_per_step if self.max_steps else math.ceil(self.epochs * self.rows)
+        if self.max_steps:
+            return self.max_steps * self.sequences_per_step
+        # 2.2 · 50 is a little more than 110.
+        return math.ceil(round(self.epochs * self.rows, 6))
 
     @property
     def total_steps(self) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -100,8 +101,7 @@ def run_ppo(
     if config.reward is not None:
         reward = FunctionReward(reward or load_function(config.reward), skip=config.bad_rewards == "skip")
     run = start(config, progress)
-    if config.adapter and not config.chat_template and (Path(config.adapter) / TEMPLATE).is_file():
-        set_chat_template(run.tokenizer, str(Path(config.adapter) / TEMPLATE))
+    _set_template(run.tokenizer, config)
     prompts = load_prompts(config.data, run, "data")
     shown = load_prompts(config.eval_data, run, "eval data") if config.eval_data else prompts
     with backend_option(config.backend):
@@ -110,6 +110,18 @@ def run_ppo(
         if config.gradient_checkpointing:
             enable_checkpointing(run.model)
         return PPOTrainer(run, roles, prompts, shown[: config.eval_prompts], reward, callbacks).run()
+
+
+def _set_template(tokenizer: Any, config: PPOConfig) -> None:
+    """The chat template that the policy's adapter was trained with, else the reward model's; one that was asked for
+    stays. The reward model reads what the policy's template makes, so a warning where its own is another one."""
+    files = [Path(adapter) / TEMPLATE for adapter in (config.adapter, config.reward_adapter) if adapter]
+    found = [file for file in files if file.is_file()]
+    if found and not config.chat_template:
+        set_chat_template(tokenizer, str(found[0]))
+    for file in found:
+        if file.read_text(encoding="utf-8") != tokenizer.chat_template:
+            warnings.warn(f"{file} is not the chat template in use, and its adapter was trained with it", stacklevel=2)
 
 
 def load_prompts(path: str, run: Run, name: str) -> list[PromptRow]:

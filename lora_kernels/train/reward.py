@@ -50,7 +50,8 @@ def attach_head(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     if hasattr(model, HEAD):
         raise ValueError(f"model is a {type(model).__name__}, which has a module {HEAD!r}; allowed: a causal LM")
-    d = model.config.get_text_config().hidden_size
+    # Not the config's hidden_size: OPT-350m projects what comes out of its decoder.
+    d = model.get_output_embeddings().weight.shape[1]
     head = skip_init(nn.Linear, d, 1, bias=False, dtype=torch.float32)
     with torch.no_grad():
         head.weight.normal_(std=1 / math.sqrt(d + 1), generator=torch.Generator().manual_seed(seed))

@@ -216,6 +216,7 @@ def train(
     record of metrics.jsonl, in the main process. Raises FileExistsError where output_dir holds another run.
     """
     started = time.perf_counter()
+    check_context(model, (train_set, eval_set), config)
     save_adapter = save_adapter or save_to_directory
     accelerator = accelerator or make_accelerator()
     output_dir = Path(config.output_dir)
@@ -258,11 +259,11 @@ def train(
     )
 
 
-def check_context(model: nn.Module, train_set: Dataset, config: TrainConfig) -> None:
-    """ValueError where the virtual tokens and the longest row are more than the model's context holds; without virtual
-    tokens a warning, unless the positions are learned, of which there are no more."""
+def check_context(model: nn.Module, datasets: Sequence[Dataset | None], config: TrainConfig) -> None:
+    """ValueError where the virtual tokens and the longest row of the data are more than the model's context holds;
+    without virtual tokens a warning, unless the positions are learned, of which there are no more."""
     virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
-    context, longest = context_length(model), train_set.longest
+    context, longest = context_length(model), max(data.longest for data in datasets if data is not None)
     if context is None or virtual + longest <= context:
         return
     text = f"the longest row of {longest} tokens exceeds the model's context of {context}"
