@@ -14,6 +14,7 @@
 #include "few_rows.h"
 #include "lora_linear.h"
 #include "nf4.h"
+#include "tensor.h"
 
 #ifdef LK_SIMT
 #include "simt/bindings.h"
@@ -55,10 +56,9 @@ class Arguments {
   template <class T = void>
   T* pointer(const char* name) {
     const py::handle value = get(name);
-    if (value.is_none()) return nullptr;
-    if (!py::isinstance<py::tuple>(value)) return reinterpret_cast<T*>(address(value));
+    if (!py::isinstance<py::tuple>(value)) return Tensor(value).data<T>();
     const auto part = py::reinterpret_borrow<py::tuple>(value);
-    return reinterpret_cast<T*>(address(part[0]) + part[1].cast<uintptr_t>());
+    return reinterpret_cast<T*>(Tensor(py::object(part[0])).data<char>() + part[1].cast<uintptr_t>());
   }
   Nf4Weight nf4_weight() {
     return {pointer<uint8_t>("packed"),
@@ -104,13 +104,6 @@ class Arguments {
   }
 
  private:
-  static uintptr_t address(py::handle tensor) {
-    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-    const auto result = py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(tensor.ptr(), data_ptr, nullptr));
-    if (!result) throw py::error_already_set();
-    return result.cast<uintptr_t>();
-  }
-
   PyObject* get(const char* name) {
     if (names_.size() == taken_) names_.push_back(PyUnicode_InternFromString(name));
     PyObject* value = PyDict_GetItemWithError(values_.ptr(), names_[taken_++]);

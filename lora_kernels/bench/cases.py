@@ -69,9 +69,9 @@ class Case:
         """The row: {"work", "what", "base", "floor_ms", "contenders": {name: times and rates}, "skipped", "failed"}.
 
         A contender has what `interleave` gives, and, where the case states them, gflop_per_s, gb_per_s,
-        percent_of_floor (floor over median: 100 is as fast as this machine can) and tokens_per_s; one in a process of
-        its own also `peak_mib` and `above_mib` of a step. One whose first step fails is in "failed", {name: why}, and
-        the others go on. Raises RuntimeError where that is the base.
+        percent_of_floor (floor over median; see `floor_ms`) and tokens_per_s; one in a process of its own also
+        `peak_mib` and `above_mib` of a step. One whose first step fails is in "failed", {name: why}, and the others go
+        on. Raises RuntimeError where that is the base.
         """
         contenders: dict[str, dict[str, float]] = {name: {} for name in self.steps}
         failed: dict[str, str] = {}
@@ -156,7 +156,9 @@ def workers(
 
 
 def floor_ms(case: Case, dtype: torch.dtype) -> float | None:
-    """The least time for the work: its operations or bytes at this machine's measured rates, whichever takes longer."""
+    """The time for the work at this machine's measured rates: its operations by torch's product, or its bytes, of a
+    dense weight, from memory, whichever takes longer. A better product, a weight in 4 bits or one that stays in a cache
+    goes below."""
     if not case.flops and not case.nbytes:
         return None
     return 1e3 * max(case.flops / product_rate(dtype), case.nbytes / read_bandwidth()) / 1e9
