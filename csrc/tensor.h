@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 namespace lora_kernels {
 
@@ -23,10 +24,7 @@ class Tensor {
   }
   int64_t size(Py_ssize_t dim) const {
     static PyObject* const name = PyUnicode_InternFromString("shape");
-    const auto shape = attribute(name);
-    PyObject* const size = PyTuple_GetItem(shape.ptr(), dim);
-    if (!size) throw pybind11::error_already_set();
-    return integer(size);
+    return item(attribute(name), dim);
   }
   int64_t numel() const {
     static PyObject* const name = PyUnicode_InternFromString("numel");
@@ -34,10 +32,7 @@ class Tensor {
   }
   int64_t stride(Py_ssize_t dim) const {
     static PyObject* const name = PyUnicode_InternFromString("stride");
-    const auto strides = call(name);
-    PyObject* const stride = PyTuple_GetItem(strides.ptr(), dim);
-    if (!stride) throw pybind11::error_already_set();
-    return integer(stride);
+    return item(call(name), dim);
   }
   // One of an enumeration whose first values are float32, bfloat16 and float16.
   template <class DType>
@@ -63,6 +58,11 @@ class Tensor {
     const int64_t result = PyLong_AsLongLong(value);
     if (result == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return result;
+  }
+  static int64_t item(const pybind11::object& tuple, Py_ssize_t index) {
+    PyObject* const value = PyTuple_GetItem(tuple.ptr(), index);
+    if (!value) throw pybind11::error_already_set();
+    return integer(value);
   }
   static pybind11::object checked(PyObject* made) {
     if (!made) throw pybind11::error_already_set();

@@ -319,3 +319,12 @@ def test_the_head_is_as_wide_as_what_the_decoder_gives():
     model = attach_head(OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16)))
     assert model.score.in_features == 16
     assert rewards(model, torch.randint(3, 300, (2, 5)), torch.tensor([5, 3])).shape == (2,)
+
+
+def test_pairs_beyond_learned_positions(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=340, n_positions=8, n_embd=32, n_layer=1, n_head=2)
+    model = inject(attach_head(GPT2LMHeadModel(config)), LoRAConfig(r=2, modules_to_save=["score"]))
+    with pytest.raises(ValueError, match="exceeds the model's context of 8"):
+        train_reward(model, pairs(), None, settings(tmp_path), progress=False)

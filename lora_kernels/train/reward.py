@@ -34,7 +34,7 @@ from lora_kernels.train.generate import Prompt, generate, read_prompts
 from lora_kernels.train.loop import Callback
 from lora_kernels.train.preference import PairDataset, load_pairs
 from lora_kernels.train.rl import pair_sums, reward_loss
-from lora_kernels.train.run import TEMPLATE, Run, TrainResult, start, train
+from lora_kernels.train.run import TEMPLATE, Run, TrainResult, check_context, start, train
 
 HEAD = "score"
 NORMALIZATION, EVALUATION, REWARDS = "reward_normalization.json", "reward_eval.json", "rewards.png"
@@ -148,6 +148,7 @@ def train_reward(
     **options: Any,
 ) -> TrainResult:
     """Train adapters and head of `model`, after `attach_head` and `inject`, on pairs; see `train_sft`."""
+    check_context(model, (train_set, eval_set), config)
     return train(RewardLoss(model, config.center_coef), model, train_set, eval_set, config, **options)
 
 

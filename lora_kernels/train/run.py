@@ -216,7 +216,6 @@ def train(
     record of metrics.jsonl, in the main process. Raises FileExistsError where output_dir holds another run.
     """
     started = time.perf_counter()
-    check_context(model, (train_set, eval_set), config)
     save_adapter = save_adapter or save_to_directory
     accelerator = accelerator or make_accelerator()
     output_dir = Path(config.output_dir)

@@ -14,7 +14,7 @@ from lora_kernels.train.data import TokenDataset, load_dataset
 from lora_kernels.train.graphs import DecoderGraphs, check_graphs, last_hidden_state
 from lora_kernels.train.loop import Callback, make_accelerator
 from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
-from lora_kernels.train.run import TrainResult, start, train
+from lora_kernels.train.run import TrainResult, check_context, start, train
 
 _CHECK_TOKENS = 8
 
@@ -122,6 +122,7 @@ def train_sft(
     model: a causal LM with its adapters in place. `config.model`, `config.data` and the adapter settings are only
     recorded. options: those of `lora_kernels.train.run.train`. Files and errors as for `run_sft`.
     """
+    check_context(model, (train_set, eval_set), config)
     accelerator = accelerator or make_accelerator()
     module = AnswerLoss(model)
     if config.cuda_graphs:
