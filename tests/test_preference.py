@@ -173,7 +173,7 @@ def test_parquet(tmp_path):
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real preference files aren't here")
 @pytest.mark.parametrize("name", ["lf_dpo_en_demo.json", "lf_dpo_zh_demo.json", "pref_gsm8k_pairs.jsonl"])
 def test_real_files(name):
-    from lora_kernels.train.data import load_records
+    from lora_kernels.train.records import load_records
 
     pairs = [to_pair(record, where) for record, where in load_records(DATA / name)]
     assert len(pairs) == (300 if "lf" in name else 967)

@@ -13,7 +13,6 @@ from rich.text import Text
 from lora_kernels.train.data import (
     Conversation,
     Renderer,
-    load_records,
     message,
     set_chat_template,
     to_conversation,
@@ -21,6 +20,7 @@ from lora_kernels.train.data import (
 )
 from lora_kernels.train.generate import prompt_of, text_prompts
 from lora_kernels.train.preference import is_preference, to_pair
+from lora_kernels.train.records import load_records
 
 KINDS = {
     "preference": "preference pairs (reward, dpo)",

@@ -185,8 +185,9 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exact_matches(model: Any, tokenizer: Any, config: SFTConfig, prompts: int, max_new_tokens: int) -> tuple[int, int]:
     """How many of the first records' last answers the model gives exactly, and how many it was asked for."""
-    from lora_kernels.train.data import load_records, to_conversation
+    from lora_kernels.train.data import to_conversation
     from lora_kernels.train.generate import generate
+    from lora_kernels.train.records import load_records
 
     conversations = [to_conversation(record, where) for record, where in load_records(config.eval_data)][:prompts]
     asked = [conversation.messages[:-1] for conversation in conversations]

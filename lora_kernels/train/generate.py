@@ -102,7 +102,7 @@ def read_prompts(path: Path) -> list[tuple[Prompt, Any]]:
     its messages end with the user's, is all prompt. Raises FileNotFoundError, and ValueError that names file and line
     for a bad record.
     """
-    from lora_kernels.train.data import SUFFIXES, load_records
+    from lora_kernels.train.records import SUFFIXES, load_records
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -113,7 +113,7 @@ def read_prompts(path: Path) -> list[tuple[Prompt, Any]]:
 
 def text_prompts(path: Path) -> Iterator[tuple[str, str]]:
     """(line, place) of the lines of a text file that are not blank. Raises ValueError with file and line."""
-    from lora_kernels.train.data import read_text
+    from lora_kernels.train.records import read_text
 
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():

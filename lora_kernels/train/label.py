@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from lora_kernels.train.data import load_records
+from lora_kernels.train.records import load_records
 
 KEYS = {"1": "first", "2": "second", "s": "skip", "q": "quit"}
 _ATTEMPTS = 4

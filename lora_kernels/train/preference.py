@@ -31,7 +31,6 @@ from lora_kernels.train.data import (
     Renderer,
     collate,
     digest_of,
-    load_records,
     message,
     message_list,
     set_chat_template,
@@ -39,6 +38,7 @@ from lora_kernels.train.data import (
     user_turn,
     warn,
 )
+from lora_kernels.train.records import load_records
 
 FORMS = (
     '{"prompt", "chosen", "rejected"}',
