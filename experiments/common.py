@@ -21,7 +21,8 @@ from lora_kernels.io.models import load_model
 from lora_kernels.methods import inject, trainable_summary
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset, set_chat_template
-from lora_kernels.train.loop import evaluate, make_accelerator
+from lora_kernels.train.launch import make_accelerator
+from lora_kernels.train.loop import evaluate
 from lora_kernels.train.sft import AnswerLoss, train_sft
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from lora_kernels.methods import FullConfig, PrefixConfig, PromptConfig, adapter
 from lora_kernels.methods.lora import LoRAConfig
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.dpo import DPOLoss, reference_logprobs, run_dpo, train_dpo
-from lora_kernels.train.loop import make_accelerator
+from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.preference import build_pairs
 
 CONFIGS = {

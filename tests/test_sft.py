@@ -55,13 +55,14 @@ def read_metrics(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def train_tiny(output_dir, dataset=None, eval_set=None, model=None, callbacks=(), **changes):
+def train_tiny(output_dir, dataset=None, eval_set=None, model=None, callbacks=(), accelerator=None, **changes):
     config = settings(output_dir, **changes)
     if model is None:
         model = tiny_llama()
         torch.manual_seed(1)
         inject(model, LoRAConfig(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout))
-    result = train_sft(model, dataset or tiny_dataset(), eval_set, config, callbacks=callbacks, progress=False)
+    options = {"callbacks": callbacks, "accelerator": accelerator, "progress": False}
+    result = train_sft(model, dataset or tiny_dataset(), eval_set, config, **options)
     return model, result
 
 

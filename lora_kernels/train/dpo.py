@@ -13,7 +13,8 @@ from lora_kernels.backends import backend_option
 from lora_kernels.methods import adapters_disabled
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.data import batches_by_length
-from lora_kernels.train.loop import Callback, make_accelerator, to_device
+from lora_kernels.train.launch import make_accelerator
+from lora_kernels.train.loop import Callback, to_device
 from lora_kernels.train.losses import IGNORE_INDEX
 from lora_kernels.train.preference import PairDataset, load_pairs
 from lora_kernels.train.rl import dpo_loss, pair_sums

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from lora_kernels.io.files import replacing
@@ -29,6 +29,7 @@ from lora_kernels.train.checkpoint import (
 )
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.data import batches_by_length
+from lora_kernels.train.launch import check_launcher
 from lora_kernels.train.progress import Progress
 
 Callback = Callable[[dict[str, Any]], None]
@@ -134,13 +135,6 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
     return _cached_permutation[1]
 
 
-def make_accelerator() -> Accelerator:
-    """One process, or as many as `accelerate launch` or `torchrun` started. No autocast: the layers choose dtypes."""
-    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
-
-
 def make_optimizer(module: nn.Module, config: TrainConfig) -> LoRAPlusAdamW:
     """AdamW or LoRA+ over the trainable parameters of `module`, in one fused step that clips; it keeps grad_norm."""
     rates = {"lr_ratio": config.lr_ratio} if config.optimizer == "loraplus" else {"lr_ratio": 1.0, "lr_embedding": None}
@@ -170,6 +164,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         show_progress: bool = True,
     ) -> None:
+        check_launcher(accelerator)
         self.module, self.train_set, self.eval_set, self.config = module, train_set, eval_set, config
         self.save_adapter, self.accelerator, self.callbacks = save_adapter, accelerator, list(callbacks)
         self.main = accelerator.is_main_process
@@ -266,7 +261,8 @@ class Loop:
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 sums = self.wrapped(**to_device(batch, self.accelerator))
-                self.accelerator.backward(sums["loss"] * (scale * share))
+                # Not accelerator.backward(), which divides once more where it was told of accumulation.
+                (sums["loss"] * (scale * share)).backward()
             self.window.add(sums, share)
         extra_loss = self._add_extra_loss()
         self.optimizer.step()

@@ -29,7 +29,8 @@ from lora_kernels.train.checkpoint import find_checkpoint
 from lora_kernels.train.config import ADALORA, TrainConfig
 from lora_kernels.train.data import set_chat_template
 from lora_kernels.train.generate import stop_at_turn_end
-from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop, make_accelerator
+from lora_kernels.train.launch import make_accelerator
+from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"

@@ -12,7 +12,8 @@ from lora_kernels.backends import backend_option
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset
 from lora_kernels.train.graphs import DecoderGraphs, check_graphs, last_hidden_state
-from lora_kernels.train.loop import Callback, make_accelerator
+from lora_kernels.train.launch import make_accelerator
+from lora_kernels.train.loop import Callback
 from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.train.run import TrainResult, check_context, start, train
 
