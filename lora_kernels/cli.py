@@ -51,16 +51,11 @@ def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _train(run: Callable[[Any], Any], settings: TrainConfig) -> None:
-    """run(settings); where the user stops it, say how to go on."""
-    try:
-        run(settings)
-    except KeyboardInterrupt:
-        from lora_kernels.train.checkpoint import find_checkpoint
+    """run(settings); a signal ends the process with 128 + its number, and a line says how to go on."""
+    from lora_kernels.train.stopping import ended_by_signals
 
-        checkpoint = find_checkpoint(Path(settings.output_dir))
-        how = f"; the same command with --resume goes on from {checkpoint}" if checkpoint else "; nothing is saved yet"
-        typer.secho(f"interrupted{how}", fg=typer.colors.YELLOW, err=True)
-        raise typer.Exit(130) from None
+    with ended_by_signals(settings.output_dir):
+        run(settings)
 
 
 _ConfigFile = Annotated[
@@ -104,7 +99,7 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
     max_steps="Rollouts; decides instead of --epochs where given.",
     batch_size="Answers in a micro-batch.",
     eval_steps="Rollouts between evaluations; left out: once an epoch.",
-    save_steps="Rollouts between checkpoints; left out: once an epoch.",
+    save_steps="Rollouts between checkpoints; left out: once an epoch, and after 10 minutes.",
 )
 def ppo(*, config: _ConfigFile = None, **flags: Any) -> None:
     """Reinforcement learning from a reward model or any Python function, by PPO; --data are prompts."""

@@ -89,7 +89,7 @@ FIELD_HELP = {
     "value_lr": ("PPO", "Learning rate of the value model. Default: that of the policy."),
     "seed": ("Optimisation", "Of the initial values, the order of the data, and dropout."),
     "eval_steps": ("Run", "Steps between evaluations; left out: once an epoch."),
-    "save_steps": ("Run", "Steps between checkpoints; left out: once an epoch."),
+    "save_steps": ("Run", "Steps between checkpoints; left out: once an epoch, and after 10 minutes."),
     "logging_steps": ("Run", "Steps between lines of metrics.jsonl."),
     "resume": ("Run", "Continue from checkpoint-last/ exactly where it stopped."),
     "tensorboard": ("Run", "Also write TensorBoard logs."),

@@ -27,7 +27,8 @@ _State = TypeVar("_State")
 @dataclass
 class LoopState:
     """What the loop has done so far. `window`: sums since the last logged step, `window_count`: their divisor;
-    `eval_data`: the digest of what `best_eval_loss` was measured on."""
+    `eval_data`: the digest of what `best_eval_loss` was measured on; `evaluation_due`: a signal came before the
+    evaluation of this step."""
 
     step: int = 0
     tokens: int = 0
@@ -35,6 +36,7 @@ class LoopState:
     window_count: int = 0
     best_eval_loss: float | None = None
     eval_data: str | None = None
+    evaluation_due: bool = False
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lora_kernels.io.files import replacing, write_json
 from lora_kernels.train.config import WITH_LORA_B, SFTConfig
+from lora_kernels.train.stopping import ended_by_signals, handling
 
 BASE = "base model"
 RESULT, TABLE = "result.json", "comparison"
@@ -127,7 +128,12 @@ def _known(job: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _run_in_process(name: str, job: Mapping[str, Any]) -> dict[str, Any]:
     print(f"{name}:", flush=True)
-    process = subprocess.run([sys.executable, "-m", __name__, json.dumps(job)])
+    process = subprocess.Popen([sys.executable, "-m", __name__, json.dumps(job)])
+    # A signal is for the run, which saves what it has.
+    with handling(lambda number, _: process.send_signal(number)):
+        process.wait()
+    if process.returncode > 128:
+        raise SystemExit(process.returncode)
     if process.returncode != 0:
         raise ValueError(f"methods: {name}: the run failed (exit code {process.returncode}); its message is above")
     return _known(job)
@@ -216,7 +222,8 @@ def _peak_bytes() -> int:
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     try:
-        row = _measure(job)
+        with ended_by_signals(job["config"]["output_dir"]):
+            row = _measure(job)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     write_json(Path(job["config"]["output_dir"]) / RESULT, {"job": job, "row": row})

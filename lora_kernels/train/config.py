@@ -81,8 +81,9 @@ class TrainConfig:
         max_grad_norm 0 turns clipping off.
     max_length: tokens kept of each row, from its start.
     seed: of the adapters' initial values, the order of the data, and dropout.
-    eval_steps, save_steps: steps between evaluations and checkpoints; None means once per epoch. Both also happen at
-        the end.
+    eval_steps, save_steps: steps between evaluations and checkpoints; None means once per epoch, and for checkpoints
+        also after 10 minutes without one. Both also happen at the end. A signal (SIGINT, SIGTERM, SIGHUP) ends a run
+        after the step that it is at and a checkpoint.
     logging_steps: steps between lines of metrics.jsonl.
     resume: continue from `checkpoint-last/` exactly where it stopped.
     fuse_decoder: on CPUs, compute RMSNorm, SwiGLU, rotary position embedding and attention by kernels and keep less

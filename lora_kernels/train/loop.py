@@ -31,6 +31,7 @@ from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.launch import check_launcher
 from lora_kernels.train.progress import Progress
+from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
 
 Callback = Callable[[dict[str, Any]], None]
 METRICS = "metrics.jsonl"
@@ -187,6 +188,7 @@ class Loop:
         self._take_parameters()
         self.optimizer = make_optimizer(module, config)
         self.progress = Progress(self.plan.total_steps, enabled=show_progress and self.main)
+        self.stopper = Stopper(accelerator, math.inf if config.save_steps else SAVE_SECONDS)
         self.state = LoopState()
         self.last_loss = self.last_eval_loss = None
 
@@ -230,15 +232,23 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def run(self) -> None:
-        """Train from where `restore` went to the end; leaves the module in eval mode."""
+        """Train from where `restore` went to the end; leaves the module in eval mode.
+
+        A signal ends it after a step and a checkpoint, see `end_run`.
+        """
         self.module.train()
         self.window = Sums(self.accelerator, self.state.window if self.main else dict.fromkeys(self.state.window, 0.0))
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         self.window_seconds, self.window_tokens = 0.0, 0
-        with self.progress:
+        with self.progress, self.stopper:
             self.progress.update(self.state.step)
-            while self.state.step < self.plan.total_steps:
+            # A signal came before the evaluation of the checkpoint's step.
+            stop = self._evaluate_and_save() if self.state.evaluation_due else 0
+            while not stop and self.state.step < self.plan.total_steps:
                 self._step()
+                stop = self._evaluate_and_save()
+        if stop:
+            end_run(stop, self.output_dir, say=self.main)
         self.module.eval()
 
     def _step(self) -> None:
@@ -303,13 +313,22 @@ class Loop:
             state.window_count = 0
             self.window_seconds, self.window_tokens = 0.0, 0
         self.progress.update(state.step)
+
+    def _evaluate_and_save(self) -> int:
+        """What is due after the state's step; returns the signal that ends the run here, or 0."""
+        state, end = self.state, self.state.step == self.plan.total_steps
+        stop, overdue = self.stopper.agreed()
+        state.evaluation_due = self.eval_set is not None and (end or state.step % self.eval_steps == 0)
         best = False
-        if self.eval_set is not None and (end or state.step % self.eval_steps == 0):
+        if state.evaluation_due and not stop:
             best = self._evaluate()
-        if end or state.step % self.save_steps == 0:
+            state.evaluation_due = False
+            stop, overdue = self.stopper.agreed()
+        if stop or end or overdue or state.step % self.save_steps == 0:
             self._checkpoint(best or self.eval_set is None)
         elif best and self.main:
             self.save_adapter(self.output_dir)
+        return stop
 
     def _add_extra_loss(self) -> torch.Tensor | None:
         """Adds the gradient of the method's own loss, which is the same in every process; returns that loss."""
@@ -358,6 +377,7 @@ class Loop:
         arguments = (self.state, self.run_identity, self.accelerator, self.save_adapter)
         method_state = self.hook.state_dict() if self.hook else None
         save_checkpoint(self.output_dir, self.parameters, self.optimizer, *arguments, method_state)
+        self.stopper.saved()
 
     def _epoch(self) -> float:
         seen = min(self.state.step * self.plan.sequences_per_step, self.plan.sequences)

@@ -35,6 +35,7 @@ from lora_kernels.train.rewards import FunctionReward, RewardError, RewardFuncti
 from lora_kernels.train.roles import Roles
 from lora_kernels.train.rollout import Episode, sample
 from lora_kernels.train.run import CONFIG, TEMPLATE, Run, TensorBoard, enable_checkpointing, start
+from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
 
 SAMPLES, PLOT = "samples.jsonl", "ppo.png"
 _EVALUATION = 1 << 31  # a step that none is, for the random numbers of evaluations
@@ -192,6 +193,7 @@ class PPOTrainer:
         self.learner = Learner(roles, config)
         self.state = PPOState(kl_coef=config.kl_coef)
         self.progress = Progress(self.plan.total_steps, enabled=run.progress)
+        self.stopper = Stopper(run.accelerator, math.inf if config.save_steps else SAVE_SECONDS)
         self.saved_step = -1
         self.last: dict[str, float] = {}
         per_epoch = max(1, round(len(prompts) / config.rollout_size))
@@ -226,17 +228,19 @@ class PPOTrainer:
         self.setup.say(str(trainable_summary(self.model)))
         board = TensorBoard(self.output_dir) if config.tensorboard else None
         self.callbacks += [board] if board else []
-        with board or nullcontext(), self.progress:
+        with board or nullcontext(), self.progress, self.stopper:
             self.progress.update(self.state.step)
             try:
-                self._evaluate_and_save()
-                while self.state.step < self.plan.total_steps:
+                stop = self._evaluate_and_save()
+                while not stop and self.state.step < self.plan.total_steps:
                     self._step()
-                    self._evaluate_and_save()
+                    stop = self._evaluate_and_save()
             except RewardError:
                 # Nothing has been learned since the last step.
                 self._checkpoint()
                 raise
+        if stop:
+            end_run(stop, self.output_dir)
         plot_ppo(self.output_dir / METRICS, self.output_dir / PLOT)
         evaluations = [r["eval_score"] for r in read_metrics(self.output_dir / METRICS) if "eval_score" in r] or [None]
         return PPOResult(
@@ -299,14 +303,17 @@ class PPOTrainer:
             state.kl_coef = rl.adaptive_kl_coef(state.kl_coef, kl, config.kl_target, len(kept), config.kl_horizon)
         self.progress.update(state.step)
 
-    def _evaluate_and_save(self) -> None:
-        """What is due after the state's step, or before the first."""
+    def _evaluate_and_save(self) -> int:
+        """What is due after the state's step, or before the first; returns the signal that ends the run here, or 0."""
         state, end = self.state, self.state.step == self.plan.total_steps
-        if state.evaluated < state.step and (end or state.step % self.eval_steps == 0):
+        stop, overdue = self.stopper.agreed()
+        if not stop and state.evaluated < state.step and (end or state.step % self.eval_steps == 0):
             self._evaluate()
             state.evaluated = state.step
-        if state.step and (end or state.step % self.save_steps == 0):
+            stop, overdue = self.stopper.agreed()
+        if state.step and (stop or end or overdue or state.step % self.save_steps == 0):
             self._checkpoint()
+        return stop
 
     def _sample(self, rows: Sequence[PromptRow], step: int) -> list[Episode]:
         """An answer to each prompt; those of like length are sampled together."""
@@ -385,6 +392,7 @@ class PPOTrainer:
         arguments = (self.state, self.run_identity, self.setup.accelerator, save_adapter)
         save_checkpoint(self.output_dir, self.parameters, self.learner.optimizer, *arguments)
         self.saved_step = self.state.step
+        self.stopper.saved()
 
     def _log(self, record: dict[str, Any]) -> None:
         with (self.output_dir / METRICS).open("a", encoding="utf-8") as file:
