@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_sft_writes_its_run(trained, tiny):
 
 def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch):
     def stopped(settings):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     arguments = ("--model", "m", "--data", "d", "--output-dir", tmp_path)
     for command in ("sft", "reward", "dpo", "ppo"):
@@ -99,7 +100,7 @@ def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch):
         assert result.exit_code == 130 and "nothing is saved yet" in result.stderr
     (tmp_path / "checkpoint-last").mkdir()
     result = run("sft", *arguments)
-    assert result.exit_code == 130 and "with --resume goes on from" in result.stderr
+    assert result.exit_code == 130 and "with resume (--resume) goes on from" in result.stderr
 
 
 def test_an_output_directory_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
