@@ -23,7 +23,10 @@ FIELD_HELP = {
     "double_quant": ("Adapter", "With qlora: quantise the 4-bit blocks' scales too, 4.13 instead of 4.5 bits."),
     "r": ("Adapter", "Rank of LoRA."),
     "lora_alpha": ("Adapter", "scaling = lora_alpha / r."),
-    "lora_dropout": ("Adapter", "Dropout on the input of the low-rank branch."),
+    "lora_dropout": (
+        "Adapter",
+        "Dropout on the input of the low-rank branch. The base model's own acts in sft only.",
+    ),
     "target": ("Adapter", "Modules: all-linear (default of lora), all (of full), names with commas, a regex."),
     "use_rslora": ("Adapter", "scaling = lora_alpha / sqrt(r)."),
     "init": ("Adapter", "How adapters start; virtual tokens: vocab (default), text, random, zero (prefix only)."),

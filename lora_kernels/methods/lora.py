@@ -254,7 +254,10 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None) -> nn.Mo
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place of the one at the path `name`."""
+    """Puts `module` in the place of the one at the path `name`, and into the mode (training or not) of that one."""
+    training = model.get_submodule(name).training
+    if module.training is not training:
+        module.train(training)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -394,7 +397,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
         for name, original in originals.items():
             # The originals aren't submodules, so a model.to() after inject hasn't reached them.
             like = next(trained[name].parameters())
-            replace_module(model, name, original.to(device=like.device, dtype=like.dtype).train(trained[name].training))
+            replace_module(model, name, original.to(device=like.device, dtype=like.dtype))
         yield model
     finally:
         for layer, enabled in layers:

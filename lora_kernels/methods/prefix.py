@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.arguments import check_integer
+from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import (
     CACHE_ARGUMENTS,
     VirtualTokens,
@@ -205,12 +206,10 @@ def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tenso
     Asking the model is the way to know their shapes that doesn't depend on how its config names things.
     """
     ids = torch.zeros(n, dtype=torch.long) if ids is None else ids
-    training = decoder.training
-    decoder.eval()
     cache = _dynamic_cache(decoder)
     with_cache = {cache_argument(decoder.forward): cache, "use_cache": True}
-    decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), **with_cache)
-    decoder.train(training)
+    with eval_mode(decoder):
+        decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), **with_cache)
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     shapes = {None if state is None else tuple(state.shape) for state in states}
     if len(shapes) != 1 or None in shapes:

@@ -61,7 +61,10 @@ class TrainConfig:
         while they train (Zhang et al. 2023); "prefix" or "prompt", learned virtual tokens before each sequence; "full",
         the model's own weights.
     double_quant: of qlora, quantise the 4-bit blocks' scales too; see `lora_kernels.quantize_nf4`.
-    r, lora_alpha, lora_dropout, use_rslora: of LoRA's adapters.
+    r, lora_alpha, lora_dropout, use_rslora: of LoRA's adapters. Dropout that the base model has of its own
+        (resid_pdrop, attention_dropout, layerdrop and the like in its config) acts in supervised training. It is off in
+        DPO, where the policy would differ from its reference before the first step, and in PPO and reward models, where
+        it would be noise in the rewards.
     init_r, target_r, tinit, tfinal, delta_t, beta1, beta2, orth_reg_weight: of adalora, see `AdaLoRAConfig`; lora_alpha
         and lora_dropout are its own too.
     target: modules that get a LoRA adapter ("all-linear" by default) or are trained by "full" ("all"): a module name, a

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.backends import backend_option
 from lora_kernels.methods import adapters_disabled
+from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.launch import make_accelerator
@@ -24,13 +25,22 @@ from lora_kernels.train.sft import AnswerLoss
 
 class DPOLoss(AnswerLoss):
     """A causal LM whose forward is the summed `dpo_loss` of the pairs of a batch, in one forward; the reference, where
-    its log-probabilities do not come with the batch, is the same model with its adapters off."""
+    its log-probabilities do not come with the batch, is the same model with its adapters off.
+
+    Training mode is for the adapters alone, see `train_adapters`: with dropout of the base model the policy would
+    differ from the reference before it has learned anything.
+    """
 
     def __init__(
         self, model: nn.Module, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0
     ) -> None:
         super().__init__(model)
         self.beta, self.loss_type, self.label_smoothing = beta, loss_type, label_smoothing
+
+    def train(self, mode: bool = True) -> "DPOLoss":
+        super().train(mode)
+        train_adapters(self.model, mode)
+        return self
 
     def forward(
         self,
@@ -52,13 +62,8 @@ class DPOLoss(AnswerLoss):
     @torch.no_grad()
     def reference(self, input_ids: Tensor, labels: Tensor, adapters_on: bool = False) -> Tensor:
         """Summed log-probabilities [B] of the labels, adapters and dropout off (`adapters_on`: dropout only)."""
-        training = self.training
-        self.eval()
-        try:
-            with nullcontext() if adapters_on else adapters_disabled(self.model):
-                return self.logprobs(input_ids, labels).sum(1)
-        finally:
-            self.train(training)
+        with eval_mode(self), nullcontext() if adapters_on else adapters_disabled(self.model):
+            return self.logprobs(input_ids, labels).sum(1)
 
 
 def reference_logprobs(

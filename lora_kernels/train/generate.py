@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import learned_positions
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ def generate(
     stops = sorted(stop_tokens(model, tokenizer, chat_template))
     answers = [""] * len(rows)
     device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = len(rows[batch[-1]])
@@ -90,8 +89,6 @@ def generate(
             for index, row in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in stops), None)
                 answers[index] = tokenizer.decode(row[:end], skip_special_tokens=True)
-    finally:
-        model.train(was_training)
     return answers
 
 

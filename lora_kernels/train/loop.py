@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_kernels.io.files import replacing
 from lora_kernels.methods import training_hook
+from lora_kernels.methods.modes import eval_mode
 from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.train.checkpoint import (
     LoopState,
@@ -360,7 +361,6 @@ class Loop:
         """Logs the means over the evaluation set; whether its loss is the best so far."""
         started = time.perf_counter()
         means = evaluate(self.module, self.eval_set, self.config.batch_size, self.accelerator)
-        self.module.train()
         self.last_eval_loss = loss = means["loss"]
         best = loss < (math.inf if self.state.best_eval_loss is None else self.state.best_eval_loss)
         if best:
@@ -418,14 +418,14 @@ def to_device(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[
 
 @torch.no_grad()
 def evaluate(module: nn.Module, dataset: Dataset, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    """Means of what the module's forward sums, over the dataset and all processes; leaves the module in eval mode."""
-    module.eval()
+    """Means of what the module's forward sums in eval mode, over the dataset and all processes."""
     batches = batches_by_length(dataset.lengths, batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     sums = Sums(accelerator)
     # A process without rows still has to take part in the reduction of the sums.
-    for indices in mine or batches[:1]:
-        sums.add(module(**to_device(dataset.batch(indices), accelerator)), 1.0 if mine else 0.0)
+    with eval_mode(module):
+        for indices in mine or batches[:1]:
+            sums.add(module(**to_device(dataset.batch(indices), accelerator)), 1.0 if mine else 0.0)
     count = int(dataset.loss_counts.sum())
     return {name: total / count for name, total in sums.over_all_processes().items()}
 

@@ -14,7 +14,7 @@ from lora_kernels.optim.loraplus import loraplus_groups
 from lora_kernels.train import rl
 from lora_kernels.train.checkpoint import state_before
 from lora_kernels.train.config import PPOConfig
-from lora_kernels.train.roles import Roles, checkpointed
+from lora_kernels.train.roles import Roles
 from lora_kernels.train.rollout import Episode, EpisodeBatch, collate, micro_batches
 
 
@@ -150,10 +150,9 @@ class Learner:
         indices = [index for rows in minibatch for index in rows]
         tokens, states = rollout.policy_mask[indices].sum(), rollout.value_mask[indices].sum()
         sums: dict[str, Tensor] = {}
-        with checkpointed(self.roles.model, config.gradient_checkpointing):
-            for rows in minibatch:
-                for name, value in self._micro_batch(rollout, list(rows), tokens, states).items():
-                    sums[name] = sums.get(name, 0.0) + value
+        for rows in minibatch:
+            for name, value in self._micro_batch(rollout, list(rows), tokens, states).items():
+                sums[name] = sums.get(name, 0.0) + value
         metrics = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         metrics["val/ratio_var"] = max(0.0, metrics.pop("ratio_square") - metrics["val/ratio"] ** 2)
         metrics["loss"] = metrics["loss/policy"] + config.vf_coef * metrics["loss/value"]

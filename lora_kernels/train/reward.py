@@ -20,6 +20,7 @@ from lora_kernels.io.files import write_json
 from lora_kernels.io.models import load_model
 from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.methods import adapters_disabled
+from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.report import plot_rewards
 from lora_kernels.train.config import RewardConfig
 from lora_kernels.train.data import (
@@ -86,7 +87,7 @@ class RewardModel(nn.Module):
     def score_conversations(
         self, tokenizer: Any, conversations: Sequence[list[dict[str, str]]], batch_size: int = 8
     ) -> Tensor:
-        """float32 [n] of chats that end with the answer to judge, rendered as in training."""
+        """float32 [n] of chats that end with the answer to judge, rendered as in training; without dropout."""
         told = [
             Conversation(list(messages), (len(messages) - 1,), f"conversation {index}")
             for index, messages in enumerate(conversations)
@@ -95,20 +96,30 @@ class RewardModel(nn.Module):
         scores = torch.empty(len(rows))
         device = self.model.get_input_embeddings().weight.device
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
-        for start_at in range(0, len(order), batch_size):
-            some = order[start_at : start_at + batch_size]
-            batch = collate([rows[index] for index in some])
-            lengths = batch["attention_mask"].sum(1).to(device)
-            scores[some] = self.score(batch["input_ids"].to(device), lengths).cpu()
+        with eval_mode(self):
+            for start_at in range(0, len(order), batch_size):
+                some = order[start_at : start_at + batch_size]
+                batch = collate([rows[index] for index in some])
+                lengths = batch["attention_mask"].sum(1).to(device)
+                scores[some] = self.score(batch["input_ids"].to(device), lengths).cpu()
         return scores
 
 
 class RewardLoss(nn.Module):
-    """A causal LM with a head, whose forward is the summed `reward_loss` of the pairs of a batch, in one forward."""
+    """A causal LM with a head, whose forward is the summed `reward_loss` of the pairs of a batch, in one forward.
+
+    Training mode is for the adapters alone, see `train_adapters`: the base model's own dropout would be noise in the
+    difference of two rewards.
+    """
 
     def __init__(self, model: nn.Module, center_coef: float = 0.0) -> None:
         super().__init__()
         self.model, self.center_coef = model, center_coef
+
+    def train(self, mode: bool = True) -> "RewardLoss":
+        super().train(mode)
+        train_adapters(self.model, mode)
+        return self
 
     def forward(self, input_ids: Tensor, lengths: Tensor, margin: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Sums over the pairs of a `PairDataset` batch, chosen rows first; the labels are not used."""
@@ -238,13 +249,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_pairs(reward_model: RewardModel, pairs: PairDataset, batch_size: int = 8) -> Evaluation:
-    """Rewards of all pairs."""
+    """Rewards of all pairs, without dropout."""
     scores = np.empty((2, len(pairs)), dtype=np.float32)
     device = reward_model.model.get_input_embeddings().weight.device
-    for rows in batches_by_length(pairs.lengths, batch_size):
-        batch = pairs.batch(rows)
-        found = reward_model.score(batch["input_ids"].to(device), batch["lengths"].to(device))
-        scores[:, rows] = found.view(2, -1).cpu().numpy()
+    with eval_mode(reward_model):
+        for rows in batches_by_length(pairs.lengths, batch_size):
+            batch = pairs.batch(rows)
+            found = reward_model.score(batch["input_ids"].to(device), batch["lengths"].to(device))
+            scores[:, rows] = found.view(2, -1).cpu().numpy()
     return Evaluation(*scores)
 
 

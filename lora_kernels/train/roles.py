@@ -1,7 +1,6 @@
 """PPO's four models over one frozen base: each is a set of adapters, and a score head, that is switched on in turn."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -111,18 +110,3 @@ class Roles:
         decoder, _ = self.lm.parts
         inputs = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "position_ids")}
         return decoder(**inputs, use_cache=False).last_hidden_state
-
-
-@contextmanager
-def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Inside the block transformers' layers recompute their activations, which they otherwise do in training mode."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
-    try:
-        for layer in layers:
-            layer.training = True
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False

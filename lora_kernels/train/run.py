@@ -9,12 +9,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import recycling
 from lora_kernels.backends import backend_option
@@ -278,13 +282,31 @@ def check_context(model: nn.Module, datasets: Sequence[Dataset | None], config: 
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Have transformers' layers recompute their activations in training mode."""
-    # Not reentrant: the embeddings are frozen, and a reentrant checkpoint whose inputs need no gradient yields none.
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:  # transformers before 5.23
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    """Have transformers' layers recompute their activations in backward. Twice does no harm.
+
+    Not by transformers' own switch, which acts in training mode only: the base model of DPO, PPO and reward models is
+    in evaluation mode. Raises ValueError for a model without such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no layers that can recompute activations")
+    for layer in layers:
+        if not hasattr(layer.forward, "recomputing"):
+            layer.forward = MethodType(_recomputing(layer.forward.__func__), layer)
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(self, *args, **kwargs)
+        # Not reentrant: a reentrant checkpoint whose inputs need no gradient, as with frozen embeddings, yields none.
+        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
+
+    wrapped.recomputing = True
+    return wrapped
 
 
 class TensorBoard:

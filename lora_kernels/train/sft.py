@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels.backends import backend_option
+from lora_kernels.methods.modes import eval_mode
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset
 from lora_kernels.train.graphs import DecoderGraphs, check_graphs, last_hidden_state
@@ -77,13 +78,11 @@ class AnswerLoss(nn.Module):
     @torch.no_grad()
     def check(self, input_ids: Tensor) -> None:
         """ValueError unless the loss of a short row is the one from the model's own logits."""
-        training = self.training
-        self.eval()
         row = input_ids.reshape(1, -1)[:, :_CHECK_TOKENS].to(next(self.model.parameters()).device)
-        logits = self.model(input_ids=row, use_cache=False).logits[0, :-1].float()
+        with eval_mode(self):
+            logits = self.model(input_ids=row, use_cache=False).logits[0, :-1].float()
+            found = -self.logprobs(row, row).sum()
         expected = F.cross_entropy(logits, row[0, 1:], reduction="sum")
-        found = -self.logprobs(row, row).sum()
-        self.train(training)
         # Logits of 16 bits are rounded at other places on the two ways.
         tolerance = 1e-3 if self.parts[1].weight.dtype in (torch.float32, torch.float64) else 3e-2
         if not torch.allclose(found.float(), expected, rtol=tolerance, atol=tolerance * row.numel()):
