@@ -90,7 +90,7 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
 @_user_errors
 @flags_of(
     PPOConfig,
-    data="Prompts: a text file, one a line, or training records, whose answers are ignored.",
+    data="Prompts: .txt, one a line, or training records, whose answers are ignored; several as for sft.",
     eval_data="Prompts to answer at each evaluation, same forms.",
     output_dir="Gets the adapter, checkpoint-last/, metrics.jsonl, samples.jsonl, ppo.png and config.yaml.",
     max_length="Longest prompt and its answer, in tokens; longer prompts are left out.",
@@ -188,7 +188,9 @@ def generate(
     ) = None,
     prompt: _option(list[str] | None, "Prompts", "User turn to answer; may be repeated.") = None,
     prompts_file: _option(
-        Path | None, "Prompts", "Text file, one prompt a line, or training data, whose answers are ignored."
+        list[str] | None,
+        "Prompts",
+        ".txt, one prompt a line, or training data without its answers; several as for sft.",
     ) = None,
     output: _option(Path | None, "Prompts", "Write {prompt, answer} lines here, not to stdout.") = None,
     max_new_tokens: _option(int, "Decoding", "Longest answer, in tokens.") = 256,
@@ -217,7 +219,7 @@ def generate(
     torch.manual_seed(seed)
     with backend_option(backend):
         answers = generate_texts(network, tokenizer, prompts, max_new_tokens, batch_size, temperature, top_p)
-    if output is None and len(prompts) == 1 and prompts_file is None:
+    if output is None and len(prompts) == 1 and not prompts_file:
         typer.echo(answers[0])
         return
     pairs = zip(prompts, answers, strict=True)
@@ -272,17 +274,21 @@ app.add_typer(data)
 @_user_errors
 def data_check(
     *,
-    file: Annotated[Path, typer.Argument(help="Records for sft, reward or dpo, or prompts.", show_default=False)],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Data for sft, reward or dpo, or prompts; as --data of sft.", show_default=False),
+    ],
     model: _option(str | None, "Model", "Count tokens and show an example with this model's tokenizer.") = None,
     chat_template: _option(str | None, "Model", "Jinja template, or a file with one, in place of the model's.") = None,
     max_length: _option(int | None, "Model", "Count the records that have more tokens.") = None,
     limit: _option(int, "Output", "Problems that are shown.") = 20,
 ) -> None:
-    """Show what a file holds, how long its texts are, and all that is wrong with it; exit code 2 if anything is."""
+    """Show what files hold, how long their texts are, and all that is wrong with them; exit code 2 if anything is."""
     from rich.console import Console
     from rich.panel import Panel
 
     from lora_kernels.train.check import KINDS, check_file, marked
+    from lora_kernels.train.records import describe
 
     if model is None and (chat_template is not None or max_length is not None):
         raise ValueError("--chat-template and --max-length need --model")
@@ -293,10 +299,10 @@ def data_check(
 
         tokenizer = load_tokenizer(model)
         set_chat_template(tokenizer, chat_template)
-    found = check_file(file, tokenizer, max_length)
+    found = check_file(files, tokenizer, max_length)
     console = Console(highlight=False)
     good = len(next(iter(found.lengths.values()), ()))
-    typer.echo(f"{file}: {KINDS.get(found.kind, 'nothing')}; {found.records} records, {good} of them good")
+    typer.echo(f"{describe(files)}: {KINDS.get(found.kind, 'nothing')}; {found.records} records, {good} of them good")
     if good:
         console.print(found.table())
     if found.too_long:
@@ -315,7 +321,9 @@ def data_check(
 @_user_errors
 def data_label(
     *,
-    prompts_file: _option(Path, "Data", "Text file, one prompt a line, or training data, whose answers are ignored."),
+    prompts_file: _option(
+        list[str], "Data", ".txt, one prompt a line, or training data without its answers; several as for sft."
+    ),
     output: _option(Path, "Data", "Gets a {prompt, chosen, rejected} line for each decision; prompts in it are done."),
     model: _Model = None,
     adapter: _option(Path | None, "Model", "Adapter directory, as written by sft or PEFT.") = None,
@@ -503,12 +511,12 @@ def _load(
     return network.eval(), tokenizer
 
 
-def _read_prompts(prompts: list[str], file: Path | None) -> list[Any]:
+def _read_prompts(prompts: list[str], files: list[str] | None) -> list[Any]:
     prompts = list(prompts)
-    if file is not None:
+    if files:
         from lora_kernels.train.generate import read_prompts
 
-        prompts += [prompt for prompt, _ in read_prompts(file)]
+        prompts += [prompt for prompt, _ in read_prompts(files)]
     if not prompts:
         raise ValueError("no prompt: give --prompt or --prompts-file")
     return prompts

@@ -14,8 +14,12 @@ from lora_kernels.train.config import TrainConfig
 # field of a trainer's config -> (panel, help). A field that is missing here still gets its flag.
 FIELD_HELP = {
     "model": ("Model and data", "Directory or hub id of a causal LM, a Llama GGUF file, or smollm2-135m."),
-    "data": ("Model and data", "Training file: .json, .jsonl, .jsonl.gz or .parquet."),
-    "eval_data": ("Model and data", "Evaluation file, same forms; the adapter with the best loss on it is kept."),
+    "data": (
+        "Model and data",
+        "Training data: .json, .jsonl, .json.gz, .jsonl.gz or .parquet; a file, a directory or a quoted pattern, "
+        "several of them with commas or by repeating the flag.",
+    ),
+    "eval_data": ("Model and data", "Evaluation data, same forms; the adapter with the best loss on it is kept."),
     "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
     "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
     "max_length": ("Model and data", "Tokens kept of each example; a longer preference pair is left out."),
@@ -43,7 +47,7 @@ FIELD_HELP = {
     "mlp_hidden": ("Adapter", "Width of the MLP that prefix is trained through; left out: none."),
     "center_coef": ("Reward model", "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; try 0.01."),
     "normalize_samples": ("Reward model", "After training, scale rewards by so many answers of the base model; 0: no."),
-    "normalize_data": ("Reward model", "File of the prompts of these answers; left out: the training data."),
+    "normalize_data": ("Reward model", "Data with the prompts of these answers; left out: the training data."),
     "normalize_tokens": ("Reward model", "Longest of these answers, in tokens."),
     "loss": ("DPO", "sigmoid or ipo."),
     "beta": ("DPO", "How strongly the policy is held to the reference; larger is closer."),
@@ -121,7 +125,7 @@ def flags_of(config_class: type[TrainConfig], **texts: str) -> Callable[..., Any
             if field.name in config_class.unused:
                 continue
             kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-            kind = next((kind for kind in kinds if kind in (bool, int, float)), str)
+            kind = next((kind for kind in kinds if kind in (bool, int, float, list[str])), str)
             panel, text = FIELD_HELP.get(field.name, ("Other", ""))
             text = texts.get(field.name, text)
             if field.default is dataclasses.MISSING:
@@ -146,6 +150,9 @@ def flags_of(config_class: type[TrainConfig], **texts: str) -> Callable[..., Any
 
         @functools.wraps(command)
         def wrapped(**kwargs: Any) -> None:
+            for name, value in kwargs.items():
+                if isinstance(value, list):  # of a flag that may be repeated
+                    kwargs[name] = value[0] if len(value) == 1 else value or None
             command(**kwargs)
 
         wrapped.__signature__ = inspect.Signature(parameters)

@@ -223,6 +223,21 @@ def test_flags_override_yaml(tmp_path, monkeypatch):
     assert seen == [expected]
 
 
+def test_data_may_be_given_again_or_as_a_list(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lora_kernels.train.sft.run_sft", seen.append)
+    (tmp_path / "run.yaml").write_text("model: m\ndata: [a.jsonl, b]\neval_data: c.jsonl\n")
+    for arguments in (
+        ("--config", tmp_path / "run.yaml"),
+        ("--model", "m", "--data", "a.jsonl", "--data", "b", "--eval-data", "c.jsonl"),
+    ):
+        result = run("sft", *arguments)
+        assert result.exit_code == 0, result.output
+    assert seen == [SFTConfig(model="m", data=["a.jsonl", "b"], eval_data="c.jsonl")] * 2
+    seen[0].save_yaml(tmp_path / "saved.yaml")
+    assert SFTConfig.from_yaml(tmp_path / "saved.yaml") == seen[0]
+
+
 def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_TRACEBACK", "1")
     result = run("sft")

@@ -282,15 +282,18 @@ def test_prompts_of_any_file(tmp_path):
         },
     )
     assert [prompt for prompt, _ in read_prompts(path)] == ["say one", "alone", "do", "a"]
-    assert read_prompts(write(tmp_path / "p.txt", "one", "", "two")) == [("one", None), ("two", None)]
+    lines = read_prompts(write(tmp_path / "p.txt", "one", "", "two"))
+    assert list(lines) == [("one", {"prompt": "one"}), ("two", {"prompt": "two"})]
     windows = tmp_path / "windows.txt"
     windows.write_bytes("\ufeffsay one\r\n\r\na\u2028b\r\n".encode())
     assert [prompt for prompt, _ in read_prompts(windows)] == ["say one", "a\u2028b"]
     windows.write_bytes(b"one\n\xe9\n")
     with pytest.raises(ValueError, match="windows.txt:2: not UTF-8"):
-        read_prompts(windows)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        read_prompts(tmp_path / "absent.txt")
+        list(read_prompts(windows))
+    with pytest.raises(FileNotFoundError, match="absent.txt does not exist"):
+        list(read_prompts(tmp_path / "absent.txt"))
+    with pytest.raises(ValueError, match=r"p.csv: file names must end in one of .*\.txt"):
+        list(read_prompts(write(tmp_path / "p.csv", "one,two")))
 
 
 def test_records_without_an_answer_are_prompts(tmp_path):

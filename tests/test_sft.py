@@ -463,6 +463,7 @@ def test_config_yaml(tmp_path):
     [
         ("model: m\ndata: d\nrank: 3\n", "unknown field 'rank'; allowed: model"),
         ("model: m\n", "missing field 'data'"),
+        ("model: m\ndata: [d, 3]\n", "data must be str, got 3"),
         ("- a\n", "expected a mapping"),
         ("model: m\ndata: d\nr: 1.5\n", "r must be int, got 1.5"),
         ("model: m\ndata: d\nr: 0\n", "r must be >= 1, got 0"),

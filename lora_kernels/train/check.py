@@ -1,9 +1,7 @@
 """What a data file holds and what is wrong with it: `lora-kernels data check`."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +16,9 @@ from lora_kernels.train.data import (
     to_conversation,
     with_empty_answer,
 )
-from lora_kernels.train.generate import prompt_of, text_prompts
+from lora_kernels.train.generate import prompt_of
 from lora_kernels.train.preference import is_preference, to_pair
-from lora_kernels.train.records import load_records
+from lora_kernels.train.records import SUFFIXES, TEXT_SUFFIXES, Source, describe, load_records
 
 KINDS = {
     "preference": "preference pairs (reward, dpo)",
@@ -57,22 +55,18 @@ class Check:
         return table
 
 
-def check_file(path: str | os.PathLike, tokenizer: Any = None, max_length: int | None = None) -> Check:
-    """Read every record of a file as training would, without stopping at a bad one.
+def check_file(source: Source, tokenizer: Any = None, max_length: int | None = None) -> Check:
+    """Read every record of data files as training would, without stopping at a bad one.
 
-    With a tokenizer, records are rendered and tokenised too. Raises FileNotFoundError and ValueError for a file that
-    can't be read at all.
+    With a tokenizer, records are rendered and tokenised too. Raises FileNotFoundError and ValueError for a source
+    that is no data file.
     """
     check = Check(unit="characters" if tokenizer is None else "tokens")
     renderer = None
     if tokenizer is not None:
         set_chat_template(tokenizer)
         renderer = Renderer(tokenizer)
-    path = Path(path)
-    if path.is_file() and path.suffix == ".txt":
-        records = [({"prompt": line}, where) for line, where in text_prompts(path)]
-    else:
-        records = list(load_records(path, check.problems))
+    records = list(load_records(source, check.problems, (*SUFFIXES, *TEXT_SUFFIXES)))
     kinds = [_kind(record) for record, _ in records]
     # A conversation that ends with the user's turn may be either; in a file of prompts there is nothing else.
     check.kind = "sft" if "sft" in kinds and kinds[0] != "preference" else kinds[0] if kinds else ""
@@ -85,7 +79,7 @@ def check_file(path: str | os.PathLike, tokenizer: Any = None, max_length: int |
         except ValueError as error:
             check.problems.append(str(error))
     if not check.records and not check.problems:
-        check.problems.append(f"{path}: no records")
+        check.problems.append(f"{describe(source)}: no records")
     return check
 
 

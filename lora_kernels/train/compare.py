@@ -5,6 +5,7 @@ Each run has a process of its own, so that its peak memory is its own; a run tha
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -196,7 +197,7 @@ def _exact_matches(model: Any, tokenizer: Any, config: SFTConfig, prompts: int, 
     from lora_kernels.train.generate import generate
     from lora_kernels.train.records import load_records
 
-    conversations = [to_conversation(record, where) for record, where in load_records(config.eval_data)][:prompts]
+    conversations = [to_conversation(*found) for found in itertools.islice(load_records(config.eval_data), prompts)]
     asked = [conversation.messages[:-1] for conversation in conversations]
     wanted = [conversation.messages[-1]["content"].strip() for conversation in conversations]
     answers = generate(model, tokenizer, asked, max_new_tokens, batch_size=config.batch_size)

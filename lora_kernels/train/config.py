@@ -52,7 +52,8 @@ class TrainConfig:
     """Settings that all trainers share. The command line and the YAML file use the same names.
 
     model: directory or hub id of a causal language model.
-    data, eval_data: .json, .jsonl, .jsonl.gz or .parquet file (see `lora_kernels.train.data`).
+    data, eval_data: .json, .jsonl or .parquet file, a directory or a pattern of them, or several with commas between or
+        as a list; see `lora_kernels.train.records`, and `lora_kernels.train.data` for what they hold.
     output_dir: gets the adapter (with eval_data that of the best evaluation), `checkpoint-last/`, metrics.jsonl,
         loss.png and config.yaml; ranks.png with adalora.
     method: "lora"; "qlora", the same with the frozen linear layers in NF4 (Dettmers et al. 2023), where a bitsandbytes
@@ -100,8 +101,8 @@ class TrainConfig:
     loss_unit: ClassVar[str] = "nats per target token"
 
     model: str
-    data: str
-    eval_data: str | None = None
+    data: str | list[str]
+    eval_data: str | list[str] | None = None
     output_dir: str = "outputs"
     method: str = "lora"
     double_quant: bool = False
@@ -269,7 +270,7 @@ class RewardConfig(TrainConfig):
     center_coef: weight of (r_chosen + r_rejected)² in the loss, which keeps rewards around 0; see `reward_loss`.
     normalize_samples: after training, so many answers of the base model give the gain and the bias with which rewards
         have mean 0 and standard deviation 1; 0 leaves them as they are.
-    normalize_data: file of their prompts, by default the training data.
+    normalize_data: files of their prompts, by default the training data.
     normalize_tokens: longest of these answers.
     batch_size: counts pairs, so that a micro-batch has twice as many rows.
     max_length: a pair with an answer that, with its prompt, is longer is left out.
@@ -282,7 +283,7 @@ class RewardConfig(TrainConfig):
     output_dir: str = "outputs/reward"
     center_coef: float = 0.0
     normalize_samples: int = 0
-    normalize_data: str | None = None
+    normalize_data: str | list[str] | None = None
     normalize_tokens: int = 64
 
     def _check_own(self) -> None:
@@ -330,7 +331,7 @@ class DPOConfig(TrainConfig):
 class PPOConfig(TrainConfig):
     """Settings of `run_ppo`: those of `TrainConfig`, where a step is one rollout and what is learned from it.
 
-    data: prompts: a text file, one a line, or training records, whose answers are ignored. eval_data: prompts to show
+    data: prompts: .txt files, one a line, or training records, whose answers are ignored. eval_data: prompts to show
         and score before, during and after training; by default the first eval_prompts of data.
     adapter: directory of the LoRA adapter that the policy starts from, and whose frozen copy is the reference; r,
         lora_alpha, target and the like are then the adapter's. Without one the reference is the base model.
@@ -434,8 +435,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         return value
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for kind in kinds:
-        kind = typing.get_origin(kind) or kind
+    for hint in kinds:
+        kind = typing.get_origin(hint) or hint
         if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 number = float(value)
@@ -447,6 +448,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
                 return int(number)
         elif kind is str and isinstance(value, os.PathLike):
             return os.fspath(value)
+        elif kind is list and isinstance(value, list):
+            return [_convert(name, item, *typing.get_args(hint)) for item in value]
         elif isinstance(value, kind):
             return value
     wanted = " or ".join("nothing" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)

@@ -13,7 +13,6 @@ Every record becomes a list of messages, which the tokenizer's chat template ren
 
 import hashlib
 import itertools
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.train.losses import IGNORE_INDEX
-from lora_kernels.train.records import load_records
+from lora_kernels.train.records import Source, describe, load_records
 
 FORMS = (
     '{"instruction", "input" (optional), "output"}',
@@ -375,9 +374,9 @@ def build_dataset(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length
     return TokenDataset(input_ids, masks, truncated, unanswered + blank)
 
 
-def load_dataset(path: str | os.PathLike, tokenizer: Any, max_length: int) -> TokenDataset:
-    """`build_dataset` over the records of a file."""
-    return build_dataset(load_records(path), tokenizer, max_length, str(path))
+def load_dataset(source: Source, tokenizer: Any, max_length: int) -> TokenDataset:
+    """`build_dataset` over the records of `lora_kernels.train.records.load_records`."""
+    return build_dataset(load_records(source), tokenizer, max_length, describe(source))
 
 
 def warn(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_kernels.methods.modes import eval_mode
@@ -11,6 +10,8 @@ from lora_kernels.methods.virtual_tokens import learned_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lora_kernels.train.records import Source
 
 Prompt = str | Sequence[dict[str, str]]
 
@@ -92,29 +93,18 @@ def generate(
     return answers
 
 
-def read_prompts(path: Path) -> list[tuple[Prompt, Any]]:
-    """(prompt, record) of a text file with a prompt a line (record None), or of a file of records.
+def read_prompts(source: Source) -> Iterator[tuple[Prompt, Any]]:
+    """(prompt, record) of each record of data files, see `lora_kernels.train.records.load_records`; of a .txt file each
+    line is a prompt, and its record {"prompt": line}.
 
     Of a training record the last answer is left out, or both of a preference pair; one without an answer, be it that
     its messages end with the user's, is all prompt. Raises FileNotFoundError, and ValueError that names file and line
     for a bad record.
     """
-    from lora_kernels.train.records import SUFFIXES, load_records
+    from lora_kernels.train.records import SUFFIXES, TEXT_SUFFIXES, load_records
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.name.endswith(SUFFIXES):
-        return [(prompt_of(record, where), record) for record, where in load_records(path)]
-    return [(line, None) for line, _ in text_prompts(path)]
-
-
-def text_prompts(path: Path) -> Iterator[tuple[str, str]]:
-    """(line, place) of the lines of a text file that are not blank. Raises ValueError with file and line."""
-    from lora_kernels.train.records import read_text
-
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield line.removesuffix("\r"), f"{path}:{number}"
+    for record, where in load_records(source, suffixes=(*SUFFIXES, *TEXT_SUFFIXES)):
+        yield prompt_of(record, where), record
 
 
 def prompt_of(record: Any, where: str) -> Prompt:

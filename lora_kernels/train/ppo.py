@@ -30,6 +30,7 @@ from lora_kernels.train.generate import Prompt, encode_prompt, read_prompts, sto
 from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, truncate_metrics
 from lora_kernels.train.ppo_learner import Learner
 from lora_kernels.train.progress import Progress
+from lora_kernels.train.records import Source, describe
 from lora_kernels.train.reward import HEAD, attach_head
 from lora_kernels.train.rewards import FunctionReward, RewardError, RewardFunction, load_function
 from lora_kernels.train.roles import Roles
@@ -73,7 +74,7 @@ class PPOResult:
 
 @dataclass
 class PromptRow:
-    """A prompt as the user gave it, the record that it came from (None for a line of text), and its token ids."""
+    """A prompt as the user gave it, the record that it came from, and its token ids."""
 
     prompt: Prompt
     record: Any
@@ -125,14 +126,12 @@ def _set_template(tokenizer: Any, config: PPOConfig) -> None:
             warnings.warn(f"{file} is not the chat template in use, and its adapter was trained with it", stacklevel=2)
 
 
-def load_prompts(path: str, run: Run, name: str) -> list[PromptRow]:
-    """The prompts of a file that leave room for an answer; says how many do not, ValueError if none does."""
+def load_prompts(source: Source, run: Run, name: str) -> list[PromptRow]:
+    """The prompts of data files that leave room for an answer; says how many do not, ValueError if none does."""
     config = run.config
     context = context_length(run.model)
     limit = min(config.max_length, context or config.max_length) - config.max_new_tokens
-    rows = [
-        PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt)) for prompt, record in read_prompts(Path(path))
-    ]
+    rows = [PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt)) for prompt, record in read_prompts(source)]
     kept = [row for row in rows if len(row.ids) <= limit]
     text = f"{name}: {len(kept)} prompts"
     if len(kept) < len(rows):
@@ -141,7 +140,7 @@ def load_prompts(path: str, run: Run, name: str) -> list[PromptRow]:
             f"{context}, less max_new_tokens {config.max_new_tokens})"
         )
     if not kept:
-        raise ValueError(f"{path}: no prompt to learn from: {text}")
+        raise ValueError(f"{describe(source)}: no prompt to learn from: {text}")
     run.say(text)
     return kept
 

@@ -15,7 +15,6 @@ answer is (for the reward model).
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from lora_kernels.train.data import (
     user_turn,
     warn,
 )
-from lora_kernels.train.records import load_records
+from lora_kernels.train.records import Source, describe, load_records
 
 FORMS = (
     '{"prompt", "chosen", "rejected"}',
@@ -272,6 +271,6 @@ def build_pairs(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: 
     return PairDataset(chosen, rejected, margins, too_long, void)
 
 
-def load_pairs(path: str | os.PathLike, tokenizer: Any, max_length: int) -> PairDataset:
-    """`build_pairs` over the records of a file."""
-    return build_pairs(load_records(path), tokenizer, max_length, str(path))
+def load_pairs(source: Source, tokenizer: Any, max_length: int) -> PairDataset:
+    """`build_pairs` over the records of `lora_kernels.train.records.load_records`."""
+    return build_pairs(load_records(source), tokenizer, max_length, describe(source))

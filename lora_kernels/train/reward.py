@@ -34,6 +34,7 @@ from lora_kernels.train.data import (
 from lora_kernels.train.generate import Prompt, generate, read_prompts
 from lora_kernels.train.loop import Callback
 from lora_kernels.train.preference import PairDataset, load_pairs
+from lora_kernels.train.records import describe
 from lora_kernels.train.rl import pair_sums, reward_loss
 from lora_kernels.train.run import TEMPLATE, Run, TrainResult, check_context, start, train
 
@@ -138,7 +139,7 @@ def run_reward(config: RewardConfig, callbacks: Sequence[Callback] = (), progres
     run = start(config, progress)
     prompts = []
     if config.normalize_samples:
-        prompts = [prompt for prompt, _ in read_prompts(Path(config.normalize_data or config.data))]
+        prompts = [prompt for prompt, _ in read_prompts(config.normalize_data or config.data)]
     train_set, eval_set = run.load(load_pairs)
     attach_head(run.model, config.seed)
     run.method = dataclasses.replace(run.method, modules_to_save=(HEAD,))
@@ -168,7 +169,7 @@ def _finish(run: Run, pairs: PairDataset, prompts: list[Prompt]) -> None:
     config, directory = run.config, Path(run.config.output_dir)
     model = load_adapter(run.model, directory).eval()
     evaluation = evaluate_pairs(RewardModel(model), pairs, config.batch_size)
-    name = config.eval_data or f"{config.data} (training data)"
+    name = describe(config.eval_data) if config.eval_data else f"{describe(config.data)} (training data)"
     write_json(directory / EVALUATION, {"data": name, **evaluation.summary()})
     plot_rewards(evaluation.chosen, evaluation.rejected, evaluation.calibration(), directory / REWARDS, Path(name).name)
     run.say(f"{name}: {evaluation.describe()}")
