@@ -405,7 +405,8 @@ def test_value_lr_is_the_value_models(tmp_path, model_dir, data):
 
 
 def test_the_command_line_and_generate_with_the_result(tmp_path, model_dir):
-    (tmp_path / "prompts.txt").write_text("red apple\ngreen pear\nblue plum\n")
+    (tmp_path / "prompts.txt").write_text("red apple\ngreen pear\n")
+    (tmp_path / "more.jsonl").write_text('{"prompt": "blue plum"}\n')
     (tmp_path / "rule.py").write_text(
         "import math\n"
         "def score(prompts, responses):\n    return [len(text) for text in responses]\n"
@@ -413,8 +414,9 @@ def test_the_command_line_and_generate_with_the_result(tmp_path, model_dir):
     )
     out = tmp_path / "out"
     arguments = [
-        "ppo", "--model", model_dir, "--data", tmp_path / "prompts.txt", "--dtype", "float32", "--max-steps", 1,
-        "--rollout-size", 4, "--max-new-tokens", 6, "--output-dir", out, "--lr", 1e-2,
+        "ppo", "--model", model_dir, "--data", tmp_path / "prompts.txt", "--data", tmp_path / "more.jsonl",
+        "--dtype", "float32", "--max-steps", 1, "--rollout-size", 4, "--max-new-tokens", 6, "--output-dir", out,
+        "--lr", 1e-2,
     ]  # fmt: skip
     result = CliRunner().invoke(app, [*map(str, arguments), "--reward", f"{tmp_path / 'rule.py'}:score"])
     assert result.exit_code == 0, result.output

@@ -36,7 +36,7 @@ LAYOUTS = {
     "list in jsonl.jsonl": (dump(RECORDS), [1, 1, 1]),
     "list with indentation.json": (dump(RECORDS, 1) + "\n", [2, 12, 17]),
     "data.json": (dump({"data": RECORDS}), [1, 1, 1]),
-    "data among others.json": (dump({"version": "1.0", "n": 3, "data": RECORDS, "x": {"y": []}}, 1), [5, 15, 20]),
+    "data among others.json": (dump({"v": '"\\', "n": {"x": 3}, "data": RECORDS, "x": {"y": []}}, 1), [7, 17, 22]),
     "over lines.json": ("".join(dump(record, 1) + "\n" for record in RECORDS), [1, 11, 16]),
     "over lines.jsonl": ("\n\n".join(dump(record, 1) for record in RECORDS), [1, 12, 18]),
     "no space between.json": ("".join(dump(record, 1) for record in RECORDS), [1, 10, 14]),
@@ -68,7 +68,7 @@ def test_one_record_over_lines(tmp_path):
 
 def test_a_list_under_another_name_than_data_is_a_field(tmp_path):
     path = tmp_path / "a.json"
-    for record in ({"train": [{"a": 1}]}, {"data": ["text"]}, {"messages": [], "data": [{}]}):
+    for record in ({"train": [{"a": 1}]}, {"data": ["text"]}, {"messages": [], "data": [{}]}, {"x": {"data": [{}]}}):
         path.write_text(dump(record))
         assert list(load_records(path)) == [(record, f"{path}:1")]
 

@@ -61,8 +61,8 @@ def reward_model(**changes):
 def trained(files):
     out, seen = files / "out", []
     config = settings(
-        out, model=str(files / "model"), data=str(files / "train.jsonl"), eval_data=str(files / "eval.jsonl"), epochs=6,
-        batch_size=8, normalize_samples=12, normalize_tokens=6, center_coef=0.01,
+        out, model=str(files / "model"), data=[str(files / "train.jsonl")], eval_data=[str(files / "eval.jsonl")],
+        epochs=6, batch_size=8, normalize_samples=12, normalize_tokens=6, center_coef=0.01,
     )  # fmt: skip
     result = run_reward(config, callbacks=[seen.append], progress=False)
     return out, config, result, seen
@@ -89,6 +89,7 @@ def test_run_from_files(trained):
     assert (saved["task_type"], saved["modules_to_save"]) == ("SEQ_CLS", ["score"])
     # The adapter that was saved is the best one, and that is what was judged.
     report = json.loads((out / "reward_eval.json").read_text())
+    assert report["data"] == config.eval_data[0]
     best = min(evals, key=lambda record: record["eval_loss"])
     for name in ("accuracy", "margin", "reward_chosen"):
         assert report[name] == pytest.approx(best[f"eval_{name}"], abs=1e-5), name

@@ -30,8 +30,10 @@ _PARQUET_ROWS = 256
 # Where JSON was cut, the decoder reports its last token: a string, or one that is shorter than this.
 _LONGEST_TOKEN = 16
 _SPACE = re.compile(r"[ \t\r\n]*")
-# An object with its records in "data", up to the list. Before it there may be strings, numbers and literals.
-_WRAPPER = re.compile(r'\{\s*(?:"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[^\s"{}\[\],]+)\s*,\s*)*"data"\s*:\s*(?=\[\s*[{\]])')
+# An object with its records in "data", up to the list. Before it there may be texts, numbers and flat objects.
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+_MEMBER = rf"{_STRING}\s*:\s*(?:{_STRING}|\{{[^{{}}\[\]]*\}}|[^\s\"{{}}\[\],]+)\s*,\s*"
+_WRAPPER = re.compile(rf'\{{\s*(?:{_MEMBER})*"data"\s*:\s*(?=\[\s*[{{\]])')
 
 
 def load_records(
