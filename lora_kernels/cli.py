@@ -477,6 +477,7 @@ def _load(
 ) -> tuple[Any, Any]:
     from lora_kernels.io.adapters import is_model_directory, load_adapter
     from lora_kernels.io.models import load_model
+    from lora_kernels.io.peft import read_config
     from lora_kernels.nn.fused_decoder import fuse_decoder
 
     if double_quant and not quantize:
@@ -491,7 +492,7 @@ def _load(
         if not settings.is_file():
             raise FileNotFoundError(f"adapter directory {adapter} has no adapter_config.json")
         if model is None:
-            model = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            model = read_config(settings).get("base_model_name_or_path")
             if not model:
                 raise ValueError(f"{settings} names no base model; give it with --model")
     if model is None:

@@ -6,14 +6,13 @@ LoRA, AdaLoRA, prefix and prompt tuning are in PEFT's format, a fully fine-tuned
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lora_kernels.io import peft, peft_adalora, peft_prompt
+from lora_kernels.io.files import replacing_files
 from lora_kernels.methods import adalora, adapter_config, full, lora, prefix, prompt
 
 if TYPE_CHECKING:
@@ -84,17 +83,9 @@ def is_model_directory(directory: Path) -> bool:
 
 
 def _save_model(model: PreTrainedModel, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
-    try:
+    # The config goes last: a directory that has one for the first time is complete.
+    with replacing_files(directory, last=_MODEL_CONFIG) as staged:
         model.save_pretrained(staged)
-        # The config goes last: a directory that has one for the first time is complete.
-        for file in sorted(staged.iterdir(), key=lambda file: file.name == _MODEL_CONFIG):
-            # safetensors writes files that only their owner may read, whatever the umask.
-            file.chmod(directory.stat().st_mode & 0o666)
-            os.replace(file, directory / file.name)
-    finally:
-        shutil.rmtree(staged)
 
 
 def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> nn.Module:

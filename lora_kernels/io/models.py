@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from lora_kernels.io.files import new_directory
 
 if TYPE_CHECKING:
@@ -332,7 +334,7 @@ def load_model(
             model.config._name_or_path = where
         else:
             model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, use_safetensors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_loaded(source, directory, error) from error
     return model.eval(), tokenizer
 
@@ -369,7 +371,7 @@ def _local_directory(source: str) -> Path | None:
     return None
 
 
-def _not_loaded(source: str, directory: Path | None, error: OSError) -> ValueError:
+def _not_loaded(source: str, directory: Path | None, error: Exception) -> ValueError:
     reason = str(error).splitlines()[0]
     if directory is not None:
         return ValueError(f"model directory {directory} could not be loaded: {reason}")

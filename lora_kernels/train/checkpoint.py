@@ -4,7 +4,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +16,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import reading, replacing, write_json, writing
 
 LAST = "checkpoint-last"
 _WRITING, _REPLACED = ".checkpoint-last.tmp", ".checkpoint-last.old"
 _TENSORS, _STATE = "training_state.safetensors", "training_state.json"
-_METHOD = "method_state.safetensors"
+METHOD_STATE = "method_state.safetensors"
 _State = TypeVar("_State")
 
 
@@ -50,6 +51,15 @@ def state_before(output_dir: Path) -> str:
     return f"; {checkpoint} holds the state before" if checkpoint else ""
 
 
+@contextmanager
+def saying_what_is_left(output_dir: Path) -> Iterator[None]:
+    """An OSError, as of a full disk, says in its message where the state before is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{error}{state_before(output_dir)}") from error
+
+
 def save_checkpoint(
     output_dir: Path,
     parameters: dict[str, nn.Parameter],
@@ -62,51 +72,81 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint-last/` beside the old one and swap them; every process must call this.
 
+    Where a file can't be written, all processes raise, and the old one stays as it was.
+
     Holds the adapter as `save_adapter` writes it, the trainable parameters and optimizer state by name, the random
     state of each process, `state` (a dataclass), `run` (what a resumed run must have in common with this one), and
     `method_state`, if the method has any.
     """
-    writing, last, replaced = (output_dir / name for name in (_WRITING, LAST, _REPLACED))
-    if accelerator.is_main_process:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    (writing / f"rng-{accelerator.process_index}.json").write_text(json.dumps(_rng_state()))
-    if accelerator.is_main_process:
-        save_adapter(writing)
-        tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
-        for name, value in parameters.items():
-            tensors |= {f"optimizer/{name}/{key}": item for key, item in optimizer.state[value].items()}
-        with replacing(writing / _TENSORS) as path:
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path)
-        if method_state:
-            with replacing(writing / _METHOD) as path:
-                save_file({key: value.cpu().contiguous() for key, value in method_state.items()}, path)
-        (writing / _STATE).write_text(json.dumps({**asdict(state), "run": run}, indent=1))
-    accelerator.wait_for_everyone()
+    staged, last, replaced = (output_dir / name for name in (_WRITING, LAST, _REPLACED))
+    with _all_or_none(accelerator, staged):
+        if accelerator.is_main_process:
+            shutil.rmtree(staged, ignore_errors=True)
+            with writing(staged):
+                staged.mkdir(parents=True)
+    with _all_or_none(accelerator, staged):
+        path = staged / _rng(accelerator)
+        with writing(path):
+            path.write_text(json.dumps(_rng_state()), encoding="utf-8")
+        if accelerator.is_main_process:
+            save_adapter(staged)
+            tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
+            for name, value in parameters.items():
+                tensors |= {f"optimizer/{name}/{key}": item for key, item in optimizer.state[value].items()}
+            _write_tensors(staged / _TENSORS, tensors)
+            if method_state:
+                _write_tensors(staged / METHOD_STATE, method_state)
+            write_json(staged / _STATE, {**asdict(state), "run": run})
     if accelerator.is_main_process:
         # A directory can't be replaced in one step; find_checkpoint covers a death between these two.
         if last.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(last, replaced)
-        os.replace(writing, last)
+        os.replace(staged, last)
         shutil.rmtree(replaced, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
+@contextmanager
+def _all_or_none(accelerator: Accelerator, directory: Path) -> Iterator[None]:
+    """All processes leave this block together. Where it failed in any, `directory` is removed and all raise."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
+    if failed.item():
+        if accelerator.is_main_process:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise error or OSError(f"another process could not write its part of {directory}")
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+
+
 def load_state(
-    directory: Path, run: dict[str, Any], state_class: type[_State] = LoopState
+    directory: Path,
+    run: dict[str, Any],
+    state_class: type[_State] = LoopState,
+    with_method_state: bool = False,
 ) -> tuple[_State, dict[str, torch.Tensor]]:
-    """What the loop had done, and the method's state; ValueError where the run is another one."""
-    values = json.loads((directory / _STATE).read_text())
-    saved = values.pop("run")
+    """What the loop had done, and the method's state; ValueError where the run is another one or a file is damaged."""
+    with reading_checkpoint(directory / _STATE):
+        values = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+        saved = dict(values.pop("run"))
+        state = state_class(**values)
     for key, value in run.items():
         if key in saved and saved[key] != value:
             raise ValueError(
                 f"can't resume {directory}: it was made with {key} = {saved.get(key)}, this run has {value}"
             )
-    method_state = load_file(directory / _METHOD) if (directory / _METHOD).exists() else {}
-    return state_class(**values), method_state
+    if not with_method_state:
+        return state, {}
+    with reading_checkpoint(directory / METHOD_STATE):
+        return state, load_file(directory / METHOD_STATE)
 
 
 def load_checkpoint(
@@ -115,8 +155,10 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
 ) -> None:
-    """Restore parameters, optimizer and this process's random state; ValueError where the parameters are others."""
-    tensors = load_file(directory / _TENSORS)
+    """Restore parameters, optimizer and this process's random state; ValueError where the parameters are others or a
+    file is damaged."""
+    with reading_checkpoint(directory / _TENSORS):
+        tensors = load_file(directory / _TENSORS)
     there = {name.removeprefix("parameter/"): value for name, value in tensors.items() if name.startswith("parameter/")}
     for name in sorted(parameters.keys() | there.keys()):
         shapes = [list(side[name].shape) if name in side else "missing" for side in (parameters, there)]
@@ -132,7 +174,18 @@ def load_checkpoint(
             key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
         }
     optimizer.load_state_dict(packed)
-    _set_rng_state(json.loads((directory / f"rng-{accelerator.process_index}.json").read_text()))
+    path = directory / _rng(accelerator)
+    with reading_checkpoint(path):
+        _set_rng_state(json.loads(path.read_text(encoding="utf-8")))
+
+
+def reading_checkpoint(path: Path) -> AbstractContextManager[None]:
+    """`reading` a file of a checkpoint."""
+    return reading(path, f"; put a copy of {path.parent} in its place, or remove it to start anew")
+
+
+def _rng(accelerator: Accelerator) -> str:
+    return f"rng-{accelerator.process_index}.json"
 
 
 def _rng_state() -> dict[str, Any]:

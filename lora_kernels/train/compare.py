@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.io.files import replacing, write_json
+from lora_kernels.io.files import reading, replacing, write_json
 from lora_kernels.train.config import WITH_LORA_B, SFTConfig
 from lora_kernels.train.stopping import ended_by_signals, handling
 
@@ -121,10 +121,12 @@ def _known(job: Mapping[str, Any]) -> dict[str, Any] | None:
     path = Path(job["config"]["output_dir"]) / RESULT
     if not path.is_file():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result["job"] != job:
+    with reading(path):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        made_by, row = result["job"], result["row"]
+    if made_by != job:
         raise ValueError(f"{path} was made by other settings; remove its directory, or choose another output_dir")
-    return result["row"]
+    return row
 
 
 def _run_in_process(name: str, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,16 +16,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import append, reading, replacing
 from lora_kernels.methods import training_hook
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.train.checkpoint import (
+    METHOD_STATE,
     LoopState,
     find_checkpoint,
     load_checkpoint,
     load_state,
+    reading_checkpoint,
     save_checkpoint,
+    saying_what_is_left,
     state_before,
 )
 from lora_kernels.train.config import TrainConfig
@@ -220,9 +223,12 @@ class Loop:
         set_seed(self.config.seed, device_specific=True)
         checkpoint = find_checkpoint(self.output_dir) if self.config.resume else None
         if checkpoint:
-            self.state, method_state = load_state(checkpoint, self.run_identity)
-            if self.hook and self.hook.load_state_dict(method_state, self.optimizer, self.state.step):
-                self._take_parameters()
+            self.state, method_state = load_state(checkpoint, self.run_identity, with_method_state=bool(self.hook))
+            if self.hook:
+                with reading_checkpoint(checkpoint / METHOD_STATE):
+                    cut = self.hook.load_state_dict(method_state, self.optimizer, self.state.step)
+                if cut:
+                    self._take_parameters()
             load_checkpoint(checkpoint, self.parameters, self.optimizer, self.accelerator)
         eval_data = self.eval_set.digest() if self.eval_set is not None else None
         if self.state.eval_data != eval_data:
@@ -241,7 +247,7 @@ class Loop:
         self.window = Sums(self.accelerator, self.state.window if self.main else dict.fromkeys(self.state.window, 0.0))
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         self.window_seconds, self.window_tokens = 0.0, 0
-        with self.progress, self.stopper:
+        with saying_what_is_left(self.output_dir), self.progress, self.stopper:
             self.progress.update(self.state.step)
             # A signal came before the evaluation of the checkpoint's step.
             stop = self._evaluate_and_save() if self.state.evaluation_due else 0
@@ -386,8 +392,7 @@ class Loop:
     def _log(self, record: dict[str, Any]) -> None:
         if not self.main:
             return
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.metrics_path, json.dumps(record) + "\n")
         self.progress.log(record)
         for callback in self.callbacks:
             callback(record)
@@ -431,19 +436,28 @@ def evaluate(module: nn.Module, dataset: Dataset, batch_size: int, accelerator: 
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again, and a last line that a kill cut short."""
+    """Drop the lines after `step`, which a resumed run writes again, and a last line that a kill cut short.
+
+    Raises ValueError naming file and line for another one that is not a record.
+    """
     if not path.exists():
         return
     kept = []
-    # Not splitlines(): that also splits at U+2028 and its like, which samples may hold.
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    with reading(path):
+        # Not splitlines(): that also splits at U+2028 and its like, which samples may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            with reading(f"{path}, line {number},", "; mend it or take it out"):
+                later = json.loads(line)["step"] > step
+        except ValueError:
+            if number < len(lines):
+                raise
             break
-        if record["step"] <= step:
-            kept.append(line + "\n")
+        if later:
+            break
+        kept.append(line + "\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

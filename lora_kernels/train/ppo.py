@@ -18,12 +18,19 @@ import torch
 
 from lora_kernels.backends import backend_option
 from lora_kernels.io.adapters import load_adapter
+from lora_kernels.io.files import append
 from lora_kernels.methods import inject, trainable_summary
 from lora_kernels.methods.lora import LoRAConfig
 from lora_kernels.methods.virtual_tokens import context_length
 from lora_kernels.report import plot_ppo, read_metrics
 from lora_kernels.train import rl
-from lora_kernels.train.checkpoint import find_checkpoint, load_checkpoint, load_state, save_checkpoint
+from lora_kernels.train.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    saying_what_is_left,
+)
 from lora_kernels.train.config import PPOConfig
 from lora_kernels.train.data import digest_of, set_chat_template
 from lora_kernels.train.generate import Prompt, encode_prompt, read_prompts, stop_tokens
@@ -227,7 +234,7 @@ class PPOTrainer:
         self.setup.say(str(trainable_summary(self.model)))
         board = TensorBoard(self.output_dir) if config.tensorboard else None
         self.callbacks += [board] if board else []
-        with board or nullcontext(), self.progress, self.stopper:
+        with saying_what_is_left(self.output_dir), board or nullcontext(), self.progress, self.stopper:
             self.progress.update(self.state.step)
             try:
                 stop = self._evaluate_and_save()
@@ -367,11 +374,12 @@ class PPOTrainer:
         episodes = self._sample(self.shown, _EVALUATION)
         scores = self._scores(self.shown, episodes, step)
         finite = [score for score in scores if math.isfinite(score)]
-        with (self.output_dir / SAMPLES).open("a", encoding="utf-8") as file:
-            for row, text, episode, score in zip(self.shown, self._texts(episodes), episodes, scores, strict=True):
-                shown = {"step": step, "prompt": row.prompt, "response": text, "ended": episode.ended,
-                         "score": score if math.isfinite(score) else None}  # fmt: skip
-                file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+        lines = []
+        for row, text, episode, score in zip(self.shown, self._texts(episodes), episodes, scores, strict=True):
+            shown = {"step": step, "prompt": row.prompt, "response": text, "ended": episode.ended,
+                     "score": score if math.isfinite(score) else None}  # fmt: skip
+            lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
+        append(self.output_dir / SAMPLES, "".join(lines))
         if finite:
             record = {
                 "step": step,
@@ -394,8 +402,7 @@ class PPOTrainer:
         self.stopper.saved()
 
     def _log(self, record: dict[str, Any]) -> None:
-        with (self.output_dir / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.output_dir / METRICS, json.dumps(record) + "\n")
         self.progress.log(record)
         for callback in self.callbacks:
             callback(record)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import recycling
 from lora_kernels.backends import backend_option
 from lora_kernels.io.adapters import save_adapter as save_to_directory
-from lora_kernels.io.files import replacing
+from lora_kernels.io.files import replacing, replacing_files
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
 from lora_kernels.methods.virtual_tokens import context_length, learned_positions
@@ -96,14 +96,15 @@ class Run:
 
     def save_adapter(self, model: nn.Module, directory: Path) -> None:
         """`lora_kernels.save_adapter`, and beside it what of the tokenizer is not the model's own."""
+        # Before the adapter, whose config goes last: a directory that has one for the first time is complete.
         if self.config.method == "full":
             stop_at_turn_end(model, self.tokenizer)
-        save_to_directory(model, directory)
-        if self.config.method == "full":
-            self.tokenizer.save_pretrained(directory)
+            with replacing_files(directory, last="tokenizer_config.json") as staged:
+                self.tokenizer.save_pretrained(staged)
         elif self.tokenizer.chat_template != self.own_template:
             with replacing(directory / TEMPLATE) as path:
                 path.write_text(self.tokenizer.chat_template, encoding="utf-8")
+        save_to_directory(model, directory)
 
 
 def start(config: TrainConfig, progress: bool = True) -> Run:
