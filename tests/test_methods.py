@@ -129,18 +129,6 @@ def test_a_refused_config_changes_nothing(config, words):
     assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "adapter_config")
 
 
-def test_a_linear_with_its_own_forward_is_not_replaced():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2)
-            self.out = nn.Linear(8, 8)
-
-    with pytest.raises(ValueError, match=r"attention\.out_proj"):
-        inject(Block(), LoRAConfig())
-    assert adapted(inject(Block(), LoRAConfig(exclude_modules=["out_proj"]))) == {"out"}
-
-
 def test_injecting_twice_is_refused():
     model = inject(tiny_model("llama"), LoRAConfig())
     with pytest.raises(ValueError, match="already carries"):

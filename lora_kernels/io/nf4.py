@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lora_kernels.nn.bypassed import bypassed_layers
+from lora_kernels.nn.lora_linear import is_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.ops.nf4 import QUANT_STATE, NF4Weight, from_bitsandbytes, quantize_nf4
 
@@ -53,9 +55,9 @@ def load_nf4_model(
 
     The model is made without weights; each tensor is then read, cast to `dtype`, quantised and freed before the next,
     so memory peaks at the 4-bit model plus its largest tensor. Every nn.Linear becomes an NF4Linear but the output
-    embedding (as in transformers and bitsandbytes), layers with a tied weight and `skip_modules`; the other tensors
-    are in `dtype`. A bitsandbytes NF4 checkpoint keeps its layers, bits, block sizes and double quantisation; the
-    arguments on those are then not used.
+    embedding (as in transformers and bitsandbytes), layers with a tied weight, those that the model never calls (see
+    `lora_kernels.nn.bypassed`) and `skip_modules`; the other tensors are in `dtype`. A bitsandbytes NF4 checkpoint
+    keeps its layers, bits, block sizes and double quantisation; the arguments on those are then not used.
 
     Args:
         dtype: a torch dtype, or "auto": that of config.json.
@@ -143,7 +145,7 @@ def save_nf4_model(
         "bnb_4bit_use_double_quant": any(weight.double_quant for weight in weights),
         "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [name for name, module in model.named_modules() if type(module) is nn.Linear],
+        "llm_int8_skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
     }
     with new_directory(directory) as staged:
         config.save_pretrained(staged)
@@ -225,18 +227,23 @@ def _slots(model: nn.Module) -> dict[str, list[str]]:
     return {name: names[id(tensor)] for name, tensor in state.items()}
 
 
+def _is_linear(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) and is_linear(module)
+
+
 def _layers_to_quantise(model: PreTrainedModel, slots: Mapping[str, list[str]], skip: Sequence[str]) -> list[str]:
     from lora_kernels.methods.lora import named_by
 
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     for suffix in skip:
         if not any(named_by(name, suffix) for name in linears):
             raise ValueError(f"skip_modules: the model has no linear layer {suffix!r}")
-    head = model.get_output_embeddings()
+    head, bypassed = model.get_output_embeddings(), bypassed_layers(model)
     return [
         name
         for name, linear in linears.items()
         if linear is not head
+        and name not in bypassed
         and len(slots[f"{name}.weight"]) == 1
         and not any(named_by(name, suffix) for suffix in skip)
     ]
@@ -249,7 +256,7 @@ def _quantised_layers(model: nn.Module, where: Mapping[str, _Place]) -> dict[str
     layers: dict[str, list[str]] = {}
     for name in (name.removesuffix(end) for name in where if name.endswith(end)):
         module = modules.get(name.removesuffix(".weight"))
-        if type(module) is not nn.Linear or not name.endswith(".weight"):
+        if not _is_linear(module) or not name.endswith(".weight"):
             raise ValueError(
                 f"{where[name + end].file}: {name} is quantised, but is no weight of a torch.nn.Linear here"
             )

@@ -248,7 +248,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     check_tensors(tensors, expected, directory / WEIGHTS_NAME)
     if not injected:
         # The values come from the file: with zeros, loading leaves torch's random state alone.
-        inject(model, dataclasses.replace(config, init="both_zero"))
+        inject(model, dataclasses.replace(config, init="both_zero"), bypassed=True)
         model.adapter_config = config
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
@@ -266,7 +266,7 @@ def add_saved_adapter(model: nn.Module, name: str, directory: str | os.PathLike,
     directory = Path(directory)
     raw, tensors = read_config(directory / CONFIG_NAME), read_tensors(directory / WEIGHTS_NAME)
     config = lora_config(model, raw, tensors, directory / CONFIG_NAME)
-    add_adapter(model, name, dataclasses.replace(config, init="both_zero"))
+    add_adapter(model, name, dataclasses.replace(config, init="both_zero"), bypassed=True)
     try:
         with use_adapter(model, name):
             load_adapter(model, directory, trainable)
@@ -282,7 +282,7 @@ def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         parameter
         for _, layer in lora_modules(model)
         for parameter in (layer.lora_a, layer.lora_b, layer.lora_magnitude)
-        if parameter is not None
+        if parameter is not None and not layer.bypassed
     ]
     return parameters + [p for name in model.lora_originals for p in model.get_submodule(name).parameters()]
 
@@ -375,7 +375,7 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
 
 
 def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Size]:
-    planned = plan(model, config)
+    planned = plan(model, config, bypassed=True)
     shapes = {}
     for name, (r, _) in planned.adapters.items():
         linear = model.get_submodule(name)

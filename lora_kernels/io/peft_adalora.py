@@ -107,7 +107,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     if not injected:
         # The values come from the file, so that torch's random state is left alone.
         with torch.random.fork_rng(devices=[]):
-            inject(model, config)
+            inject(model, config, bypassed=True)
         for name, layer in lora_modules(model):
             layer.keep_ranks(torch.arange(ranks[f"{PREFIX}{name}.lora_E"], device=layer.lora_a.device))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
             target.copy_(tensors[key])
     for _, layer in lora_modules(model):
         for parameter in (layer.lora_a, layer.lora_b, layer.lora_e):
-            parameter.requires_grad_(trainable and layer.r > 0)
+            parameter.requires_grad_(trainable and layer.r > 0 and not layer.bypassed)
     for name in model.lora_originals:
         model.get_submodule(name).requires_grad_(trainable)
     return model
@@ -148,7 +148,7 @@ def _check_rank_pattern(pattern: Any, tensors: Mapping[str, Tensor], path: Path)
 
 
 def _expected_shapes(model: nn.Module, config: AdaLoRAConfig, ranks: Mapping[str, int]) -> dict[str, torch.Size]:
-    planned = plan(model, config.lora_config())
+    planned = plan(model, config.lora_config(), bypassed=True)
     shapes = {}
     for name in planned.adapters:
         linear = model.get_submodule(name)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear
+from lora_kernels.nn.bypassed import bypassed_layers
+from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear, not_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
 
@@ -35,8 +36,9 @@ class LoRAConfig:
         r: rank, >= 1.
         lora_alpha: > 0; scaling = lora_alpha / r, or lora_alpha / √r with use_rslora (Kalajdzievski 2023).
         lora_dropout: in [0, 1), on the input of the low-rank branch, in training mode only.
-        target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the output embedding and a
-            top-level classification head `score` or `classifier`); any other string is a regular expression that must
+        target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the output embedding, a top-level
+            classification head `score` or `classifier`, and, with a warning, layers that the model never calls and
+            subclasses of nn.Linear that compute something else); any other string is a regular expression that must
             match a module's whole path; a list names modules by their path or by its last components ("q_proj",
             "self_attn.q_proj").
         use_rslora: see lora_alpha.
@@ -124,14 +126,16 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config means on one model: {path: (r, lora_alpha)} of the adapters, and the paths trained in full."""
+    """What a config means on one model: {path: (r, lora_alpha)} of the adapters, the paths trained in full, and
+    {path: why} of the layers where an adapter can't work."""
 
     adapters: dict[str, tuple[int, float]]
     modules_to_save: tuple[str, ...]
+    problems: dict[str, str]
 
 
-def plan(model: nn.Module, config: LoRAConfig) -> Plan:
-    """What `inject(model, config)` would do; changes nothing. Raises what inject raises."""
+def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
+    """What `inject` of the same arguments would do; changes nothing. Raises what inject raises."""
     if is_injected(model):
         raise ValueError("model already carries LoRA adapters; merge(model) them first, or load the base model anew")
     modules = {name: module for name, module in model.named_modules() if name}
@@ -157,18 +161,22 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         chosen = [name for name in modules if _matches(name, config.target_modules)]
     excluded = config.exclude_modules
     chosen = [name for name in chosen if not inside(name, saved) and not (excluded and _matches(name, excluded))]
+    problems = {name: problem for name in chosen if (problem := not_linear(modules[name]))}
+    if len(problems) < len(chosen):
+        idle = dict.fromkeys(bypassed_layers(model), "the model uses its weight and never calls the layer itself")
+        problems |= {name: problem for name, problem in idle.items() if name in chosen}
+    refused = [name for name in problems if not (bypassed and is_linear(modules[name]))]
+    if refused and config.target_modules != ALL_LINEAR:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} includes {refused[0]!r}, where an adapter can't work: "
+            f"{problems[refused[0]]}. Leave it out with exclude_modules, or name others of the linear layers: "
+            f"{_shorten(name for name in linears if name not in problems)}"
+        )
+    chosen = [name for name in chosen if name not in refused]
     if not chosen:
         raise ValueError(
             f"target_modules={config.target_modules!r} leaves no module for an adapter; linear layers of the model: "
-            f"{_shorten(linears)}"
-        )
-    unsupported = [name for name in chosen if not is_linear(modules[name])]
-    if unsupported:
-        kind = type(modules[unsupported[0]]).__qualname__
-        raise ValueError(
-            f"target_modules={config.target_modules!r} includes {unsupported[0]!r}, a {kind}; allowed: "
-            f"torch.nn.Linear, NF4Linear and transformers' Conv1D. Leave it out with exclude_modules, or name the "
-            f"linear layers: {_shorten(linears)}"
+            f"{_shorten(linears)}{''.join(f'; {reason}' for reason in dict.fromkeys(problems.values()))}"
         )
     for name in chosen:
         dtype = modules[name].weight.dtype
@@ -186,7 +194,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         )
         for name in chosen
     }
-    return Plan(adapters, saved)
+    return Plan(adapters, saved, problems)
 
 
 def _check_names_exist(
@@ -226,22 +234,32 @@ def is_injected(model: nn.Module) -> bool:
     return any(isinstance(module, FusedLoRALinear) for module in model.modules())
 
 
-def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None) -> nn.Module:
+def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed: bool = False) -> nn.Module:
     """Puts LoRA adapters into `model`, in place, and freezes everything else but the modules_to_save.
 
     Each chosen linear layer becomes a FusedLoRALinear that shares its weight and bias; module paths and tied weights
     stay as they were. The config is kept as `model.adapter_config`, and the untrained originals of the modules_to_save
     as `model.lora_originals`. Adapters are float32 whatever the model's dtype.
 
+    bypassed: put adapters on layers that the model never calls too, frozen and without effect, for files that hold
+        such.
+
     Returns the model. Raises ValueError, with the model unchanged, if it already carries adapters, or if the config
-    names a module that isn't there or can't have an adapter.
+    names a module that isn't there or can't have an adapter. "all-linear" leaves such modules out, with a warning.
     """
-    planned = plan(model, config)
+    planned = plan(model, config, bypassed)
+    for reason in dict.fromkeys(planned.problems.values()):
+        names = [name for name, problem in planned.problems.items() if problem == reason]
+        what = "LoRA adapters without effect, which stay frozen" if names[0] in planned.adapters else "no LoRA adapter"
+        warnings.warn(f"{_shorten(names)}: {what}, since {reason}", stacklevel=3)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (r, lora_alpha) in planned.adapters.items():
         linear, how = model.get_submodule(name), (config.lora_dropout, config.use_rslora, config.init)
         layer = FusedLoRALinear.from_linear(linear, r, lora_alpha, *how, use_dora=config.use_dora)
+        if name in planned.problems:
+            layer.bypassed = True
+            layer.requires_grad_(False)
         replace_module(model, name, layer)
     originals = {}
     for name in planned.modules_to_save:

@@ -26,7 +26,7 @@ class ParkedAdapter(nn.Module):
         self.parts = nn.ModuleList(modules.values())
 
 
-def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> nn.Module:
+def add_adapter(model: nn.Module, name: str, config: LoRAConfig, bypassed: bool = False) -> nn.Module:
     """Adds a LoRA adapter with its own modules, rank and values beside those that `model` has; it is not in use yet.
 
     `with use_adapter(model, name):` puts it in use, for training, generation, `save_adapter` and `load_adapter`. The
@@ -48,7 +48,7 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> nn.Module:
     # inject freezes all that the model has.
     model.parked_adapters = None
     try:
-        inject(model, config)
+        inject(model, config, bypassed=bypassed)
         parked[name] = _take_out(model)
     finally:
         _put_in(model, current)

@@ -52,11 +52,17 @@ def cache_argument(forward: Callable, names: Sequence[str] = CACHE_ARGUMENTS) ->
     return next((name for name in names if name in parameters), None)
 
 
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The part of a transformers causal LM that makes hidden states of token ids; the model itself if there is none."""
+    decoder = model.get_decoder()
+    # transformers 4 doesn't find GPT-2's, nor any version Llama 4's, whose base_model_prefix names no part of it.
+    others = (part for part in (model.base_model, *model.children()) if hasattr(part, "get_input_embeddings"))
+    return decoder if decoder is not model else next((part for part in others if part is not model), model)
+
+
 def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
     """The decoder of a Hugging Face causal LM; ValueError if it isn't one or the tokens don't fit its context."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is model:  # transformers 4 doesn't find GPT-2's
-        decoder = model.base_model
+    decoder = find_decoder(model) if hasattr(model, "get_decoder") else None
     config = getattr(model, "config", None)
     if decoder is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(f"model is a {type(model).__name__}; allowed: a Hugging Face causal language model")
@@ -80,7 +86,7 @@ def context_length(model: nn.Module) -> int | None:
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions the model has an embedding for; None where it computes them, as with rotary ones."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = find_decoder(model) if hasattr(model, "get_decoder") else model
     names = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)}
     return context_length(model) if names & {"wpe", "embed_positions", "position_embeddings"} else None
 

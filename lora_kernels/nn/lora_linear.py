@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_kernels import cpu
 from lora_kernels.arguments import check_integer, check_number
@@ -39,8 +41,52 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether module is one that FusedLoRALinear can stand on: nn.Linear, NF4Linear or transformers' Conv1D."""
-    return type(module) in (nn.Linear, NF4Linear) or is_conv1d(module)
+    """Whether module is one that FusedLoRALinear can stand on; see `not_linear`."""
+    return not_linear(module) is None
+
+
+def not_linear(module: nn.Module) -> str | None:
+    """Why FusedLoRALinear can't stand on module; None for nn.Linear, NF4Linear and transformers' Conv1D.
+
+    So for a subclass of nn.Linear that computes the same, as Falcon's does, and has nothing but a weight and a bias.
+    """
+    kind = type(module)
+    if kind in (nn.Linear, NF4Linear) or is_conv1d(module):
+        return None
+    if not isinstance(module, nn.Linear):
+        return f"a {kind.__qualname__} is no linear layer"
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())}
+    if own - {"weight", "bias"}:
+        return f"a {kind.__qualname__} has {', '.join(sorted(own - {'weight', 'bias'}))} beside its weight and bias"
+    if type(module.weight) is not nn.Parameter:
+        return f"the weight of a {kind.__qualname__} is a {type(module.weight).__qualname__}"
+    if kind.forward is not nn.Linear.forward and not _computes_linear(module):
+        return f"the forward of a {kind.__qualname__} computes something else than that of torch.nn.Linear"
+    return None
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether the forward of a subclass is x Wᵀ + bias, by a small layer with the module's other attributes."""
+    twin, draw = copy.copy(module), {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+    twin.out_features, twin.in_features = N, K = 3, 5
+    x, weight = torch.randn(2, 4, K, **draw, device="cpu"), nn.Parameter(torch.randn(N, K, **draw, device="cpu"))
+    bias = None if module.bias is None else nn.Parameter(torch.randn(N, **draw, device="cpu"))
+    # In place of the dictionary that the copy shares with the module.
+    twin.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return all(
+                torch.allclose(
+                    type(module).forward(twin.train(training), each), F.linear(each, weight, bias), rtol=1e-9
+                )
+                for training in (True, False)
+                for each in (x, 1e4 * x)
+            )
+    except Exception:
+        # It takes or gives something else.
+        return False
+    return True
 
 
 def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init: str) -> None:
@@ -168,9 +214,10 @@ class FusedLoRALinear(nn.Module):
 
     Attributes: weight [N, K] and bias [N], frozen; lora_a [R, K] and lora_b [N, R], the only parameters that require
     gradients; lora_e, None or the factor [R] of x · lora_aᵀ that AdaLoRA trains; lora_magnitude, None or DoRA's m [N],
-    trained too, float32 (float64 over a float64 weight). `adapters_enabled = False` makes the layer the frozen one. A
-    layer made from transformers' Conv1D (`fan_in_fan_out`) keeps that weight's stored shape [K, N]. Input x [..., K],
-    output y [..., N].
+    trained too, float32 (float64 over a float64 weight). `adapters_enabled = False` makes the layer the frozen one.
+    `bypassed`: whether the model never calls it, so that its adapter is not to be trained. A layer made from
+    transformers' Conv1D (`fan_in_fan_out`) keeps that weight's stored shape [K, N]. Input x [..., K], output y
+    [..., N].
 
     Raises ValueError naming the argument that is out of range.
     """
@@ -215,15 +262,13 @@ class FusedLoRALinear(nn.Module):
     ) -> FusedLoRALinear:
         """A FusedLoRALinear over the very weight and bias of `linear` (nn.Linear, NF4Linear or transformers' Conv1D).
 
-        The parameters are shared, not copied, and stop requiring gradients. With quantize="nf4" the layer holds an
-        NF4 copy of the weight instead, in blocks of 64 (QLoRA; `double_quant` as in `quantize_nf4`). Other arguments
-        as for the class. Raises TypeError for another module (a subclass too, since its forward may differ),
-        ValueError for a bad argument.
+        A subclass of nn.Linear is taken where it computes the same, see `not_linear`. The parameters are shared, not
+        copied, and stop requiring gradients. With quantize="nf4" the layer holds an NF4 copy of the weight instead, in
+        blocks of 64 (QLoRA; `double_quant` as in `quantize_nf4`). Other arguments as for the class. Raises TypeError
+        for another module, ValueError for a bad argument.
         """
-        if not is_linear(linear):
-            raise TypeError(
-                f"linear is a {type(linear).__qualname__}; allowed: torch.nn.Linear, NF4Linear, transformers' Conv1D"
-            )
+        if problem := not_linear(linear):
+            raise TypeError(f"linear: {problem}; allowed: torch.nn.Linear, NF4Linear, transformers' Conv1D")
         check_lora_arguments(r, lora_alpha, lora_dropout, init)
         if quantize not in (None, "nf4"):
             raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
@@ -264,6 +309,7 @@ class FusedLoRALinear(nn.Module):
         self.use_rslora = bool(use_rslora)
         self.scaling = lora_scaling(r, lora_alpha, use_rslora)
         self.adapters_enabled = True
+        self.bypassed = False
         self.group: ProjectionGroup | None = None
         self._view: tuple[tuple | None, Any] = (None, None)
         # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as

@@ -21,6 +21,7 @@ from lora_kernels.io.models import load_model
 from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.methods import adapters_disabled
 from lora_kernels.methods.modes import eval_mode, train_adapters
+from lora_kernels.methods.virtual_tokens import find_decoder
 from lora_kernels.report import plot_rewards
 from lora_kernels.train.config import RewardConfig
 from lora_kernels.train.data import (
@@ -67,7 +68,7 @@ def rewards(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
     input_ids [B, T], padded on the right; lengths [B]. The last token is told by the length, so a pad token that is
     also the end token does no harm, and padding is never looked at.
     """
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = find_decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
     head = model.get_submodule(HEAD)
     return head(last.to(head.weight.dtype)).squeeze(-1).float()

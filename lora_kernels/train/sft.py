@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from lora_kernels.backends import backend_option
 from lora_kernels.methods.modes import eval_mode
+from lora_kernels.methods.virtual_tokens import find_decoder
+from lora_kernels.nn.lora_linear import is_linear
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, load_dataset
 from lora_kernels.train.graphs import DecoderGraphs, check_graphs, last_hidden_state
@@ -32,9 +34,9 @@ class AnswerLoss(nn.Module):
         self.model = model
         # A PEFT model's wrapper has other ideas of what its base model is; the adapters live inside.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.parts = (inner.get_decoder(), inner.get_output_embeddings())
+        self.parts = (find_decoder(inner), inner.get_output_embeddings())
         head = self.parts[1]
-        if type(head) is not nn.Linear:
+        if not isinstance(head, nn.Linear) or not is_linear(head):
             found = "nothing" if head is None else type(head).__name__
             raise ValueError(
                 f"the model's output embedding must be an nn.Linear without adapter, got {found}; "

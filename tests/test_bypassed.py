@@ -1,0 +1,300 @@
+"""Layers whose weight a model uses without calling them: no adapter can work there."""
+
+import copy
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import VOCAB, perturb, tiny_batch, tiny_model
+from torch import nn
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from lora_kernels import fuse_decoder, load_adapter
+from lora_kernels.io.nf4 import load_nf4_model
+from lora_kernels.methods import inject, merge
+from lora_kernels.methods.adalora import AdaLoRAConfig
+from lora_kernels.methods.lora import LoRAConfig, lora_modules
+from lora_kernels.methods.named import add_adapter, use_adapter
+from lora_kernels.nn.bypassed import bypassed_layers
+from lora_kernels.nn.lora_linear import FusedLoRALinear, not_linear
+from lora_kernels.nn.nf4_linear import NF4Linear
+from lora_kernels.train.sft import AnswerLoss
+
+_SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+def family(kind):
+    torch.manual_seed(5)
+    layers = {"num_hidden_layers": 2}
+    if kind == "mamba":
+        return MambaForCausalLM(MambaConfig(**_SMALL, **layers, state_size=4, time_step_rank=32)).eval()
+    if kind == "jamba":
+        how = {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+        sizes = {"expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4}
+        return JambaForCausalLM(JambaConfig(**_SMALL, **layers, **_HEADS, **how, **sizes)).eval()
+    if kind == "longcat":
+        how = {"num_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "moe_topk": 2}
+        experts = {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 32, "n_routed_experts": 4, "zero_expert_num": 2}
+        mla = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+        return LongcatFlashForCausalLM(LongcatFlashConfig(**_SMALL, **how, **experts, **mla)).eval()
+    if kind == "moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SMALL, **layers, **_HEADS, **experts)).eval()
+    if kind == "falcon":
+        return FalconForCausalLM(FalconConfig(**_SMALL, **layers, num_attention_heads=4, bias=True)).eval()
+    how = {"intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2, "interleave_moe_layer_step": 2}
+    return Llama4ForCausalLM(Llama4TextConfig(**_SMALL, **layers, **_HEADS, **how)).eval()
+
+
+def ends(names):
+    return {name.rpartition(".")[2] for name in names}
+
+
+def loss(model):
+    return model(input_ids=tiny_batch(), labels=tiny_batch(), use_cache=False).loss
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=tiny_batch(), use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"), [("mamba", "mixer.dt_proj"), ("jamba", "mamba.dt_proj"), ("longcat", "router.classifier")]
+)
+@pytest.mark.parametrize(
+    "config",
+    [LoRAConfig(r=4, init="both_gaussian"), LoRAConfig(r=4, use_dora=True), AdaLoRAConfig(init_r=4, target_r=2)],
+    ids=["lora", "dora", "adalora"],
+)
+def test_all_linear_gives_every_adapter_a_gradient_and_merges_to_the_same_logits(kind, left_out, config):
+    model = family(kind)
+    with pytest.warns(UserWarning, match=rf"{re.escape(left_out)}: no LoRA adapter, .* never calls"):
+        inject(model, config)
+    perturb(model, std=0.05)
+    loss(model).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    before = logits(model)
+    assert torch.allclose(logits(merge(model)), before, atol=1e-4, rtol=1e-3)
+
+
+def test_by_name_it_is_refused_with_the_reason_and_the_model_left_alone():
+    model = family("mamba")
+    before = copy.deepcopy(model.state_dict())
+    for targets in (["dt_proj", "x_proj"], r".*_proj"):
+        with pytest.raises(ValueError, match=r"dt_proj'.* never calls the layer itself.* exclude_modules.*x_proj"):
+            inject(model, LoRAConfig(target_modules=targets))
+        assert all(p.requires_grad for p in model.parameters())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    inject(model, LoRAConfig(target_modules=r".*_proj", exclude_modules=["dt_proj"]))
+    assert ends(name for name, _ in lora_modules(model)) == {"in_proj", "x_proj", "out_proj"}
+
+
+@pytest.mark.parametrize("kind", ["moe", "llama4", "falcon", "llama", "gpt2"])
+def test_layers_that_are_called_are_found_so(kind):
+    model = tiny_model(kind) if kind in ("llama", "gpt2") else family(kind)
+    called = set()
+    for name, module in model.named_modules():
+        if not_linear(module) is None:
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+    assert bypassed_layers(model) == [] and not called
+    logits(model)
+    assert called == {name for name, module in model.named_modules() if not_linear(module) is None}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_dry_forward_leaves_no_trace_and_needs_no_weights(device):
+    model = family("jamba").train()
+    fuse_decoder(model)
+    loss(model).backward()
+    model.to(device)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: (tensor, tensor._version, tensor.requires_grad) for name, tensor in tensors.items()}
+    grads = {name: None if p.grad is None else (p.grad, p.grad._version) for name, p in model.named_parameters()}
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    random = torch.get_rng_state()
+    assert ends(bypassed_layers(model)) == {"dt_proj"}
+    assert not calls and model.training and torch.equal(torch.get_rng_state(), random)
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        assert tensor is state[name][0] and (tensor._version, tensor.requires_grad) == state[name][1:]
+    for name, parameter in model.named_parameters():
+        assert grads[name] is None or (parameter.grad is grads[name][0] and parameter.grad._version == grads[name][1])
+
+
+class Reader(nn.Module):
+    """Reads the weight of `read`, calls `called`; `expert` is for other tokens."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.read, self.called, self.expert = (nn.Linear(8, 8) for _ in range(3))
+        self.fails = fails
+
+    def forward(self, input_ids):
+        x = self.called(self.embed(input_ids)) @ self.read.weight
+        if self.fails:
+            raise RuntimeError("needs more than ids")
+        return self.expert(x) if (input_ids == 6).any() else x
+
+
+def test_what_is_neither_called_nor_read_counts_as_called_and_so_does_a_model_that_cannot_run():
+    assert bypassed_layers(Reader()) == ["read"]
+    assert bypassed_layers(Reader(fails=True)) == []
+    assert bypassed_layers(nn.Sequential(nn.Linear(8, 8))) == []
+
+
+def test_the_output_projection_of_torchs_attention_is_known():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.warns(UserWarning, match=r"self_attn\.out_proj: no LoRA adapter"):
+        inject(model, LoRAConfig(r=2, init="both_gaussian"))
+    assert ends(name for name, _ in lora_modules(model)) == {"linear1", "linear2"}
+    model(torch.randn(2, 3, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_file_with_such_an_adapter_loads_and_the_adapter_stays_frozen(tmp_path):
+    targets = ["dt_proj", "x_proj"]
+    theirs = get_peft_model(family("mamba"), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")).eval()
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = family("mamba")
+    with pytest.warns(UserWarning, match="dt_proj: LoRA adapters without effect, which stay frozen"):
+        load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model), logits(theirs), atol=1e-5)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".x_proj." in name for name in trained)
+    loss(model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_second_adapter_leaves_the_layers_out_as_well():
+    model = family("mamba")
+    with pytest.warns(UserWarning):
+        inject(model, LoRAConfig(r=2))
+    with pytest.warns(UserWarning, match="dt_proj"):
+        add_adapter(model, "value", LoRAConfig(r=3))
+    with use_adapter(model, "value"):
+        assert ends(name for name, _ in lora_modules(model)) == {"in_proj", "x_proj", "out_proj"}
+
+
+def test_in_four_bits_the_layer_stays_dense(tmp_path):
+    model = family("mamba")
+    model.save_pretrained(tmp_path)
+    quantised = load_nf4_model(tmp_path, torch.float32, progress=False)
+    kinds = {name.rpartition(".")[2]: type(module) for name, module in quantised.named_modules()}
+    assert kinds["x_proj"] is NF4Linear and kinds["dt_proj"] is nn.Linear
+    for name, module in list(quantised.named_modules()):
+        if isinstance(module, NF4Linear):
+            model.set_submodule(name, module.to_linear())
+    assert torch.allclose(logits(quantised), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "router"), [("falcon", None), ("llama4", "router")])
+def test_families_with_linear_classes_of_their_own_train(kind, router, tmp_path):
+    base, model = family(kind), family(kind)
+    fuse_decoder(model)
+    assert torch.allclose(logits(model), logits(base), atol=1e-5)
+    if router is None:
+        inject(model, LoRAConfig(r=4))
+    else:
+        with pytest.warns(UserWarning, match=rf"{router}: no LoRA adapter, .* a Llama4Router computes something else"):
+            inject(model, LoRAConfig(r=4))
+        with pytest.raises(ValueError, match="a Llama4Router computes something else"):
+            inject(family(kind), LoRAConfig(target_modules=[router]))
+    assert torch.allclose(logits(model), logits(base), atol=1e-5)
+    perturb(model, std=0.05)
+    answer, labels = AnswerLoss(model), tiny_batch()
+    answer.check(labels[0])
+    found = answer(tiny_batch(), labels)["loss"] / labels[:, 1:].numel()
+    found.backward()
+    assert torch.allclose(found, loss(model), rtol=1e-5)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    before = logits(model)
+    assert torch.allclose(logits(merge(model)), before, atol=1e-4)
+    base.save_pretrained(tmp_path)
+    quantised = load_nf4_model(tmp_path, torch.float32, progress=False)
+    assert any(isinstance(module, NF4Linear) for module in quantised.modules())
+
+
+class Same(nn.Linear):
+    """nn.Linear's forward, inherited."""
+
+
+class Composed(nn.Linear):
+    def forward(self, input):
+        return torch.matmul(input, self.weight.mT) + (0 if self.bias is None else self.bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Clipped(nn.Linear):
+    def forward(self, input):
+        return super().forward(input.clamp(-100, 100))
+
+
+class Upcast(nn.Linear):
+    def forward(self, input):
+        return nn.functional.linear(input.float(), self.weight.float()).to(input.dtype)
+
+
+class Noisy(nn.Linear):
+    def forward(self, input):
+        return nn.functional.dropout(super().forward(input), 0.5, self.training)
+
+
+class Pair(nn.Linear):
+    def forward(self, input):
+        return super().forward(input), 0
+
+
+class Buffered(nn.Linear):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scale", torch.ones(()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Same, Composed])
+def test_a_subclass_that_computes_the_same_gets_an_adapter(kind, bias):
+    linear = kind(6, 4, bias=bias)
+    random = torch.get_rng_state()
+    assert not_linear(linear) is None and torch.equal(torch.get_rng_state(), random)
+    layer = FusedLoRALinear.from_linear(linear, r=2, lora_alpha=4, init="both_zero")
+    x = torch.randn(3, 6)
+    assert torch.allclose(layer(x), linear(x), atol=1e-6) and layer.weight is linear.weight
+
+
+@pytest.mark.parametrize("kind", [Scaled, Clipped, Upcast, Noisy, Pair])
+def test_a_subclass_that_computes_something_else_is_refused_by_name(kind):
+    model = nn.Sequential()
+    model.add_module("one", kind(6, 4, bias=False))
+    model.add_module("two", nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=rf"'one'.* the forward of a {kind.__name__} computes something else"):
+        inject(model, LoRAConfig(target_modules=["one", "two"]))
+    with pytest.warns(UserWarning, match=f"one: no LoRA adapter, since the forward of a {kind.__name__}"):
+        inject(model, LoRAConfig())
+    assert isinstance(model.two, FusedLoRALinear) and type(model.one) is kind
+
+
+def test_a_subclass_with_tensors_of_its_own_is_refused():
+    with pytest.raises(TypeError, match="a Buffered has scale beside its weight and bias"):
+        FusedLoRALinear.from_linear(Buffered(6, 4), r=2, lora_alpha=4)
