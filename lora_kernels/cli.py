@@ -292,14 +292,14 @@ def data_check(
 
     if model is None and (chat_template is not None or max_length is not None):
         raise ValueError("--chat-template and --max-length need --model")
-    tokenizer = None
+    tokenizer = rows = None
     if model is not None:
-        from lora_kernels.io.models import load_tokenizer
-        from lora_kernels.train.data import set_chat_template
+        from lora_kernels.io.models import load_tokenizer, vocab_size
+        from lora_kernels.train.chat import set_chat_template
 
-        tokenizer = load_tokenizer(model)
+        tokenizer, rows = load_tokenizer(model), vocab_size(model)
         set_chat_template(tokenizer, chat_template)
-    found = check_file(files, tokenizer, max_length)
+    found = check_file(files, tokenizer, max_length, rows)
     console = Console(highlight=False)
     good = len(next(iter(found.lengths.values()), ()))
     typer.echo(f"{describe(files)}: {KINDS.get(found.kind, 'nothing')}; {found.records} records, {good} of them good")
@@ -307,6 +307,8 @@ def data_check(
         console.print(found.table())
     if found.too_long:
         typer.echo(f"{found.too_long} records have more than {max_length} tokens")
+    for note in found.notes:
+        typer.echo(note)
     for name, row in found.example.items():
         text = marked(*row, tokenizer, colour=console.is_terminal)
         console.print(Panel(text, title=f"first record, {name}: what is learned is marked", title_align="left"))
@@ -506,7 +508,7 @@ def _load(
         if chat_template is None and (adapter / "chat_template.jinja").is_file():
             chat_template = str(adapter / "chat_template.jinja")
     if chat_template is not None:
-        from lora_kernels.train.data import set_chat_template
+        from lora_kernels.train.chat import set_chat_template
 
         set_chat_template(tokenizer, chat_template)
     return network.eval(), tokenizer

@@ -3,7 +3,9 @@ import pytest
 import torch
 from tiny_chat import CHATML, tiny_tokenizer
 
-from lora_kernels.train.data import build_dataset, set_chat_template, to_conversation
+from lora_kernels.train.chat import set_chat_template
+from lora_kernels.train.data import build_dataset
+from lora_kernels.train.messages import to_conversation
 
 
 def dataset_of(*records, tokenizer=None, max_length=256):
@@ -115,10 +117,7 @@ def test_template_that_shows_only_the_last_turn_whole():
     assert learned_text(dataset, tokenizer) == "one<|im_end|><think></think>two<|im_end|>"
 
 
-def test_template_that_changes_the_prompt_is_refused():
-    tokenizer = tiny_tokenizer(chat_template="{{ messages | length }}" + CHATML)
-    with pytest.raises(ValueError, match="data:1: the chat template renders"):
-        dataset_of(chat("red", "one"), tokenizer=tokenizer)
+def test_template_that_refuses_a_chat():
     tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('no system here') }}")
     with pytest.raises(ValueError, match="data:1: .*no system here"):
         dataset_of(chat("red", "one"), tokenizer=tokenizer)

@@ -354,6 +354,15 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def vocab_size(name_or_dir: str | Path) -> int:
+    """Rows of the model's token embedding, as its config has them."""
+    from transformers import AutoConfig
+
+    directory = _local_directory(str(name_or_dir))
+    config = AutoConfig.from_pretrained(str(name_or_dir) if directory is None else str(directory))
+    return config.get_text_config().vocab_size
+
+
 def _local_directory(source: str) -> Path | None:
     """The directory that a name means, converted from GGUF where it has to be; None for a hub id."""
     if source == SMOLLM2:

@@ -8,15 +8,18 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.train.data import (
+from lora_kernels.train.chat import Renderer, set_chat_template
+from lora_kernels.train.data import unused
+from lora_kernels.train.generate import prompt_of
+from lora_kernels.train.messages import (
     Conversation,
-    Renderer,
-    message,
-    set_chat_template,
+    asked,
+    message_list,
+    said,
     to_conversation,
+    turns_field,
     with_empty_answer,
 )
-from lora_kernels.train.generate import prompt_of
 from lora_kernels.train.preference import is_preference, to_pair
 from lora_kernels.train.records import SUFFIXES, TEXT_SUFFIXES, Source, describe, load_records
 
@@ -34,8 +37,8 @@ class Check:
 
     kind: a key of `KINDS`, or "" in a file without a record. lengths: of each good record's
     "prompt" and "answer", or "chosen" and "rejected", in `unit`. problems: one line each, with file and line.
-    example: {name: (input_ids, answer_mask)} of the first good record, with a tokenizer only. too_long: good records
-    with more than max_length tokens.
+    notes: what training does not use of it. example: {name: (input_ids, answer_mask)} of the first good record, with a
+    tokenizer only. too_long: good records with more than max_length tokens.
     """
 
     kind: str = ""
@@ -43,6 +46,7 @@ class Check:
     unit: str = "characters"
     lengths: dict[str, list[int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     example: dict[str, tuple[Sequence[int], np.ndarray]] = field(default_factory=dict)
     too_long: int = 0
 
@@ -55,31 +59,35 @@ class Check:
         return table
 
 
-def check_file(source: Source, tokenizer: Any = None, max_length: int | None = None) -> Check:
+def check_file(
+    source: Source, tokenizer: Any = None, max_length: int | None = None, vocab_size: int | None = None
+) -> Check:
     """Read every record of data files as training would, without stopping at a bad one.
 
-    With a tokenizer, records are rendered and tokenised too. Raises FileNotFoundError and ValueError for a source
-    that is no data file.
+    With a tokenizer, records are rendered and tokenised too; with `vocab_size`, the rows of the model's embedding, no
+    token may be beyond it. Raises FileNotFoundError and ValueError for a source that is no data file.
     """
     check = Check(unit="characters" if tokenizer is None else "tokens")
     renderer = None
     if tokenizer is not None:
         set_chat_template(tokenizer)
-        renderer = Renderer(tokenizer)
-    records = list(load_records(source, check.problems, (*SUFFIXES, *TEXT_SUFFIXES)))
-    kinds = [_kind(record) for record, _ in records]
+        renderer = Renderer(tokenizer, vocab_size=vocab_size)
+    suffixes = (*SUFFIXES, *TEXT_SUFFIXES)
+    kinds = [_kind(record) for record, _ in load_records(source, check.problems, suffixes)]
     # A conversation that ends with the user's turn may be either; in a file of prompts there is nothing else.
     check.kind = "sft" if "sft" in kinds and kinds[0] != "preference" else kinds[0] if kinds else ""
-    for (record, where), kind in zip(records, kinds, strict=True):
+    unknown: set[str] = set()
+    for (record, where), kind in zip(load_records(source, [], suffixes), kinds, strict=True):
         check.records += 1
         try:
             if (kind == "preference") != (check.kind == "preference"):
                 raise ValueError(f"{where}: expected {KINDS[check.kind]} as before, got {KINDS[kind]}")
-            _read(check, record, where, renderer, max_length)
+            unknown |= _read(check, record, where, renderer, max_length)
         except ValueError as error:
             check.problems.append(str(error))
     if not check.records and not check.problems:
         check.problems.append(f"{describe(source)}: no records")
+    check.notes = unused(renderer, unknown)
     return check
 
 
@@ -88,23 +96,25 @@ def _kind(record: Any) -> str:
         return "preference"
     if not isinstance(record, dict):
         return "sft"
-    if isinstance(messages := record.get("messages"), list) and messages:
-        last = messages[-1]
-        return "sft" if isinstance(last, dict) and last.get("role") == "assistant" else "prompts"
+    if (name := turns_field(record)) is not None:
+        try:
+            return "sft" if message_list(record[name], name, "")[-1]["role"] == "assistant" else "prompts"
+        except ValueError:
+            return "sft"
     return "sft" if with_empty_answer(record) is record else "prompts"
 
 
-def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_length: int | None) -> None:
-    """Add a record to what was found; ValueError for a bad one."""
+def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_length: int | None) -> frozenset[str]:
+    """Add a record to what was found, and return its unknown fields; ValueError for a bad one."""
     if check.kind == "preference":
         pair = to_pair(record, where)
         if why := pair.void():
             raise ValueError(f"{where}: {why}; training leaves the pair out")
         sides = {"chosen": pair.chosen, "rejected": pair.rejected}
     else:
-        conversation = _unanswered(record, where) if check.kind == "prompts" else to_conversation(record, where)
-        said = [conversation.messages[i]["content"] for i in conversation.answers]
-        if check.kind == "sft" and not any(text.strip() for text in said):
+        prompt = check.kind == "prompts"
+        conversation = asked(prompt_of(record, where), where, "") if prompt else to_conversation(record, where)
+        if check.kind == "sft" and conversation.blank:
             raise ValueError(f"{where}: the answer is blank; training leaves the record out")
         sides = {"answer": conversation}
     if renderer is None:
@@ -123,20 +133,14 @@ def _read(check: Check, record: Any, where: str, renderer: Renderer | None, max_
         del lengths["answer"]
     for name, length in lengths.items():
         check.lengths.setdefault(name, []).append(length)
-
-
-def _unanswered(record: Any, where: str) -> Conversation:
-    """A prompt with an empty answer."""
-    prompt = prompt_of(record, where)
-    messages = [message("user", prompt)] if isinstance(prompt, str) else prompt
-    return Conversation([*messages, message("assistant", "")], (len(messages),), where)
+    return frozenset().union(*(conversation.unknown for conversation in sides.values()))
 
 
 def _characters(sides: dict[str, Conversation]) -> dict[str, int]:
     first = next(iter(sides.values()))
-    lengths = {"prompt": sum(len(item["content"]) for item in first.messages[: first.answers[0]])}
+    lengths = {"prompt": sum(len(said(item)) for item in first.messages[: first.answers[0]])}
     for name, conversation in sides.items():
-        lengths[name] = sum(len(conversation.messages[i]["content"]) for i in conversation.answers)
+        lengths[name] = sum(len(said(conversation.messages[i])) for i in conversation.answers)
     return lengths
 
 

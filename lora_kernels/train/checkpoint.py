@@ -45,6 +45,15 @@ def find_checkpoint(output_dir: Path) -> Path | None:
     return next((path for name in (LAST, _REPLACED) if (path := output_dir / name).is_dir()), None)
 
 
+def saved_run(output_dir: Path) -> dict[str, Any]:
+    """What the run that the directory has a checkpoint of must have in common with one that resumes it, if any."""
+    checkpoint = find_checkpoint(output_dir)
+    if checkpoint is None:
+        return {}
+    with reading_checkpoint(checkpoint / _STATE):
+        return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["run"]
+
+
 def state_before(output_dir: Path) -> str:
     """For the message of a run that failed: where its state before is, if there is one."""
     checkpoint = find_checkpoint(output_dir)

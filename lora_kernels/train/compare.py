@@ -148,7 +148,8 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     from lora_kernels.io.models import load_model
     from lora_kernels.methods import merge, trainable_summary
     from lora_kernels.report import read_metrics
-    from lora_kernels.train.data import load_dataset, set_chat_template
+    from lora_kernels.train.chat import set_chat_template
+    from lora_kernels.train.data import load_dataset
     from lora_kernels.train.launch import make_accelerator
     from lora_kernels.train.loop import METRICS, evaluate
     from lora_kernels.train.sft import AnswerLoss, run_sft

@@ -1,6 +1,7 @@
 """The settings of a training run: a dataclass for each trainer, its checks, and its YAML form."""
 
 import dataclasses
+import datetime
 import math
 import os
 import types
@@ -94,6 +95,8 @@ class TrainConfig:
         for backward, see `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.
     backend: kernels to use, see `lora_kernels.use_backend`.
     chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
+    date: what chat templates that show today's date take for it, as YYYY-MM-DD; by default the day on which the run
+        starts, also when it is resumed later.
     """
 
     learning_rates: ClassVar[dict[str, float]] = LEARNING_RATES
@@ -146,6 +149,7 @@ class TrainConfig:
     tensorboard: bool = False
     backend: str = "auto"
     chat_template: str | None = None
+    date: str | None = None
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -175,6 +179,7 @@ class TrainConfig:
         self._check("weight_decay", self.weight_decay >= 0, ">= 0")
         self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 turns clipping off)")
         self._check("seed", self.seed >= 0, ">= 0")
+        self._check("date", self.date is None or _is_date(self.date), "a date as YYYY-MM-DD or left out")
         for field in dataclasses.fields(self):
             given = field.name in self.unused and getattr(self, field.name) != field.default
             self._check(field.name, not given, f"left out, since {type(self).__name__} has no use for it")
@@ -420,6 +425,13 @@ class PPOConfig(TrainConfig):
             )
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The mapping in a YAML file; ValueError where it holds something else, FileNotFoundError where there is none."""
     if not Path(path).is_file():
@@ -450,6 +462,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return os.fspath(value)
         elif kind is list and isinstance(value, list):
             return [_convert(name, item, *typing.get_args(hint)) for item in value]
+        elif kind is str and isinstance(value, datetime.date):  # as YAML reads it
+            return value.isoformat()
         elif isinstance(value, kind):
             return value
     wanted = " or ".join("nothing" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)

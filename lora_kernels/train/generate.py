@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import learned_positions
+from lora_kernels.train.messages import Conversation, Prompt, asked, message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lora_kernels.train.records import Source
-
-Prompt = str | Sequence[dict[str, str]]
 
 
 def generate(
@@ -28,11 +27,11 @@ def generate(
 ) -> list[str]:
     """Answers to `prompts`, in their order, without special tokens.
 
-    A prompt is the text of one user turn, or a list of chat messages ({"role", "content"}). It is rendered with
-    `chat_template`, else the tokenizer's own; a tokenizer without one gets the text as it is, and messages are then
-    refused. Prompts of like length share a batch, padded on the left, and the KV cache is on. `temperature` 0 is
-    greedy; above 0 samples from torch's global generator, among the tokens that hold the first `top_p` of the
-    probability.
+    A prompt is the text of one user turn, a list of chat messages ({"role", "content"}), or {"messages", "tools"}. It
+    is rendered with `chat_template`, else the tokenizer's own; a tokenizer without one gets the text as it is, and
+    messages are then refused. Prompts of like length share a batch, padded on the left, and the KV cache is on.
+    `temperature` 0 is greedy; above 0 samples from torch's global generator, among the tokens that hold the first
+    `top_p` of the probability.
 
     The model's training mode and the tokenizer's padding side are as before afterwards.
     Raises ValueError for a limit out of range, and where a prompt and its answer exceed the positions that the model
@@ -49,7 +48,8 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
 
-    rows = [encode_prompt(tokenizer, prompt, chat_template) for prompt in prompts]
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    rows = [encode_prompt(tokenizer, prompt, chat_template, vocab_size=vocab_size) for prompt in prompts]
     longest, positions = max(map(len, rows), default=0), learned_positions(model)
     virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
     # The last token is not read.
@@ -109,22 +109,13 @@ def read_prompts(source: Source) -> Iterator[tuple[Prompt, Any]]:
 
 def prompt_of(record: Any, where: str) -> Prompt:
     """The prompt of a training record; ValueError starting with `where` for a bad record."""
-    from lora_kernels.train.data import message_list, to_conversation, with_empty_answer
+    from lora_kernels.train import messages
     from lora_kernels.train.preference import is_preference, to_pair
 
-    messages = None
     if is_preference(record):
-        messages = to_pair(record, where).prompt
-    elif isinstance(record, dict):
-        if record.get("messages") is not None:
-            messages = message_list(record["messages"], "messages", where)
-            messages = None if messages[-1]["role"] == "assistant" else messages
-        record = with_empty_answer(record)
-    if messages is None:
-        conversation = to_conversation(record, where)
-        messages = conversation.messages[: conversation.answers[-1]]
-    alone = len(messages) == 1 and messages[0]["role"] == "user"
-    return messages[0]["content"] if alone else messages
+        pair = to_pair(record, where)
+        return messages.prompt_with(pair.prompt, pair.chosen.tools, pair.chosen.template_kwargs)
+    return messages.prompt_of(record, where)
 
 
 def stop_tokens(
@@ -140,20 +131,16 @@ def stop_tokens(
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> int | None:
     """The special token with which `chat_template`, else the tokenizer's own, ends an answer, if it has one."""
-    from lora_kernels.train.data import Conversation, Renderer, message
+    from lora_kernels.train.chat import Renderer
 
     if not (chat_template or tokenizer.chat_template):
         return None
-    own = tokenizer.chat_template
-    tokenizer.chat_template = chat_template or own
+    renderer = Renderer(tokenizer, chat_template)
     try:
-        renderer = Renderer(tokenizer)
         text, _ = renderer.spans(Conversation([message("user", "a"), message("assistant", "b")], (1,), "chat template"))
     except ValueError:
         # It refuses such a conversation, or shows it in another way, as training would say.
         return None
-    finally:
-        tokenizer.chat_template = own
     end = next((end for end in renderer.ends if text.endswith(end)), None)
     return None if end is None else tokenizer.convert_tokens_to_ids(end)
 
@@ -165,22 +152,19 @@ def stop_at_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None, **rendering: Any
+) -> list[int]:
     """Token ids of `prompt` up to where the answer starts. Raises ValueError for an empty prompt, and for one that the
-    chat template refuses."""
-    import jinja2
+    chat template refuses. rendering: `date` and `vocab_size` of `Renderer`."""
+    from lora_kernels.train.chat import Renderer
 
+    renderer = Renderer(tokenizer, chat_template, **rendering)
     if chat_template or tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the prompt {messages!r:.200}: {error}") from error
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = renderer.prompt(asked(prompt))
     elif isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
+        renderer.check_ids(ids, "prompt")
     else:
         raise ValueError("a prompt is a list of chat messages, but the tokenizer has no chat template")
     if not ids:

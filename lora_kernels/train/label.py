@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from lora_kernels.train.generate import prompt_of
+from lora_kernels.train.messages import asked, said
 from lora_kernels.train.records import load_records
 
 KEYS = {"1": "first", "2": "second", "s": "skip", "q": "quit"}
@@ -54,7 +56,10 @@ def label(
         if key == "skip":
             continue
         chosen, rejected = answers if key == "first" else reversed(answers)
-        append(output, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        fields = {"prompt": prompt} if not isinstance(prompt, dict) else dict(prompt)
+        if "messages" in fields:
+            fields["prompt"] = fields.pop("messages")
+        append(output, {**fields, "chosen": chosen, "rejected": rejected})
         made += 1
     return made
 
@@ -97,7 +102,7 @@ def _labelled(path: Path) -> Iterable[Any]:
     for record, where in load_records(path):
         if not isinstance(record, dict) or "prompt" not in record:
             raise ValueError(f"{where}: the output has a line without a prompt; give a file that data label wrote")
-        yield record["prompt"]
+        yield prompt_of(record, where)
 
 
 def _key(prompt: Any) -> str:
@@ -115,7 +120,7 @@ def _two_answers(answer: Callable[[Any, int], Sequence[str]], prompt: Any) -> Se
 
 def _show(console: Console, prompt: Any, answers: Sequence[str], title: str) -> None:
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"{item['role']}: {item['content']}" for item in prompt)
+        prompt = "\n".join(f"{item['role']}: {said(item)}" for item in asked(prompt).messages)
     # Text, since what a model writes may look like rich's markup.
     console.print(Panel(Text(prompt), title=title, title_align="left"))
     for number, text in enumerate(answers, start=1):

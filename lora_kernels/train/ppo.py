@@ -24,6 +24,7 @@ from lora_kernels.methods.lora import LoRAConfig
 from lora_kernels.methods.virtual_tokens import context_length
 from lora_kernels.report import plot_ppo, read_metrics
 from lora_kernels.train import rl
+from lora_kernels.train.chat import set_chat_template
 from lora_kernels.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -32,7 +33,7 @@ from lora_kernels.train.checkpoint import (
     saying_what_is_left,
 )
 from lora_kernels.train.config import PPOConfig
-from lora_kernels.train.data import digest_of, set_chat_template
+from lora_kernels.train.data import digest_of
 from lora_kernels.train.generate import Prompt, encode_prompt, read_prompts, stop_tokens
 from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, truncate_metrics
 from lora_kernels.train.ppo_learner import Learner
@@ -138,7 +139,10 @@ def load_prompts(source: Source, run: Run, name: str) -> list[PromptRow]:
     config = run.config
     context = context_length(run.model)
     limit = min(config.max_length, context or config.max_length) - config.max_new_tokens
-    rows = [PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt)) for prompt, record in read_prompts(source)]
+    rows = [
+        PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt, **run.rendering))
+        for prompt, record in read_prompts(source)
+    ]
     kept = [row for row in rows if len(row.ids) <= limit]
     text = f"{name}: {len(kept)} prompts"
     if len(kept) < len(rows):

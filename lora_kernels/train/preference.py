@@ -1,17 +1,16 @@
-"""Preference data: from a file of records to pairs of tokenised answers to one prompt.
+"""Preference data: from records to pairs of tokenised answers to one prompt.
 
-A record has one of these forms; other fields are ignored:
+A record has one of these forms:
 
-- {"prompt", "chosen", "rejected"}: each a string (a user turn, assistant turns) or a list of messages {"role",
-  "content"}. The answers may repeat the prompt's messages.
+- {"prompt", "chosen", "rejected"}: each a string (a user turn, assistant turns) or a list of messages. The answers may
+  repeat the prompt's messages, or be whole conversations that hold the prompt's text.
 - {"chosen", "rejected"}: two whole conversations. What they have in common at their beginning is the prompt.
-- {"conversations": [{"from", "value"}, ...], "chosen": {"from", "value"}, "rejected": {"from", "value"}}, from being
-  human, gpt or system: the files of LLaMA-Factory.
+- {"conversations": [message, ...], "chosen": message, "rejected": message}: the files of LLaMA-Factory.
 - {"chosen", "rejected"}: two texts of turns that start with "\\n\\nHuman: " and "\\n\\nAssistant: ", as in hh-rlhf.
-- {"instruction", "input" (optional), "chosen", "rejected"}: strings.
+- {"instruction", "input" (optional), "chosen", "rejected"}: strings, and "history" as in training data.
 
-All but the two whole conversations may have "system", a string. "margin", a number, is how much better the chosen
-answer is (for the reward model).
+Messages, and the fields that a record may have besides, are those of `lora_kernels.train.messages`. "margin", a number,
+is how much better the chosen answer is (for the reward model).
 """
 
 import math
@@ -24,18 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_kernels.train.data import (
-    TOKENIZE_ROWS,
+from lora_kernels.train.chat import Renderer, set_chat_template
+from lora_kernels.train.data import TOKENIZE_ROWS, batched, collate, digest_of, warn, warn_of_rest
+from lora_kernels.train.messages import (
+    SHARED_FIELDS,
     Conversation,
-    Renderer,
-    collate,
-    digest_of,
+    Message,
+    conversation_of,
+    history,
     message,
     message_list,
-    set_chat_template,
+    said,
     text_field,
+    turns_field,
     user_turn,
-    warn,
+    with_system,
 )
 from lora_kernels.train.records import Source, describe, load_records
 
@@ -45,7 +47,9 @@ FORMS = (
     '{"conversations", "chosen", "rejected"}',
     '{"instruction", "input" (optional), "chosen", "rejected"}',
 )
-_ROLES = {"human": "user", "gpt": "assistant"}
+_FIELDS = SHARED_FIELDS | {
+    *("messages", "conversations", "prompt", "instruction", "input", "history", "chosen", "rejected", "margin"),
+}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 Row = tuple[np.ndarray, np.ndarray]
@@ -61,14 +65,13 @@ class Pair:
     where: str
 
     @property
-    def prompt(self) -> list[dict[str, str]]:
+    def prompt(self) -> list[Message]:
         return self.chosen.messages[: self.chosen.answers[0]]
 
     def void(self) -> str | None:
         """Why nothing can be learned from the pair, if so: an answer says nothing, or both say the same."""
         for name in ("chosen", "rejected"):
-            conversation = getattr(self, name)
-            if not any(conversation.messages[i]["content"].strip() for i in conversation.answers):
+            if getattr(self, name).blank:
                 return f"the {name} answer is blank"
         if _stripped(self.chosen.messages) == _stripped(self.rejected.messages):
             return "chosen and rejected are the same"
@@ -92,8 +95,8 @@ def to_pair(record: Any, where: str) -> Pair:
         raise ValueError(f"{where}: 'margin' must be a finite number, got {margin!r}")
 
     prompt = _prompt(record, where)
-    whole = prompt is None
-    answers = [_answer(record, name, where, whole) for name in ("chosen", "rejected")]
+    answers = [_answer(record, name, where, prompt is None) for name in ("chosen", "rejected")]
+    whole = prompt is None or _hold_the_prompt(record, answers, where)
     if whole:
         # Where the one goes on after the other ends, what ends last is its answer.
         most = min(map(len, answers)) - 1
@@ -110,46 +113,40 @@ def to_pair(record: Any, where: str) -> Pair:
         if not answer or answer[0]["role"] != "assistant":
             found = f"of {answer[0]['role']!r}" if answer else "missing"
             raise ValueError(f"{where}: after the prompt, {name} must go on with an assistant message; it is {found}")
-    chosen, rejected = (_conversation(prompt, answer, where) for answer in answers)
+    chosen, rejected = (_conversation(record, prompt, answer, where) for answer in answers)
     return Pair(chosen, rejected, float(margin), where)
 
 
-def _prompt(record: dict, where: str) -> list[dict[str, str]] | None:
+def _prompt(record: dict, where: str) -> list[Message] | None:
     """The prompt's messages, or None where the answers are whole conversations."""
-    if record.get("conversations") is not None:
-        prompt = _messages(record["conversations"], "conversations", where)
-    elif record.get("prompt") is not None:
-        value = record["prompt"]
-        is_text = isinstance(value, str)
-        prompt = (
-            [message("user", text_field(record, "prompt", where))] if is_text else _messages(value, "prompt", where)
-        )
-    elif record.get("instruction") is not None:
-        prompt = [user_turn(record, where)]
-    else:
-        return None
-    if record.get("system") and prompt[0]["role"] != "system":
-        prompt.insert(0, message("system", text_field(record, "system", where)))
-    return prompt
+    if (name := turns_field(record)) is not None:
+        return message_list(record[name], name, where)
+    if record.get("prompt") is not None:
+        if isinstance(record["prompt"], str):
+            return [message("user", text_field(record, "prompt", where))]
+        return message_list(record["prompt"], "prompt", where)
+    if record.get("instruction") is not None:
+        return [*history(record, where), user_turn(record, where)]
+    return None
 
 
-def _answer(record: dict, name: str, where: str, whole: bool) -> list[dict[str, str]]:
+def _hold_the_prompt(record: dict, answers: list[list[Message]], where: str) -> bool:
+    """Whether the answers to a text are whole conversations; ValueError where they do not hold that text."""
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or all(answer[0]["role"] == "assistant" for answer in answers):
+        return False
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not any(turn["role"] == "user" and turn["content"].strip() == prompt.strip() for turn in answer):
+            raise ValueError(f"{where}: {name} is a whole conversation, but none of its user messages is the 'prompt'")
+    return True
+
+
+def _answer(record: dict, name: str, where: str, whole: bool) -> list[Message]:
     value = record[name]
     if isinstance(value, str):
         text_field(record, name, where)
         return _hh_messages(value, name, where) if whole else [message("assistant", value)]
-    return _messages([value] if isinstance(value, dict) else value, name, where)
-
-
-def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
-    if isinstance(value, list):
-        value = [
-            {"role": _ROLES.get(item["from"], item["from"]), "content": item["value"]}
-            if isinstance(item, dict) and isinstance(item.get("from"), str) and "value" in item
-            else item
-            for item in value
-        ]
-    return message_list(value, name, where)
+    return message_list([value] if isinstance(value, dict) else value, name, where)
 
 
 def _hh_messages(text: str, name: str, where: str) -> list[dict[str, str]]:
@@ -163,14 +160,13 @@ def _hh_messages(text: str, name: str, where: str) -> list[dict[str, str]]:
     return [message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _stripped(messages: list[dict[str, str]]) -> list[tuple[str, str]]:
-    return [(item["role"], item["content"].strip()) for item in messages]
+def _stripped(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(item["role"], said(item).strip()) for item in messages]
 
 
-def _conversation(prompt: list[dict[str, str]], answer: list[dict[str, str]], where: str) -> Conversation:
-    messages = [*prompt, *answer]
-    answers = tuple(i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant")
-    return Conversation(messages[: answers[-1] + 1], answers, where)
+def _conversation(record: dict, prompt: list[Message], answer: list[Message], where: str) -> Conversation:
+    messages = with_system(record, [*prompt, *answer], where)
+    return conversation_of(record, messages, len(messages) - len(answer), where, _FIELDS)
 
 
 @dataclass
@@ -231,25 +227,31 @@ class PairDataset:
         return digest_of([*self.chosen, *self.rejected, [self.margins]])
 
 
-def build_pairs(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: int, source: str) -> PairDataset:
+def build_pairs(
+    records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: int, source: str, **rendering: Any
+) -> PairDataset:
     """Tokenise (record, place) pairs.
 
     A pair with an answer that, with its prompt, is longer than `max_length` tokens is dropped, not cut: a cut answer is
     no longer the one that was judged. So is a pair with a blank answer or two equal ones. A warning counts both. Raises
-    ValueError for a bad record, and where no pair is left.
+    ValueError for a bad record, and where no pair is left. rendering: `date` and `vocab_size` of `Renderer`.
     """
     set_chat_template(tokenizer)
-    renderer = Renderer(tokenizer)
-    pairs, void = [], 0
-    for record, where in records:
-        pair = to_pair(record, where)
-        if pair.void():
-            void += 1
-        else:
-            pairs.append(pair)
+    renderer = Renderer(tokenizer, **rendering)
+    void, unknown = 0, set()
+
+    def pairs():
+        nonlocal void
+        for record, where in records:
+            pair = to_pair(record, where)
+            unknown.update(pair.chosen.unknown, pair.rejected.unknown)
+            if pair.void():
+                void += 1
+            else:
+                yield pair
+
     chosen, rejected, margins, too_long = [], [], [], 0
-    for start in range(0, len(pairs), TOKENIZE_ROWS):
-        some = pairs[start : start + TOKENIZE_ROWS]
+    for some in batched(pairs(), TOKENIZE_ROWS):
         rows = renderer.tokenize([side for pair in some for side in (pair.chosen, pair.rejected)])
         for pair, (one, other) in zip(some, zip(rows, rows, strict=True), strict=True):
             if one[0] == other[0]:
@@ -265,12 +267,13 @@ def build_pairs(records: Iterable[tuple[Any, str]], tokenizer: Any, max_length: 
         warn(f"{source}: dropped {too_long} pairs with more than {max_length} tokens (max_length) in prompt and answer")
     if void:
         warn(f"{source}: dropped {void} pairs with a blank answer or two equal ones")
+    warn_of_rest(source, renderer, unknown)
     if not chosen:
-        raise ValueError(f"{source}: no pair is left" if pairs or void else f"{source}: no records")
+        raise ValueError(f"{source}: no pair is left" if void or too_long else f"{source}: no records")
     margins = np.array(margins, dtype=np.float32)
     return PairDataset(chosen, rejected, margins, too_long, void)
 
 
-def load_pairs(source: Source, tokenizer: Any, max_length: int) -> PairDataset:
+def load_pairs(source: Source, tokenizer: Any, max_length: int, **rendering: Any) -> PairDataset:
     """`build_pairs` over the records of `lora_kernels.train.records.load_records`."""
-    return build_pairs(load_records(source), tokenizer, max_length, describe(source))
+    return build_pairs(load_records(source), tokenizer, max_length, describe(source), **rendering)

@@ -23,17 +23,12 @@ from lora_kernels.methods import adapters_disabled
 from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.methods.virtual_tokens import find_decoder
 from lora_kernels.report import plot_rewards
+from lora_kernels.train.chat import Renderer, set_chat_template
 from lora_kernels.train.config import RewardConfig
-from lora_kernels.train.data import (
-    Conversation,
-    Renderer,
-    batches_by_length,
-    collate,
-    message,
-    set_chat_template,
-)
-from lora_kernels.train.generate import Prompt, generate, read_prompts
+from lora_kernels.train.data import batches_by_length, collate
+from lora_kernels.train.generate import generate, read_prompts
 from lora_kernels.train.loop import Callback
+from lora_kernels.train.messages import Conversation, Message, Prompt, asked
 from lora_kernels.train.preference import PairDataset, load_pairs
 from lora_kernels.train.records import describe
 from lora_kernels.train.rl import pair_sums, reward_loss
@@ -87,14 +82,15 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score_conversations(
-        self, tokenizer: Any, conversations: Sequence[list[dict[str, str]]], batch_size: int = 8
+        self, tokenizer: Any, conversations: Sequence[list[Message] | Conversation], batch_size: int = 8
     ) -> Tensor:
         """float32 [n] of chats that end with the answer to judge, rendered as in training; without dropout."""
         told = [
-            Conversation(list(messages), (len(messages) - 1,), f"conversation {index}")
-            for index, messages in enumerate(conversations)
+            chat if isinstance(chat, Conversation) else asked(chat[:-1], f"conversation {index}", chat[-1]["content"])
+            for index, chat in enumerate(conversations)
         ]
-        rows = [(np.array(ids, dtype=np.int32), mask) for ids, mask in Renderer(tokenizer).tokenize(told)]
+        renderer = Renderer(tokenizer, whole=False)
+        rows = [(np.array(ids, dtype=np.int32), mask) for ids, mask in renderer.tokenize(told)]
         scores = torch.empty(len(rows))
         device = self.model.get_input_embeddings().weight.device
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
@@ -189,10 +185,7 @@ def _normalization(run: Run, prompts: list[Prompt]) -> tuple[float, float]:
         answers = generate(
             run.model, run.tokenizer, chosen, config.normalize_tokens, config.batch_size, temperature=_TEMPERATURE
         )
-    chats = [
-        [*([message("user", prompt)] if isinstance(prompt, str) else prompt), message("assistant", answer)]
-        for prompt, answer in zip(chosen, answers, strict=True)
-    ]
+    chats = [asked(prompt, answer=answer) for prompt, answer in zip(chosen, answers, strict=True)]
     scores = RewardModel(run.model).score_conversations(run.tokenizer, chats, config.batch_size).double()
     mean, std = scores.mean().item(), scores.std().item()
     if not (math.isfinite(mean) and std > 0):

@@ -1,6 +1,7 @@
 """What every trainer's run consists of, whatever it trains on: load, inject, train, save."""
 
 import ctypes
+import datetime
 import os
 import re
 import sys
@@ -29,9 +30,9 @@ from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
 from lora_kernels.methods.virtual_tokens import context_length, learned_positions
 from lora_kernels.nn.fused_decoder import fuse_decoder
 from lora_kernels.report import plot_loss, plot_ranks
-from lora_kernels.train.checkpoint import find_checkpoint
+from lora_kernels.train.chat import set_chat_template
+from lora_kernels.train.checkpoint import find_checkpoint, saved_run
 from lora_kernels.train.config import ADALORA, TrainConfig
-from lora_kernels.train.data import set_chat_template
 from lora_kernels.train.generate import stop_at_turn_end
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop
@@ -69,10 +70,17 @@ class Run:
     own_template: str | None
     progress: bool
 
-    def load(self, load: Callable[[str, Any, int], Any]) -> tuple[Any, Any]:
-        """The data set of `config.data` and that of `config.eval_data`, or None; load(path, tokenizer, max_length)."""
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """What `lora_kernels.train.chat.Renderer` is to be told of the model and the run."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        return {"date": datetime.date.fromisoformat(self.config.date), "vocab_size": rows}
+
+    def load(self, load: Callable[..., Any]) -> tuple[Any, Any]:
+        """The data set of `config.data` and that of `config.eval_data`, or None: load(path, tokenizer, max_length,
+        **rendering)."""
         train_set, eval_set = (
-            load(path, self.tokenizer, self.config.max_length) if path else None
+            load(path, self.tokenizer, self.config.max_length, **self.rendering) if path else None
             for path in (self.config.data, self.config.eval_data)
         )
         self.say(f"data: {train_set.describe()}")
@@ -117,6 +125,10 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     accelerator = make_accelerator()
     if accelerator.is_main_process:
         check_output_dir(config)
+    if config.date is None:
+        # A run that goes on the next day has the same prompts as before.
+        before = saved_run(Path(config.output_dir)).get("date") if config.resume else None
+        config.date = before or datetime.date.today().isoformat()
     model, tokenizer = load_model(
         config.model,
         config.dtype,
