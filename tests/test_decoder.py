@@ -235,16 +235,21 @@ def pair(kind: str, dtype: torch.dtype = torch.float32, **lora) -> tuple[torch.n
     """The same model with trained adapters as it is, and fused."""
     sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0}
-    torch.manual_seed(7)
+    # How much a random model magnifies rounding is a matter of its seed: with 4 in 100, two right runs differ twofold.
+    # With this one both stay within two thirds of the tolerance, on any instruction set and number of threads.
+    torch.manual_seed(117)
     config = getattr(transformers, f"{kind}Config")(vocab_size=61, bos_token_id=1, eos_token_id=2, **sizes)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    # Rows of size 1. Layers can all but cancel rows of 0.02, which is how models begin; the next norm then magnifies
+    # their rounding errors.
+    model.get_input_embeddings().weight.data.mul_(50)
     models = model.to(dtype), copy.deepcopy(model).to(dtype)
     assert fuse_decoder(models[1]) == FUSED[kind]
     for m in models:
-        torch.manual_seed(8)
+        torch.manual_seed(118)
         inject(m, LoRAConfig(r=3, **lora))
         # Little, or scores reach hundreds, where softmax makes a thousand rounding errors of one.
         perturb(m, 0.05)

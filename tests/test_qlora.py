@@ -27,6 +27,7 @@ from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import build_dataset
 from lora_kernels.train.sft import run_sft, train_sft
 
+# Rows of whole blocks of 64: with AVX-512, bitsandbytes 0.50 dequantises others wrongly.
 HIDDEN = {"hidden_size": 64, "intermediate_size": 128}
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -257,7 +258,7 @@ def test_what_bitsandbytes_saved_is_loaded_bit_for_bit(tmp_path, model_dir, doub
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_what_we_save_transformers_and_bitsandbytes_load_bit_for_bit(tmp_path, double_quant):
-    write_model(tmp_path / "dense", tiny_model("qwen2"))
+    write_model(tmp_path / "dense", tiny_model("qwen2", **HIDDEN))
     model, tokenizer = load_model(
         tmp_path / "dense", "float32", quantize="nf4", double_quant=double_quant, skip_modules=["v_proj"]
     )

@@ -27,8 +27,11 @@ _LLAMA = {
 }
 
 
-def tiny_model(kind: str, tied: bool = False) -> PreTrainedModel:
-    """kind: llama (GQA), qwen2 (biases), gpt2 (Conv1D), llama_classifier. Equal on each call; in eval mode."""
+def tiny_model(kind: str, tied: bool = False, **sizes: int) -> PreTrainedModel:
+    """kind: llama (GQA), qwen2 (biases), gpt2 (Conv1D), llama_classifier. Equal on each call; in eval mode.
+
+    `sizes` are settings of the config in place of qwen2's own.
+    """
     torch.manual_seed(11)
     if kind == "gpt2":
         config = GPT2Config(
@@ -37,7 +40,7 @@ def tiny_model(kind: str, tied: bool = False) -> PreTrainedModel:
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
     elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**_LLAMA, tie_word_embeddings=tied))
+        model = Qwen2ForCausalLM(Qwen2Config(**{**_LLAMA, **sizes}, tie_word_embeddings=tied))
     elif kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=tied))
     elif kind == "llama_classifier":

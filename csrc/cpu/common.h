@@ -98,10 +98,13 @@ LK_INLINE void store_some(T* p, vf v, int64_t count) {
   memcpy(p, lanes, count * sizeof(T));
 }
 
+// In pairs: of sixteen lanes added one by one, most would be rounded more often than all that came before them.
 LK_INLINE float sum_of_lanes(vf v) {
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 // f(i, read, write) for every vector of `size` elements, the last one possibly short.

@@ -57,7 +57,8 @@ void rms_norm_fwd_row(const RmsNormFwd& p, int64_t m) {
     const vf v = read(x + k);
     return v * v;
   });
-  const float rstd = 1.0f / sqrtf(squares / (float)p.K + p.eps);
+  // An error of rstd is one of the whole row, so it is rounded only once.
+  const float rstd = (float)(1.0 / sqrt((double)squares / (double)p.K + (double)p.eps));
   for_each_vector(p.K, [&](int64_t k, auto read, auto write) {
     write(y + k, read(x + k) * splat(rstd) * (splat(p.offset) + read(weight + k)));
   });

@@ -56,10 +56,7 @@ LK_INLINE void sum_lanes(const vf* v, float* sums) {
 }
 #else
 LK_INLINE void sum_lanes(const vf* v, float* sums) {
-  for (int i = 0; i < 4; ++i) {
-    sums[i] = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sums[i] += v[i][lane];
-  }
+  for (int i = 0; i < 4; ++i) sums[i] = sum_of_lanes(v[i]);
 }
 #endif
 
