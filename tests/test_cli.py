@@ -188,6 +188,7 @@ def test_generate_uses_the_template_the_adapter_was_trained_with(trained, tmp_pa
         (["sft", "--model", "m", "--data", "d", "--backend", "gpu"], "backend is 'gpu'; allowed: auto, reference"),
         (["sft", "--model", "m", "--data", "d", "--lr", "-1"], "lr must be > 0, got -1.0"),
         (["sft", "--config", "absent.yaml"], "config file absent.yaml does not exist"),
+        (["sft", "--model", "./absent", "--data", "a.jsonl"], "data file a.jsonl does not exist"),
         (["generate", "--model", "./absent", "--prompt", "x"], "model ./absent: no such directory"),
         (["generate", "--prompt", "x"], "give --model, --adapter, or both"),
         (["generate", "--model", "./absent"], "no prompt: give --prompt or --prompts-file"),
@@ -234,6 +235,7 @@ def test_data_may_be_given_again_or_as_a_list(tmp_path, monkeypatch):
         result = run("sft", *arguments)
         assert result.exit_code == 0, result.output
     assert seen == [SFTConfig(model="m", data=["a.jsonl", "b"], eval_data="c.jsonl")] * 2
+    assert seen[0].identity == SFTConfig(model="m", data="elsewhere").identity
     seen[0].save_yaml(tmp_path / "saved.yaml")
     assert SFTConfig.from_yaml(tmp_path / "saved.yaml") == seen[0]
 

@@ -3,13 +3,14 @@
 import gzip
 import json
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from tiny_chat import tiny_records, tiny_tokenizer
 
 from lora_kernels.train import records as module
 from lora_kernels.train.data import load_dataset
-from lora_kernels.train.records import SUFFIXES, TEXT_SUFFIXES, find_files, load_records
+from lora_kernels.train.records import PROMPT_SUFFIXES, find_files, load_records
 
 RECORDS = [
     {"instruction": "a\u2028b 😀", "output": "é" * 50, "n": [1, {"x": None}]},
@@ -127,14 +128,14 @@ def test_damage_is_named_and_what_can_be_read_is_read(
     data = text.encode("utf-8", "surrogateescape")
     path = tmp_path / (name + ".gz" * packed)
     path.write_bytes(gzip.compress(data) if packed else data)
-    said, suffixes = [], (*SUFFIXES, *TEXT_SUFFIXES)
-    read = [where for _, where in load_records(path, said, suffixes)]
+    said = []
+    read = [where for _, where in load_records(path, said, PROMPT_SUFFIXES)]
     assert [int(where.removeprefix(f"{path}:").split(":")[0]) for where in read] == lines
     assert len(said) == len(problems)
     for found, expected in zip(said, problems, strict=True):
         assert found.startswith(f"{path}{expected}")
     with pytest.raises(ValueError) as error:
-        list(load_records(path, suffixes=suffixes))
+        list(load_records(path, suffixes=PROMPT_SUFFIXES))
     assert str(error.value) == said[0]
 
 
@@ -235,8 +236,15 @@ def test_paths_and_places(folder):
     found = list(load_records([folder / "d", folder / "plain.jsonl"]))
     names = ["d/a.json", "d/b.jsonl", "d/sub/c.jsonl", "plain.jsonl"]
     assert [where for _, where in found] == [f"{folder / name}:1" for name in names]
-    with_text = find_files("d", (*SUFFIXES, *TEXT_SUFFIXES))
-    assert [path.name for path in with_text] == ["a.json", "b.jsonl", "notes.txt", "c.jsonl"]
+
+
+def test_texts_are_for_prompts_and_not_those_beside_records(folder):
+    assert find_files("d/notes.txt", PROMPT_SUFFIXES) == find_files("d/*.txt", PROMPT_SUFFIXES) == [Path("d/notes.txt")]
+    assert find_files("d", PROMPT_SUFFIXES) == find_files("d")
+    (folder / "empty" / "prompts.txt").write_text("one")
+    assert find_files("empty", PROMPT_SUFFIXES) == [Path("empty/prompts.txt")]
+    with pytest.raises(FileNotFoundError, match="directory empty has no data file"):
+        find_files("empty")
 
 
 @pytest.mark.parametrize(

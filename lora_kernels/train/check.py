@@ -21,7 +21,7 @@ from lora_kernels.train.messages import (
     with_empty_answer,
 )
 from lora_kernels.train.preference import is_preference, to_pair
-from lora_kernels.train.records import SUFFIXES, TEXT_SUFFIXES, Source, describe, load_records
+from lora_kernels.train.records import PROMPT_SUFFIXES, Source, describe, load_records
 
 KINDS = {
     "preference": "preference pairs (reward, dpo)",
@@ -72,12 +72,11 @@ def check_file(
     if tokenizer is not None:
         set_chat_template(tokenizer)
         renderer = Renderer(tokenizer, vocab_size=vocab_size)
-    suffixes = (*SUFFIXES, *TEXT_SUFFIXES)
-    kinds = [_kind(record) for record, _ in load_records(source, check.problems, suffixes)]
+    kinds = [_kind(record) for record, _ in load_records(source, check.problems, PROMPT_SUFFIXES)]
     # A conversation that ends with the user's turn may be either; in a file of prompts there is nothing else.
     check.kind = "sft" if "sft" in kinds and kinds[0] != "preference" else kinds[0] if kinds else ""
     unknown: set[str] = set()
-    for (record, where), kind in zip(load_records(source, [], suffixes), kinds, strict=True):
+    for (record, where), kind in zip(load_records(source, [], PROMPT_SUFFIXES), kinds, strict=True):
         check.records += 1
         try:
             if (kind == "preference") != (check.kind == "preference"):

@@ -101,9 +101,9 @@ def read_prompts(source: Source) -> Iterator[tuple[Prompt, Any]]:
     its messages end with the user's, is all prompt. Raises FileNotFoundError, and ValueError that names file and line
     for a bad record.
     """
-    from lora_kernels.train.records import SUFFIXES, TEXT_SUFFIXES, load_records
+    from lora_kernels.train.records import PROMPT_SUFFIXES, load_records
 
-    for record, where in load_records(source, suffixes=(*SUFFIXES, *TEXT_SUFFIXES)):
+    for record, where in load_records(source, suffixes=PROMPT_SUFFIXES):
         yield prompt_of(record, where), record
 
 

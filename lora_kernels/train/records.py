@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
+PROMPT_SUFFIXES = SUFFIXES + TEXT_SUFFIXES
 
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 Record = tuple[Any, str]  # and its place
@@ -44,7 +45,7 @@ def load_records(
 
     problems: gets what is wrong with a file, in place of an exception. Of files with a record a line the other lines
     are read, of others what comes before the damage.
-    suffixes: of the files that are read. With `TEXT_SUFFIXES` among them, a line of text is a record {"prompt": line}.
+    suffixes: of the files that are read. With `PROMPT_SUFFIXES`, a line of a text is a record {"prompt": line}.
     Raises FileNotFoundError and ValueError as `find_files` does, and ValueError with file and line for a damaged file.
     """
     for path in find_files(source, suffixes):
@@ -60,8 +61,9 @@ def find_files(source: Source, suffixes: tuple[str, ...] = SUFFIXES) -> list[Pat
     """The files of a source: of a list in its order, of a directory or a pattern sorted by path.
 
     A name that exists is meant as it is, commas and wildcards included. Of a directory, files whose names do not end
-    in one of `suffixes` are left out, and so is what is hidden. Raises FileNotFoundError for a name that does not
-    exist, and for a directory or pattern without files; ValueError for any other file that `suffixes` does not allow.
+    in one of `suffixes` are left out, and so are hidden files, and texts beside records. Raises FileNotFoundError for a
+    name that does not exist, and for a directory or pattern without files; ValueError for any other file that
+    `suffixes` does not allow.
     """
     if not isinstance(source, (str, os.PathLike)):
         if not source:
@@ -86,9 +88,11 @@ def _expand(name: str, given: str, suffixes: tuple[str, ...]) -> list[Path]:
         below = [found for found in below if not any(part[0] == "." for part in found.relative_to(path).parts)]
         if arrow := [found for found in below if found.suffix == ".arrow"]:
             raise ValueError(f"{arrow[0]}: {allowed}; write the data set with its to_parquet or to_json")
-        if not (found := [found for found in below if found.name.endswith(suffixes)]):
-            raise FileNotFoundError(f"directory {name} has no data file: {allowed}, and not start with a dot")
-        return found
+        # A text beside records is more likely a note than prompts.
+        for endings in (SUFFIXES, suffixes):
+            if found := [found for found in below if found.name.endswith(endings)]:
+                return found
+        raise FileNotFoundError(f"directory {name} has no data file: {allowed}, and not start with a dot")
     found = [path]
     if not path.exists():
         found = [Path(match) for match in glob.glob(str(path), recursive=True)]

@@ -167,8 +167,9 @@ def _finish(run: Run, pairs: PairDataset, prompts: list[Prompt]) -> None:
     model = load_adapter(run.model, directory).eval()
     evaluation = evaluate_pairs(RewardModel(model), pairs, config.batch_size)
     name = describe(config.eval_data) if config.eval_data else f"{describe(config.data)} (training data)"
+    title = ", ".join(Path(part).name for part in name.split(","))
     write_json(directory / EVALUATION, {"data": name, **evaluation.summary()})
-    plot_rewards(evaluation.chosen, evaluation.rejected, evaluation.calibration(), directory / REWARDS, Path(name).name)
+    plot_rewards(evaluation.chosen, evaluation.rejected, evaluation.calibration(), directory / REWARDS, title)
     run.say(f"{name}: {evaluation.describe()}")
     if config.normalize_samples:
         gain, bias = _normalization(run, prompts)

@@ -36,6 +36,7 @@ from lora_kernels.train.config import ADALORA, TrainConfig
 from lora_kernels.train.generate import stop_at_turn_end
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop
+from lora_kernels.train.records import PROMPT_SUFFIXES, find_files
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"
@@ -118,7 +119,8 @@ class Run:
 def start(config: TrainConfig, progress: bool = True) -> Run:
     """Load `config.model` after the checks that need no model.
 
-    Raises FileExistsError where output_dir holds another run, and ValueError for bad settings.
+    Raises FileExistsError where output_dir holds another run, FileNotFoundError where data do not exist, and ValueError
+    for bad settings.
     """
     method = method_config(config)
     return_freed_memory()
@@ -129,6 +131,9 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
         # A run that goes on the next day has the same prompts as before.
         before = saved_run(Path(config.output_dir)).get("date") if config.resume else None
         config.date = before or datetime.date.today().isoformat()
+    for name in ("data", "eval_data", "normalize_data"):
+        if source := getattr(config, name, None):
+            find_files(source, PROMPT_SUFFIXES)
     model, tokenizer = load_model(
         config.model,
         config.dtype,
