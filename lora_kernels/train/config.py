@@ -54,7 +54,7 @@ class TrainConfig:
 
     model: directory or hub id of a causal language model.
     data, eval_data: .json, .jsonl or .parquet file, a directory or a pattern of them, or several with commas between or
-        as a list; see `lora_kernels.train.records`, and `lora_kernels.train.data` for what they hold.
+        as a list; see `lora_kernels.train.records`, and `lora_kernels.train.messages` for what they hold.
     output_dir: gets the adapter (with eval_data that of the best evaluation), `checkpoint-last/`, metrics.jsonl,
         loss.png and config.yaml; ranks.png with adalora.
     method: "lora"; "qlora", the same with the frozen linear layers in NF4 (Dettmers et al. 2023), where a bitsandbytes
