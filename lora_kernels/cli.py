@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,31 +32,47 @@ app = typer.Typer(
 )
 
 
+_SAME_ERROR_SECONDS = 5.0
+
+
+def _rank() -> int:
+    """The number of this process among those that torchrun, accelerate or an MPI started; 0 for the first."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors that the user can mend into one line on stderr and exit code 2."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        # What a warning says is for the user; which of our lines said it is not.
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        rank = _rank()
+        # What a warning says is for the user; which of our lines said it is not. Other processes say the same.
+        warnings.formatwarning = lambda message, *_, **__: "" if rank else f"warning: {message}\n"
         try:
             command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, yaml.YAMLError) as error:
             if os.environ.get("LORA_KERNELS_TRACEBACK"):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
+            if rank:
+                # The first process says the same, and a launcher then ends this one; or it is an error of this one.
+                time.sleep(_SAME_ERROR_SECONDS)
+                message = f"process {rank}: {message}"
             typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
 
     return wrapped
 
 
-def _train(run: Callable[[Any], Any], settings: TrainConfig) -> None:
-    """run(settings); a signal ends the process with 128 + its number, and a line says how to go on."""
+def _train(run: Callable[[Any], Any], settings: TrainConfig, written: str) -> None:
+    """run(settings), then say what it has written; a signal ends the process with 128 + its number, and says so."""
     from lora_kernels.train.stopping import ended_by_signals
 
     with ended_by_signals(settings.output_dir):
         run(settings)
+    if _rank() == 0:
+        typer.echo(f"{written}: {settings.output_dir}")
 
 
 _ConfigFile = Annotated[
@@ -82,8 +99,7 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(SFTConfig, config, flags)
     from lora_kernels.train.sft import run_sft
 
-    _train(run_sft, settings)
-    typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
+    _train(run_sft, settings, "adapter, metrics and loss curve")
 
 
 @app.command()
@@ -106,8 +122,7 @@ def ppo(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(PPOConfig, config, flags)
     from lora_kernels.train.ppo import run_ppo
 
-    _train(run_ppo, settings)
-    typer.echo(f"adapter, metrics, samples and plots: {settings.output_dir}")
+    _train(run_ppo, settings, "adapter, metrics, samples and plots")
 
 
 @app.command()
@@ -118,8 +133,7 @@ def reward(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(RewardConfig, config, flags)
     from lora_kernels.train.reward import run_reward
 
-    _train(run_reward, settings)
-    typer.echo(f"adapter with head, metrics and plots: {settings.output_dir}")
+    _train(run_reward, settings, "adapter with head, metrics and plots")
 
 
 @app.command()
@@ -130,8 +144,7 @@ def dpo(*, config: _ConfigFile = None, **flags: Any) -> None:
     settings = _settings(DPOConfig, config, flags)
     from lora_kernels.train.dpo import run_dpo
 
-    _train(run_dpo, settings)
-    typer.echo(f"adapter, metrics and loss curve: {settings.output_dir}")
+    _train(run_dpo, settings, "adapter, metrics and loss curve")
 
 
 def _option(kind: Any, panel: str, text: str) -> Any:

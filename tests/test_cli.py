@@ -103,6 +103,34 @@ def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch):
     assert result.exit_code == 130 and "with resume (--resume) goes on from" in result.stderr
 
 
+@pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_only_the_first_process_says_what_all_have_to_say(tmp_path, monkeypatch, variable):
+    import warnings
+
+    from lora_kernels import cli
+
+    def warned(settings):
+        # pytest shows warnings itself; this is what Python would print.
+        print(warnings.formatwarning("something", UserWarning, "file", 1), end="")
+        if settings.seed:
+            raise ValueError("a bad one")
+
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr("lora_kernels.train.sft.run_sft", warned)
+    arguments = ("sft", "--model", "m", "--data", "d", "--output-dir", tmp_path)
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, rank)
+        ended, failed = run(*arguments), run(*arguments, "--seed", 1)
+        first = rank == "0"
+        assert ended.output == (f"warning: something\nadapter, metrics and loss curve: {tmp_path}\n" if first else "")
+        assert failed.stderr == ("error: a bad one\n" if first else "error: process 1: a bad one\n")
+        assert failed.stdout == ("warning: something\n" if first else "")
+        assert failed.exit_code == 2
+    # A launcher ends the others when the first has failed.
+    assert waited == [cli._SAME_ERROR_SECONDS]
+
+
 def test_an_output_directory_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     arguments = ("sft", "--model", tmp_path / "no-model", "--data", "d", "--output-dir")

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_kernels import report
 from lora_kernels.methods.lora import LoRAConfig, inject
-from lora_kernels.train import loop
+from lora_kernels.train import loop, run
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import TokenDataset, build_dataset
 from lora_kernels.train.loop import StepPlan, lr_factor, truncate_metrics
@@ -254,6 +254,58 @@ def test_resume_refuses_another_run_and_survives_a_death_between_renames(tmp_pat
     with pytest.raises(ValueError, match=r"down_proj\.lora_a is missing here, \[4, 48\] there"):
         train_for_resume(tmp_path, epochs=1, resume=True, model=model)
     assert SFTConfig.from_yaml(tmp_path / "config.yaml").epochs == 1
+
+
+def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path, monkeypatch):
+    made = []
+
+    class Writer:
+        def __init__(self, directory, purge_step):
+            self.directory, self.purge_step, self.steps = directory, purge_step, []
+            made.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.steps += [step] * (name == "loss")
+
+        def close(self):
+            pass
+
+    def stop(record):
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "summary_writer", lambda: Writer)
+    plan = {"max_steps": 6, "batch_size": 4, "save_steps": 2, "tensorboard": True}
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, callbacks=[stop], **plan)
+    train_tiny(tmp_path, resume=True, **plan)
+    assert [writer.purge_step for writer in made] == [1, 5]
+    assert made[0].steps[:4] == [1, 2, 3, 4] and made[1].steps == [5, 6]
+    assert made[0].directory == str(tmp_path / "tensorboard")
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def stop(record):
+        if record["step"] == 4:
+            raise KeyboardInterrupt
+
+    plan = {"max_steps": 6, "batch_size": 4, "save_steps": 2, "tensorboard": True}
+    # The board is a callback too, after this one: step 4 is the checkpoint's, and 3 is not written twice.
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path, callbacks=[stop], **plan)
+    train_tiny(tmp_path, resume=True, **plan)
+    shown = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    found = [(event.step, pytest.approx(event.value)) for event in shown.Scalars("loss")]
+    assert found == [(record["step"], record["loss"]) for record in read_metrics(tmp_path)]
+
+
+def test_tensorboard_without_its_package_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="the package tensorboard can't be imported"):
+        run_sft(settings(tmp_path, model="no/model", tensorboard=True), progress=False)
 
 
 def test_other_evaluation_data_have_a_best_loss_of_their_own(tmp_path):

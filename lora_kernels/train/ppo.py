@@ -232,11 +232,12 @@ class PPOTrainer:
             self.state, _ = load_state(checkpoint, self.run_identity, PPOState)
             load_checkpoint(checkpoint, self.parameters, self.learner.optimizer, self.setup.accelerator)
             self.saved_step = self.state.step
+        last_step = self.state.step if checkpoint else -1
         for name in (METRICS, SAMPLES):
-            truncate_metrics(self.output_dir / name, self.state.step if checkpoint else -1)
+            truncate_metrics(self.output_dir / name, last_step)
         config.save_yaml(self.output_dir / CONFIG)
         self.setup.say(str(trainable_summary(self.model)))
-        board = TensorBoard(self.output_dir) if config.tensorboard else None
+        board = TensorBoard(self.output_dir, first_step=last_step + 1) if config.tensorboard else None
         self.callbacks += [board] if board else []
         with saying_what_is_left(self.output_dir), board or nullcontext(), self.progress, self.stopper:
             self.progress.update(self.state.step)

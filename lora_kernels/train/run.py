@@ -127,6 +127,8 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     accelerator = make_accelerator()
     if accelerator.is_main_process:
         check_output_dir(config)
+    if config.tensorboard:
+        summary_writer()
     if config.date is None:
         # A run that goes on the next day has the same prompts as before.
         before = saved_run(Path(config.output_dir)).get("date") if config.resume else None
@@ -248,7 +250,6 @@ def train(
     if accelerator.is_main_process:
         check_output_dir(config)
         output_dir.mkdir(parents=True, exist_ok=True)
-    board = TensorBoard(output_dir) if config.tensorboard and accelerator.is_main_process else None
     loop = Loop(
         module,
         train_set,
@@ -256,13 +257,17 @@ def train(
         config,
         save_adapter=lambda directory: save_adapter(model, directory),
         accelerator=accelerator,
-        callbacks=[*callbacks, board] if board else callbacks,
+        callbacks=callbacks,
         show_progress=progress,
     )
     loop.restore()
     if accelerator.is_main_process:
         config.save_yaml(output_dir / CONFIG)
-    with backend_option(config.backend), board or nullcontext():
+    board = nullcontext()
+    if config.tensorboard and accelerator.is_main_process:
+        board = TensorBoard(output_dir, first_step=loop.state.step + 1)
+        loop.callbacks.append(board)
+    with backend_option(config.backend), board:
         loop.run()
     if accelerator.is_main_process:
         plot_loss(output_dir / METRICS, output_dir / PLOT, unit=config.loss_unit)
@@ -327,15 +332,23 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class TensorBoard:
-    """A callback that repeats every number of a record to TensorBoard."""
+def summary_writer() -> type:
+    """TensorBoard's class; ValueError without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"tensorboard is set, but the package tensorboard can't be imported: {error}") from error
+    return SummaryWriter
 
-    def __init__(self, directory: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(f"tensorboard is set, but the package tensorboard can't be imported: {error}") from error
-        self.writer = SummaryWriter(os.fspath(directory / "tensorboard"))
+
+class TensorBoard:
+    """A callback that repeats every number of a record to TensorBoard.
+
+    first_step: what an earlier run has written of this step and of later ones is hidden.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        self.writer = summary_writer()(os.fspath(directory / "tensorboard"), purge_step=first_step)
 
     def __call__(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
