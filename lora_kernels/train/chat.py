@@ -32,9 +32,9 @@ _INDEX = "lora_kernels_index"
 _TAGS = re.compile(r"\{#.*?#\}|\{%([-+]?)\s*(for|endfor)\b(.*?)([-+]?)%\}", re.DOTALL)
 _TARGET = re.compile(r"\s*(\w+)\s+in\b")
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-# What of a message templates want in different ways: content as a text or as a list of parts; where there is none, ""
-# or none; arguments of tool calls as an object or as JSON text. What most of them want comes first.
-_SPELLINGS = tuple((parts, none, text) for parts in (False, True) for text in (False, True) for none in (False, True))
+# What of a message templates want in different ways: content as a list of parts, and a call's arguments as JSON text.
+# What most of them want comes first.
+_SPELLINGS = tuple((parts, text) for parts in (False, True) for text in (False, True))
 Span = tuple[int, int]
 
 
@@ -119,7 +119,10 @@ class Renderer:
     ) -> tuple["_Rendering", dict[int, str]]:
         """The conversation as the template shows most of it, and what of its answers is missing."""
         best = problem = None
-        for spelling in sorted(_spellings_of(conversation), key=lambda one: one != self._spelling):
+        calls = any("tool_calls" in item for item in conversation.messages)
+        for spelling in sorted(_SPELLINGS, key=lambda one: one != self._spelling):
+            if spelling[1] and not calls:
+                continue
             try:
                 rendering = _Rendering(self, conversation, spelling, add_generation_prompt)
                 missing = rendering.missing()
@@ -236,7 +239,7 @@ class _Rendering:
         self,
         renderer: Renderer,
         conversation: Conversation,
-        spelling: tuple[bool, bool, bool],
+        spelling: tuple[bool, bool],
         add_generation_prompt: bool = False,
     ) -> None:
         self.renderer, self.conversation, self.spelling = renderer, conversation, spelling
@@ -247,7 +250,7 @@ class _Rendering:
     def _render(
         self, messages: Sequence[Message], add_generation_prompt: bool, **kwargs
     ) -> tuple[str, dict[int, Span]]:
-        spelled = [_spell(item, self.spelling) for item in messages]
+        spelled = [_spell(item, *self.spelling) for item in messages]
         text = self.renderer.render(spelled, self.conversation, add_generation_prompt, False, **kwargs)
         numbered = [{**item, _INDEX: index} for index, item in enumerate(spelled)]
         unmarked, regions = _read_marks(
@@ -302,8 +305,7 @@ class _Rendering:
                 raise ValueError(f"{where}: {what.format('tool calls')}")
             if item["role"] != "assistant":
                 # Templates may change a little of what they are given, but either end of it is there.
-                if not any(part in text for text in (shown, whole) for form in _forms(item["content"])
-                           for part in (form[:16], form[-16:])):  # fmt: skip
+                if not any(part in shown for form in _forms(item["content"]) for part in (form[:16], form[-16:])):
                     raise ValueError(f"{where}: {what.format('text')} (role {item['role']})")
             elif index in self.conversation.answers:
                 said = _squeezed(item["content"]).replace("<think></think>", "")
@@ -447,21 +449,12 @@ def _token_cuts(offsets: list[Span], spans: list[Span]) -> list[int] | None:
     return cuts
 
 
-def _spellings_of(conversation: Conversation) -> list[tuple[bool, bool, bool]]:
-    calls = [item for item in conversation.messages if item.get("tool_calls")]
-    silent = any(not item["content"] for item in calls)
-    return [(parts, none, text) for parts, none, text in _SPELLINGS if none <= silent and text <= bool(calls)]
-
-
-def _spell(item: Message, spelling: tuple[bool, bool, bool]) -> Message:
-    parts, none, text = spelling
-    content: Any = item["content"]
-    if none and not content and item.get("tool_calls"):
-        content = None
-    elif parts:
-        content = [{"type": "text", "text": content}] if content else []
-    item = {**item, "content": content}
-    if text and "tool_calls" in item:
+def _spell(item: Message, as_parts: bool, as_text: bool) -> Message:
+    """A message with its content as a list of parts, and the arguments of its tool calls as JSON text."""
+    item = dict(item)
+    if as_parts:
+        item["content"] = [{"type": "text", "text": item["content"]}] if item["content"] else []
+    if as_text and "tool_calls" in item:
         item["tool_calls"] = [
             {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
             for call in item["tool_calls"]
