@@ -120,6 +120,59 @@ def test_two_writers_leave_a_whole_file(path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_what_others_wrote_meanwhile_stays(path):
+    """Both have read the file before either writes; the old file is replaced, not written into."""
+    first, second = strategy.Choices(path), strategy.Choices(path)
+    first.put("a", {"triton": 1.0})
+    old = path.with_name("old")
+    old.hardlink_to(path)
+    before = old.read_text()
+    second.put("b", {"vendor": 1.0})
+    first.put("c", {"cuda": 1.0})
+    assert old.read_text() == before
+    kept = strategy.Choices(path)
+    assert [kept.get(key) for key in "abc"] == ["triton", "vendor", "cuda"]
+    # What a process has measured itself holds for it, whatever another one finds.
+    second.put("a", {"vendor": 1.0})
+    assert first.get("a") == "triton"
+
+
+def test_time_on_the_gpu_and_the_least_time_to_queue(monkeypatch):
+    """Of made-up clocks: after three passes of warm-up, nine whose GPU times have the median 7 ms and whose queueing
+    takes 2 ms at least."""
+    running = [5.0, 90.0, 7.0, 6.0, 8.0, 7.0, 4.0, 80.0, 9.0]
+    queueing = [40.0, 3.0, 50.0, 4.0, 2.0, 30.0, 3.0, 60.0, 70.0]
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return running[log.count("synchronize") - 1]
+
+    def clock():
+        """Seconds: the first call of a pass gives 0, the second one what queueing took."""
+        log.append("clock")
+        calls = log.count("clock")
+        return 0.0 if calls % 2 else queueing[calls // 2 - 1] / 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(strategy.time, "perf_counter", clock)
+    assert strategy.time_ms(lambda: log.append("step")) == pytest.approx(7.0 + 2.0)
+    measured = ["sleep", "record", "clock", "step", "clock", "record", "synchronize"]
+    assert log == 3 * ["step"] + 9 * measured
+    log.clear()
+    assert strategy.time_ms(lambda: log.append("step"), queued_by_graph=True) == 7.0
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch, path):
     """CPU tensors that `resolve` takes for tensors on a GPU; the log has what was timed."""
