@@ -28,6 +28,8 @@ LEARNING_RATES = {
 METHODS = tuple(LEARNING_RATES)
 # Fields that are AdaLoRAConfig's too, beside lora_alpha and lora_dropout.
 ADALORA = ("init_r", "target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
+# Fields of prefix and prompt alone.
+VIRTUAL_TOKENS = ("num_virtual_tokens", "init_text", "mlp_hidden")
 _INITS = {"dora": "default", "lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
 _TARGETS = {"full": "all"} | dict.fromkeys(("adalora", "dora", "lora", "qlora"), "all-linear")
 _GRAPHED = ("lora", "qlora", "dora", "full")  # what cuda_graphs takes
@@ -283,6 +285,7 @@ class RewardConfig(TrainConfig):
     """
 
     learning_rates: ClassVar[dict[str, float]] = {"dora": 1e-4, "lora": 1e-4, "qlora": 1e-4}
+    unused: ClassVar[tuple[str, ...]] = (*ADALORA, *VIRTUAL_TOKENS)
     loss_unit: ClassVar[str] = "nats per pair"
 
     output_dir: str = "outputs/reward"
@@ -364,8 +367,7 @@ class PPOConfig(TrainConfig):
     # Dropout would have the policy that learns be another one than the one that sampled; batch_size, minibatches and
     # rollout_size say how gradients accumulate; and each step is logged.
     unused: ClassVar[tuple[str, ...]] = (
-        *("lora_dropout", "gradient_accumulation_steps", "logging_steps", *ADALORA),
-        *("num_virtual_tokens", "init_text", "mlp_hidden"),
+        *("lora_dropout", "gradient_accumulation_steps", "logging_steps", *ADALORA, *VIRTUAL_TOKENS),
     )
 
     output_dir: str = "outputs/ppo"
