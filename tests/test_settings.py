@@ -307,8 +307,8 @@ CASES = [
     (("ppo",), "kl_target", None, {}),
     (("ppo",), "kl_target", 6.0, {}),
     (("ppo",), "kl_horizon", 50.0, {}),
-    (("ppo",), "gamma", 1.0, {}),
-    (("ppo",), "lam", 1.0, {}),
+    (("ppo",), "gamma", 0.5, {}),
+    (("ppo",), "lam", 0.4, {}),
     (("ppo",), "score_position", "last", {}),
     (("ppo",), "whiten_rewards", True, {}),
     (("ppo",), "whiten_advantages", False, {}),
@@ -377,14 +377,19 @@ def test_another_value(trainer, field, value, further, runs, world):
 
 
 @covers(LOOP, "lora_dropout")
-def test_dropout(trainer, runs):
-    """While lora_b is 0, its gradient is linear in dropout(x): its mean is that without dropout, its variance goes with
-    p / (1 - p)."""
-    first = {"init": "default", "max_steps": 1, "max_grad_norm": 0.0, "batch_size": 6}
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_dropout(trainer, method, runs):
+    """While lora_b, or AdaLoRA's lora_e, is 0, its gradient is linear in dropout(x): the mean is that without dropout,
+    the variance goes with p / (1 - p)."""
+    if method == "adalora" and trainer not in VIRTUAL:
+        pytest.skip(f"{trainer} has no adalora")
+    first = {"method": method, "max_steps": 1, "max_grad_norm": 0.0, "batch_size": 6}
+    first |= {"init": "default"} if method == "lora" else {"init_r": 16, "target_r": 16}
+    zero = "lora_b" if method == "lora" else "lora_e"
 
     def gradient(p):
         found = runs(trainer, lora_dropout=p, **first).gradients
-        return torch.cat([x.flatten() for name, x in sorted(found.items()) if name.endswith("lora_b")])
+        return torch.cat([x.flatten() for name, x in sorted(found.items()) if name.endswith(zero)])
 
     plain = gradient(0.0)
     little, much = gradient(0.2) - plain, gradient(0.5) - plain
