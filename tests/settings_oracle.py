@@ -5,6 +5,7 @@ gives initial values and the order of rows. Only NF4 is taken from the package (
 """
 
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -226,11 +227,15 @@ def jinja(template):
     return f"{{% for message in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{ask}{{% endif %}}"
 
 
+DATED = "{{ strftime_now('%d%m%y') }}\n" + jinja(PLAIN)
+
+
 def ask(config, prompt):
     """The text up to where the answer starts, and what ends it."""
     template = PLAIN if config.chat_template else CHATML
     before, end = template.split("{content}")
-    return template.format(role="user", content=prompt) + before.format(role="assistant"), end.rstrip("\n")
+    date = datetime.date.fromisoformat(config.date).strftime("%d%m%y\n") if config.chat_template == DATED else ""
+    return date + template.format(role="user", content=prompt) + before.format(role="assistant"), end.rstrip("\n")
 
 
 def encode(tokenizer, text):

@@ -70,13 +70,14 @@ def picky(prompts, responses):
 @dataclasses.dataclass
 class Calls:
     """What a spy saw of a run: rows of the decoder's calls with and without gradients, calls of its layer, the backend
-    in force meanwhile, sizes of what was sampled together; and the model."""
+    in force and the seed of torch's generator meanwhile, sizes of what was sampled together; and the model."""
 
     model: object = None
     learned: list = dataclasses.field(default_factory=list)
     judged: list = dataclasses.field(default_factory=list)
     layer: int = 0
     backends: set = dataclasses.field(default_factory=set)
+    seeds: set = dataclasses.field(default_factory=set)
     sampled: list = dataclasses.field(default_factory=list)
 
     def watch(self, model):
@@ -88,6 +89,8 @@ class Calls:
     def _decoder(self, decoder, arguments, named):
         (self.learned if torch.is_grad_enabled() else self.judged).append(len(named["input_ids"]))
         self.backends.add(backends.selected())
+        if torch.is_grad_enabled():
+            self.seeds.add(torch.initial_seed())
 
     def _layer(self, layer, arguments):
         self.layer += 1
@@ -263,17 +266,18 @@ CASES = [
     (("ppo",), "lr_scheduler", "constant", {"warmup_ratio": 0.0}),
     (ALL, "warmup_ratio", 0.0, {}),
     (ALL, "warmup_ratio", 0.7, {}),
-    (ALL, "weight_decay", 0.0, {}),
-    (VIRTUAL, "weight_decay", 0.0, {"method": "full"}),
-    (("sft", "reward", "dpo"), "weight_decay", 0.0, {"method": "dora"}),
+    (ALL, "weight_decay", 2.0, {}),
+    (VIRTUAL, "weight_decay", 2.0, {"method": "full"}),
+    (("sft", "reward", "dpo"), "weight_decay", 2.0, {"method": "dora"}),
     (ALL, "max_grad_norm", 0.0, {}),
-    (ALL, "max_grad_norm", 5.0, {}),
+    (ALL, "max_grad_norm", 0.1, {}),
     (ALL, "max_length", 19, {}),
     (ALL, "seed", 4, {}),
     (LOOP, "eval_steps", 2, {}),
     (ALL, "eval_steps", None, {}),
     (LOOP, "logging_steps", 3, {}),
     (ALL, "chat_template", oracle.jinja(oracle.PLAIN), {}),
+    (ALL, "date", "2021-04-03", {"date": "2020-01-02", "chat_template": oracle.DATED, "max_length": 60}),
     (VIRTUAL, "init_r", 3, RANKS),
     (VIRTUAL, "target_r", 1, RANKS),
     (VIRTUAL, "tinit", 3, RANKS),
@@ -300,7 +304,7 @@ CASES = [
     (("ppo",), "max_new_tokens", 4, {}),
     (("ppo",), "temperature", 1.5, {}),
     (("ppo",), "stop", "apple", {}),
-    (("ppo",), "missing_eos_penalty", 0.0, {}),
+    (("ppo",), "missing_eos_penalty", 1.5, {}),
     (("ppo",), "kl_coef", 0.4, {}),
     (("ppo",), "kl_estimator", "k2", {}),
     (("ppo",), "kl_estimator", "k3", {}),
@@ -397,6 +401,20 @@ def test_dropout(trainer, method, runs):
     for noise in (little, much):
         assert abs(noise @ plain) < 0.3 * plain @ plain
     assert little.norm() > 0.02 * plain.norm()
+
+
+@covers(ALL, "seed")
+def test_seed(trainer, runs):
+    """What else than initial values and the order of rows, which the formula has, depends on it."""
+    given = {"adapter": runs("sft").config.output_dir} if trainer == "ppo" else {}
+    one, other = (runs(trainer, seed=seed, **given) for seed in (3, 4))
+    if trainer == "ppo":
+        # The same policy answers the same prompts.
+        answers, others = ([e.response for e in ran.evaluations[0]] for ran in (one, other))
+        assert answers != others
+    else:
+        # Dropout comes from torch's generator.
+        assert (one.calls.seeds, other.calls.seeds) == ({3}, {4})
 
 
 @covers(ALL, "dtype")
@@ -551,10 +569,11 @@ def test_precompute_ref(trainer, runs):
 @covers(("reward",), "normalize_samples", "normalize_data", "normalize_tokens")
 def test_normalization(trainer, runs, world, monkeypatch):
     """Gain and bias that give mean 0 and standard deviation 1 to the rewards of answers that the base model samples."""
-    generated = []
+    generated, seeds = [], []
     generate = reward.generate
 
     def spied(*arguments, **named):
+        seeds.append(torch.initial_seed())
         generated.append((*arguments[2:4], found := generate(*arguments, **named)))
         return found
 
@@ -573,6 +592,8 @@ def test_normalization(trainer, runs, world, monkeypatch):
         values = oracle.read(Path(ran.config.output_dir) / "reward_normalization.json")
         assert (values["gain"] * scores + values["bias"]).mean() == pytest.approx(0, abs=1e-3)
         assert (values["gain"] * scores).std(ddof=1) == pytest.approx(1, rel=1e-3)
+    runs(trainer, normalize_samples=9, normalize_data=data, seed=4)
+    assert generated.pop()[0] != prompts and seeds == [3, 3, 4]
 
 
 @covers(("ppo",), "top_k", "top_p")
