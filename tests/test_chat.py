@@ -308,6 +308,24 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path):
     assert check_file(path, tokenizer).notes == ["fields that are not used: 'id', 'messages[].mood'"]
 
 
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        ({"messages": [user("a"), assistant("b")], "output": "c", "history": [["d", "e"]]}, {"output", "history"}),
+        ({"instruction": "a", "output": "b", "completion": "c", "margin": 1}, {"completion", "margin"}),
+        ({"prompt": "a", "completion": "b", "input": "c"}, {"input"}),
+        ({"conversations": [user("a"), assistant("b")], "messages": None, "system": "s"}, set()),
+    ],
+)
+def test_fields_of_another_form_are_not_used(record, unused):
+    assert to_conversation(record, "r").unknown == unused
+
+
+def test_fields_of_a_pair_that_are_not_used():
+    record = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1, "input": "d", "score_chosen": 3}
+    assert to_pair(record, "r").chosen.unknown == {"input", "score_chosen"}
+
+
 def test_further_variables_of_the_template():
     template = CHATML.replace("{{ '<|im_start|>assistant", "{{ '' if quick else '' }}{{ '<|im_start|>assistant")
     template = "{% if quick %}<|im_start|>quick<|im_end|>\n{% endif %}" + template

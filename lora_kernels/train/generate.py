@@ -153,20 +153,24 @@ def stop_at_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None, **rendering: Any
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    chat_template: str | None = None,
+    where: str = "prompt",
+    **rendering: Any,
 ) -> list[int]:
-    """Token ids of `prompt` up to where the answer starts. Raises ValueError for an empty prompt, and for one that the
-    chat template refuses. rendering: `date` and `vocab_size` of `Renderer`."""
+    """Token ids of `prompt` up to where the answer starts. Raises ValueError starting with `where` for an empty prompt,
+    and for one that the chat template refuses. rendering: `date` and `vocab_size` of `Renderer`."""
     from lora_kernels.train.chat import Renderer
 
     renderer = Renderer(tokenizer, chat_template, **rendering)
     if chat_template or tokenizer.chat_template:
-        ids = renderer.prompt(asked(prompt))
+        ids = renderer.prompt(asked(prompt, where))
     elif isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
-        renderer.check_ids(ids, "prompt")
+        renderer.check_ids(ids, where)
     else:
-        raise ValueError("a prompt is a list of chat messages, but the tokenizer has no chat template")
+        raise ValueError(f"{where}: a list of chat messages, but the tokenizer has no chat template")
     if not ids:
-        raise ValueError("a prompt is empty")
+        raise ValueError(f"{where} is empty")
     return ids

@@ -34,7 +34,7 @@ FORMS = (
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
     "system": "system",
 }
@@ -45,10 +45,8 @@ _MESSAGE_FIELDS = {
     *_FLAGS,
     *REASONING,
 }
-SHARED_FIELDS = {"system", "tools", "functions", "chat_template_kwargs"}
-_FIELDS = SHARED_FIELDS | {
-    *("messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion"),
-}
+# What a record of any form may have.
+_SHARED_FIELDS = {"system", "tools", "functions", "chat_template_kwargs"}
 
 Message = dict[str, Any]
 # The text of one user turn, messages, or {"messages", and maybe "tools" and "chat_template_kwargs"}.
@@ -90,22 +88,22 @@ def to_conversation(record: Any, where: str) -> Conversation:
     """The record's messages; ValueError starting with `where` for a bad record."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
-    first = 0
+    first, fields = 0, {"instruction", "input", "output", "history"}
     if (name := turns_field(record)) is not None:
-        messages = message_list(record[name], name, where)
+        messages, fields = message_list(record[name], name, where), {name}
     elif record.get("instruction") is not None and "output" in record:
         messages = [*history(record, where), user_turn(record, where)]
         messages.append(message("assistant", text_field(record, "output", where)))
     elif "prompt" in record and "completion" in record:
-        messages = _turns(record, "prompt", "user", where)
+        messages, fields = turns_of(record, "prompt", "user", where), {"prompt", "completion"}
         first = len(messages)
-        messages += _turns(record, "completion", "assistant", where)
+        messages += turns_of(record, "completion", "assistant", where)
     else:
         found = ", ".join(map(repr, record)) or "none"
         raise ValueError(f"{where}: expected one of {'; '.join(FORMS)}; got the fields {found}")
     before = len(messages)
     messages = with_system(record, messages, where)
-    return conversation_of(record, messages, first + len(messages) - before, where, _FIELDS)
+    return conversation_of(record, messages, first + len(messages) - before, where, fields)
 
 
 def turns_field(record: dict) -> str | None:
@@ -115,14 +113,14 @@ def turns_field(record: dict) -> str | None:
 
 def conversation_of(record: dict, messages: list[Message], first: int, where: str, fields: set[str]) -> Conversation:
     """The conversation of a record's messages, in which assistant turns from `first` on are learned, unless they say
-    otherwise; `fields` are those that the record may have."""
+    otherwise; `fields` are those of the record's form."""
     wanted = [_wanted(item, f"{where}: message {index}") for index, item in enumerate(messages)]
     answers = tuple(i for i in range(first, len(messages)) if messages[i]["role"] == "assistant" and wanted[i])
     if not answers:
         raise ValueError(f"{where}: no assistant message to learn")
     if messages[0]["role"] == "assistant":
         raise ValueError(f"{where}: the first message must not be the assistant's")
-    unknown = {name for name, value in record.items() if value is not None and name not in fields}
+    unknown = {name for name, value in record.items() if value is not None} - fields - _SHARED_FIELDS
     unknown |= {f"messages[].{name}" for item in messages for name in item.keys() - _MESSAGE_FIELDS}
     messages = [
         {name: value for name, value in item.items() if name not in _FLAGS} for item in messages[: answers[-1] + 1]
@@ -236,7 +234,8 @@ def text_field(record: dict, name: str, where: str) -> str:
     return value
 
 
-def _turns(record: dict, name: str, role: str, where: str) -> list[Message]:
+def turns_of(record: dict, name: str, role: str, where: str) -> list[Message]:
+    """The messages of a field that holds a text, said by `role`, or messages."""
     if isinstance(record[name], str):
         return [message(role, text_field(record, name, where))]
     return message_list(record[name], name, where)

@@ -140,8 +140,8 @@ def load_prompts(source: Source, run: Run, name: str) -> list[PromptRow]:
     context = context_length(run.model)
     limit = min(config.max_length, context or config.max_length) - config.max_new_tokens
     rows = [
-        PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt, **run.rendering))
-        for prompt, record in read_prompts(source)
+        PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt, where=f"{name}: prompt {i}", **run.rendering))
+        for i, (prompt, record) in enumerate(read_prompts(source))
     ]
     kept = [row for row in rows if len(row.ids) <= limit]
     text = f"{name}: {len(kept)} prompts"

@@ -26,7 +26,6 @@ from torch import Tensor
 from lora_kernels.train.chat import Renderer, set_chat_template
 from lora_kernels.train.data import TOKENIZE_ROWS, batched, collate, digest_of, warn, warn_of_rest
 from lora_kernels.train.messages import (
-    SHARED_FIELDS,
     Conversation,
     Message,
     conversation_of,
@@ -36,6 +35,7 @@ from lora_kernels.train.messages import (
     said,
     text_field,
     turns_field,
+    turns_of,
     user_turn,
     with_system,
 )
@@ -47,9 +47,6 @@ FORMS = (
     '{"conversations", "chosen", "rejected"}',
     '{"instruction", "input" (optional), "chosen", "rejected"}',
 )
-_FIELDS = SHARED_FIELDS | {
-    *("messages", "conversations", "prompt", "instruction", "input", "history", "chosen", "rejected", "margin"),
-}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 Row = tuple[np.ndarray, np.ndarray]
@@ -94,7 +91,7 @@ def to_pair(record: Any, where: str) -> Pair:
     elif isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
         raise ValueError(f"{where}: 'margin' must be a finite number, got {margin!r}")
 
-    prompt = _prompt(record, where)
+    prompt, fields = _prompt(record, where)
     answers = [_answer(record, name, where, prompt is None) for name in ("chosen", "rejected")]
     whole = prompt is None or _hold_the_prompt(record, answers, where)
     if whole:
@@ -113,21 +110,20 @@ def to_pair(record: Any, where: str) -> Pair:
         if not answer or answer[0]["role"] != "assistant":
             found = f"of {answer[0]['role']!r}" if answer else "missing"
             raise ValueError(f"{where}: after the prompt, {name} must go on with an assistant message; it is {found}")
-    chosen, rejected = (_conversation(record, prompt, answer, where) for answer in answers)
+    fields |= {"chosen", "rejected", "margin"}
+    chosen, rejected = (_conversation(record, prompt, answer, where, fields) for answer in answers)
     return Pair(chosen, rejected, float(margin), where)
 
 
-def _prompt(record: dict, where: str) -> list[Message] | None:
-    """The prompt's messages, or None where the answers are whole conversations."""
+def _prompt(record: dict, where: str) -> tuple[list[Message] | None, set[str]]:
+    """The prompt's messages, or None where the answers are whole conversations; and the fields that hold them."""
     if (name := turns_field(record)) is not None:
-        return message_list(record[name], name, where)
+        return message_list(record[name], name, where), {name}
     if record.get("prompt") is not None:
-        if isinstance(record["prompt"], str):
-            return [message("user", text_field(record, "prompt", where))]
-        return message_list(record["prompt"], "prompt", where)
+        return turns_of(record, "prompt", "user", where), {"prompt"}
     if record.get("instruction") is not None:
-        return [*history(record, where), user_turn(record, where)]
-    return None
+        return [*history(record, where), user_turn(record, where)], {"instruction", "input", "history"}
+    return None, set()
 
 
 def _hold_the_prompt(record: dict, answers: list[list[Message]], where: str) -> bool:
@@ -164,9 +160,11 @@ def _stripped(messages: list[Message]) -> list[tuple[str, str]]:
     return [(item["role"], said(item).strip()) for item in messages]
 
 
-def _conversation(record: dict, prompt: list[Message], answer: list[Message], where: str) -> Conversation:
+def _conversation(
+    record: dict, prompt: list[Message], answer: list[Message], where: str, fields: set[str]
+) -> Conversation:
     messages = with_system(record, [*prompt, *answer], where)
-    return conversation_of(record, messages, len(messages) - len(answer), where, _FIELDS)
+    return conversation_of(record, messages, len(messages) - len(answer), where, fields)
 
 
 @dataclass
