@@ -176,6 +176,11 @@ def make(world, trainer, output_dir, **changes):
         settings[name] = settings[name] and str(world / f"{settings[name]}{pairs}.json")
     if settings.get("method") in ("prefix", "prompt", "full", "adalora") and "init" not in changes:
         del settings["init"]
+    if settings.get("adapter"):
+        # Its own are in its files.
+        settings = {
+            name: x for name, x in settings.items() if name in changes or name not in ("r", "lora_alpha", "init")
+        }
     if settings.get("reward_adapter"):
         settings["reward"] = None
     return TRAINERS[trainer][0](output_dir=str(output_dir), **settings)
@@ -351,18 +356,23 @@ def assert_as_expected(trainer, ran):
     return wanted
 
 
-@covers(ALL, "output_dir", "eval_data")
+@covers(ALL, "output_dir")
 def test_a_run_is_what_its_settings_say(trainer, runs):
     ran = runs(trainer)
     assert_as_expected(trainer, ran)
     output_dir = Path(ran.config.output_dir)
     assert TRAINERS[trainer][0].from_yaml(output_dir / "config.yaml") == ran.config
-    if trainer in LOOP:
-        # The adapter is that of the best evaluation, which isn't the last.
-        best = oracle.expected(trainer, ran.config)[2]
-        adapter, scale, saved = oracle.read_adapter(output_dir)
-        assert not differences(([], {**adapter, **saved}), ([], best), 1e-4)
-        assert scale == oracle.scaling(ran.config)
+
+
+@covers(LOOP, "eval_data")
+def test_the_adapter_is_that_of_the_best_evaluation(trainer, runs):
+    ran = runs(trainer, lr=0.1, seed=4, eval_steps=1)
+    assert_as_expected(trainer, ran)
+    losses = [record["eval_loss"] for record in ran.records if "eval_loss" in record]
+    assert min(losses) < losses[-1]
+    adapter, scale, saved = oracle.read_adapter(ran.config.output_dir)
+    assert not differences(([], {**adapter, **saved}), ([], oracle.expected(trainer, ran.config)[2]), 1e-4)
+    assert scale == oracle.scaling(ran.config)
 
 
 @pytest.mark.filterwarnings("ignore:.*dropped")
@@ -391,12 +401,13 @@ def test_dropout(trainer, method, runs):
     first |= {"init": "default"} if method == "lora" else {"init_r": 16, "target_r": 16}
     zero = "lora_b" if method == "lora" else "lora_e"
 
-    def gradient(p):
-        found = runs(trainer, lora_dropout=p, **first).gradients
+    def gradient(p, seed):
+        found = runs(trainer, lora_dropout=p, seed=seed, **first).gradients
         return torch.cat([x.flatten() for name, x in sorted(found.items()) if name.endswith(zero)])
 
-    plain = gradient(0.0)
-    little, much = gradient(0.2) - plain, gradient(0.5) - plain
+    # Of three seeds, since the masks of one are not many.
+    plain, little, much = (torch.cat([gradient(p, seed) for seed in (3, 4, 5)]) for p in (0.0, 0.2, 0.5))
+    little, much = little - plain, much - plain
     assert (much.norm() / little.norm()) ** 2 == pytest.approx(4.0, rel=0.4)
     for noise in (little, much):
         assert abs(noise @ plain) < 0.3 * plain @ plain
@@ -422,13 +433,11 @@ def test_dtype(trainer, runs):
     for dtype in (torch.float32, torch.bfloat16):
         ran = runs(trainer, dtype=str(dtype).removeprefix("torch."))
         model = ran.calls.model
-        assert {p.dtype for p in model.parameters() if not p.requires_grad and p.ndim > 1} - {torch.float32} == (
-            {dtype} - {torch.float32}
-        )
         assert model.lm_head.weight.dtype == dtype
         assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    exact = runs(trainer)
-    assert ran.records[0] == pytest.approx(exact.records[0], rel=0.1, abs=0.1) and ran.records != exact.records
+    if trainer in LOOP:
+        exact = runs(trainer).records[0]["loss"]
+        assert ran.records[0]["loss"] == pytest.approx(exact, rel=0.1) and ran.records[0]["loss"] != exact
 
 
 @covers(ALL, "gradient_checkpointing")
