@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -475,6 +476,26 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, model_dir, data):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     with pytest.raises(ValueError, match=r"made with kl_coef = 0.05, this run has 0.1"):
         run_for_resume(tmp_path / "whole", model_dir, data, resume=True, kl_coef=0.1)
+
+
+def test_more_steps_and_places_that_moved(tmp_path, model_dir, data, monkeypatch):
+    """At a constant rate three steps and three more are six, whatever model and reward function are called by."""
+    (tmp_path / "rules.py").write_text("from test_ppo import vowels")
+    rate = {"lr_scheduler": "constant", "warmup_ratio": 0.0}
+
+    def run(name, model, rule, **changes):
+        config = settings(tmp_path / name, model, data, reward=f"{rule}:vowels", save_steps=3, eval_steps=3)
+        return run_ppo(dataclasses.replace(config, **rate, **changes), progress=False)
+
+    run("whole", model_dir, tmp_path / "rules.py", max_steps=6)
+    run("out", model_dir, tmp_path / "rules.py", max_steps=3)
+    shutil.copytree(model_dir, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert run("out", "moved/", "rules.py", max_steps=6, resume=True).steps == 6
+    file = "checkpoint-last/training_state.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    with pytest.raises(ValueError, match="max_steps 5 is 5 steps, and 6 are done"):
+        run("out", "moved", "rules.py", max_steps=5, resume=True)
 
 
 class Faulty:

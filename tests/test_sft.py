@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,14 +56,14 @@ def read_metrics(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def train_tiny(output_dir, dataset=None, eval_set=None, model=None, callbacks=(), accelerator=None, **changes):
+def train_tiny(output_dir, dataset=None, eval_set=None, model=None, callbacks=(), **changes):
+    options = {name: changes.pop(name, default) for name, default in (("accelerator", None), ("progress", False))}
     config = settings(output_dir, **changes)
     if model is None:
         model = tiny_llama()
         torch.manual_seed(1)
         inject(model, LoRAConfig(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout))
-    options = {"callbacks": callbacks, "accelerator": accelerator, "progress": False}
-    result = train_sft(model, dataset or tiny_dataset(), eval_set, config, **options)
+    result = train_sft(model, dataset or tiny_dataset(), eval_set, config, callbacks=callbacks, **options)
     return model, result
 
 
@@ -242,8 +243,10 @@ def test_resume_refuses_another_run_and_survives_a_death_between_renames(tmp_pat
     _, result = train_for_resume(tmp_path, epochs=1, resume=True, gradient_checkpointing=True)
     assert result.steps == 6
     assert result.loss is None
-    with pytest.raises(ValueError, match="total_steps = 6, this run has 11"):
-        train_for_resume(tmp_path, epochs=2, resume=True)
+    with pytest.raises(ValueError, match="epochs 0.5 is 3 steps, and 6 are done; allowed: 6 steps or more"):
+        train_for_resume(tmp_path, epochs=0.5, resume=True)
+    with pytest.raises(ValueError, match="max_steps 5 is 5 steps, and 6 are done"):
+        train_for_resume(tmp_path, max_steps=5, resume=True)
     with pytest.raises(ValueError, match="data rows = 22, this run has 21"):
         train_for_resume(tmp_path, max_steps=6, resume=True, dataset=tiny_dataset(21))
     same = tiny_dataset(22)
@@ -306,6 +309,61 @@ def test_tensorboard_without_its_package_is_found_before_the_model_is_loaded(tmp
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="the package tensorboard can't be imported"):
         run_sft(settings(tmp_path, model="no/model", tensorboard=True), progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_more_epochs_go_on_where_the_run_ended(tmp_path, capfd, monkeypatch, batch_size):
+    """With 22 rows and 4 a step, the last step of the first run has 2: the next one starts with the second epoch."""
+    seen = {}
+    rows = StepPlan.step_rows
+    monkeypatch.setattr(StepPlan, "step_rows", lambda plan, step: seen.setdefault(step, rows(plan, step)))
+    plan = {"batch_size": batch_size, "lr_scheduler": "linear", "warmup_ratio": 0.2}
+    train_tiny(tmp_path / "out", progress=True, **plan)
+    done = len(seen)
+    capfd.readouterr()
+    _, result = train_tiny(tmp_path / "out", epochs=2, resume=True, progress=True, **plan)
+    total = 2 * done
+    text = f"the run has {total} steps now, {done} when its checkpoint was written; the learning rate follows"
+    assert text in capfd.readouterr().err
+    assert result.steps == total
+    order = [row for step in sorted(seen) for row in seen[step]]
+    assert len(order) == 44 and sorted(order[:22]) == sorted(order[22:]) == list(range(22))
+    records = read_metrics(tmp_path / "out")
+    assert [record["step"] for record in records] == list(range(1, total + 1))
+    warmup = math.ceil(0.2 * total)
+    factors = [1 - (step - warmup) / (total - warmup) for step in range(done, total)]
+    assert [record["lr"] for record in records[done:]] == pytest.approx([5e-3 * factor for factor in factors])
+    assert records[done - 1]["epoch"] == 1 and records[-1]["epoch"] == 2
+    # Once more, and to a number of steps: what the first run lacked is still lacked.
+    _, result = train_tiny(tmp_path / "out", max_steps=total + 1, resume=True, **plan)
+    assert result.steps == total + 1
+    assert read_metrics(tmp_path / "out")[-1]["epoch"] == pytest.approx((44 + batch_size) / 22, abs=1e-4)
+
+
+def test_going_on_at_a_constant_rate_is_the_longer_run(tmp_path):
+    plan = {"batch_size": 2, "lr_scheduler": "constant", "lora_dropout": 0.1}
+    train_tiny(tmp_path / "out", epochs=1, **plan)
+    model, _ = train_tiny(tmp_path / "out", epochs=2, resume=True, **plan)
+    other, _ = train_tiny(tmp_path / "whole", epochs=2, **plan)
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_run_goes_on_with_the_model_elsewhere_but_not_with_another(tmp_path, model_dir, data, monkeypatch):
+    config = settings(tmp_path / "out", model=str(model_dir), data=str(data), max_steps=1)
+    run_sft(config, progress=False)
+    moved = tmp_path / "moved"
+    shutil.copytree(model_dir, moved)
+    monkeypatch.chdir(tmp_path)
+    for step, path in enumerate([f"{model_dir}/", "moved", "./moved/../moved", str(moved)], start=2):
+        changes = {"model": path, "resume": True, "max_steps": step, "fuse_decoder": step % 2 == 0}
+        assert run_sft(dataclasses.replace(config, **changes), progress=False).steps == step
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight += 1e-3
+    other.save_pretrained(moved)
+    with pytest.raises(ValueError, match="made with digest of the frozen weights = .*, this run has"):
+        run_sft(dataclasses.replace(config, model=str(moved), resume=True, max_steps=6), progress=False)
 
 
 def test_other_evaluation_data_have_a_best_loss_of_their_own(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints that a killed run continues from exactly. Only safetensors and JSON: nothing is pickled."""
 
+import hashlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ LAST = "checkpoint-last"
 _WRITING, _REPLACED = ".checkpoint-last.tmp", ".checkpoint-last.old"
 _TENSORS, _STATE = "training_state.safetensors", "training_state.json"
 METHOD_STATE = "method_state.safetensors"
+_SAMPLED = 64
 _State = TypeVar("_State")
 
 
@@ -29,7 +31,7 @@ _State = TypeVar("_State")
 class LoopState:
     """What the loop has done so far. `window`: sums since the last logged step, `window_count`: their divisor;
     `eval_data`: the digest of what `best_eval_loss` was measured on; `evaluation_due`: a signal came before the
-    evaluation of this step."""
+    evaluation of this step; `short`: see `StepPlan`."""
 
     step: int = 0
     tokens: int = 0
@@ -38,6 +40,7 @@ class LoopState:
     best_eval_loss: float | None = None
     eval_data: str | None = None
     evaluation_due: bool = False
+    short: int = 0
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
@@ -52,6 +55,22 @@ def saved_run(output_dir: Path) -> dict[str, Any]:
         return {}
     with reading_checkpoint(checkpoint / _STATE):
         return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["run"]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of samples of all weights that are not trained, whatever they are called and wherever they come from.
+
+    Of each tensor 64 values count, so that a model of any size is told from another one in less than a second.
+    """
+    parts = []
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, torch.Tensor) and not tensor.requires_grad and tensor.numel():
+            values = tensor.detach().reshape(-1)
+            sample = values[:: max(1, len(values) // _SAMPLED)].cpu().contiguous()
+            head = f"{list(tensor.shape)} {tensor.dtype}".encode()
+            parts.append(hashlib.sha256(head + sample.view(torch.uint8).numpy().tobytes()).digest())
+    # A set: tied weights count once.
+    return hashlib.sha256(b"".join(sorted(set(parts)))).hexdigest()[:16]
 
 
 def state_before(output_dir: Path) -> str:

@@ -36,9 +36,10 @@ _GRAPHED = ("lora", "qlora", "dora", "full")  # what cuda_graphs takes
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
-# Fields that change where a run reads and writes and how it is watched, or that its plan of steps stands for: all
-# others must agree for a resumed run to continue the same computation.
+# Settings that may differ when a run resumes: where it reads and writes, how it is watched, how far it goes, and what
+# the digests of the data and of the frozen weights stand for.
 _NOT_IDENTITY = {
+    *("model", "adapter", "reward_adapter", "reward"),
     *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
     *("backend", "cuda_graphs", "fuse_decoder", "gradient_checkpointing", "chat_template", "max_length", "dtype"),
     *("epochs", "max_steps"),
@@ -92,7 +93,9 @@ class TrainConfig:
         also after 10 minutes without one. Both also happen at the end. A signal (SIGINT, SIGTERM, SIGHUP) ends a run
         after the step that it is at and a checkpoint.
     logging_steps: steps between lines of metrics.jsonl.
-    resume: continue from `checkpoint-last/` exactly where it stopped.
+    resume: continue from `checkpoint-last/` exactly where it stopped. Model, data and adapters may have moved; epochs
+        and max_steps may ask for other steps than before, at least as many as are done (not with adalora, whose ranks
+        follow them): the learning rate then follows the new number of steps from there on.
     fuse_decoder: on CPUs, compute RMSNorm, SwiGLU, rotary position embedding and attention by kernels and keep less
         for backward, see `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.
     backend: kernels to use, see `lora_kernels.use_backend`.

@@ -1,5 +1,6 @@
 """The training loop: steps, learning rate, accumulation, evaluation, metrics, checkpoints; one or many processes."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -28,8 +29,10 @@ from lora_kernels.train.checkpoint import (
     load_state,
     reading_checkpoint,
     save_checkpoint,
+    saved_run,
     saying_what_is_left,
     state_before,
+    weights_digest,
 )
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.data import batches_by_length
@@ -80,7 +83,8 @@ class StepPlan:
     """Which rows each optimizer step, micro-batch and process sees: a pure function of the step, so resuming is exact.
 
     Step s takes rows [s G, (s + 1) G) of the epochs' permutations laid end to end, G = batch_size * accumulation *
-    processes; the last step takes what is left. The rows of a step do not depend on how G is made up.
+    processes; the last step takes what is left. The rows of a step do not depend on how G is made up. Where a run goes
+    on after a last step that was `short` by some rows, each later step starts so much earlier.
     """
 
     rows: int
@@ -90,6 +94,7 @@ class StepPlan:
     epochs: float
     max_steps: int | None
     seed: int
+    short: int = 0
 
     @property
     def sequences_per_step(self) -> int:
@@ -98,17 +103,22 @@ class StepPlan:
     @property
     def sequences(self) -> int:
         if self.max_steps:
-            return self.max_steps * self.sequences_per_step
+            return self.max_steps * self.sequences_per_step - self.short
         # 2.2 · 50 is a little more than 110.
         return math.ceil(round(self.epochs * self.rows, 6))
 
     @property
     def total_steps(self) -> int:
-        return math.ceil(self.sequences / self.sequences_per_step)
+        return math.ceil((self.sequences + self.short) / self.sequences_per_step)
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What `prolonged` has to know of the plan of the run that it goes on with."""
+        return {"total_steps": self.total_steps, "sequences": self.sequences}
 
     def step_rows(self, step: int) -> list[int]:
         """Row indices of one optimizer step over all processes."""
-        start = step * self.sequences_per_step
+        start = step * self.sequences_per_step - self.short
         end = min(start + self.sequences_per_step, self.sequences)
         rows = []
         while start < end:
@@ -117,6 +127,10 @@ class StepPlan:
             rows += _permutation(self.rows, self.seed, epoch)[offset : offset + taken].tolist()
             start += taken
         return rows
+
+    def seen(self, step: int) -> int:
+        """Rows in the steps before `step`."""
+        return min(step * self.sequences_per_step - self.short, self.sequences)
 
     def micro_batches(self, rows: Sequence[int], lengths: np.ndarray, process: int) -> list[list[int]]:
         """This process's share of a step's rows; equally many micro-batches on each process, some maybe empty.
@@ -127,6 +141,30 @@ class StepPlan:
         stride = self.batch_size * self.processes
         first = range(0, len(rows), stride)
         return [rows[at : at + stride][process :: self.processes] for at in first]
+
+
+def prolonged(plan: StepPlan, state: Any, saved: dict[str, Any], config: TrainConfig) -> tuple[StepPlan, str]:
+    """The plan of a run that goes on from `state`, and what to say where the run was `saved` with another plan.
+
+    Sets state.short by how much the last step of that plan was short. Raises ValueError where more steps are done than
+    the new plan has.
+    """
+    plan = dataclasses.replace(plan, short=state.short)
+    if plan.total_steps < state.step:
+        asked = f"max_steps {config.max_steps}" if config.max_steps else f"epochs {config.epochs:g}"
+        raise ValueError(
+            f"can't resume {config.output_dir}: {asked} is {plan.total_steps} steps, and {state.step} are done; "
+            f"allowed: {state.step} steps or more"
+        )
+    before = saved.get("sequences", plan.sequences)
+    if before == plan.sequences or state.step == plan.total_steps:
+        return plan, ""
+    state.short += max(0, state.step * plan.sequences_per_step - plan.short - before)
+    plan = dataclasses.replace(plan, short=state.short)
+    return plan, (
+        f"the run has {plan.total_steps} steps now, {saved['total_steps']} when its checkpoint was written; "
+        f"the learning rate follows the new number from step {state.step + 1} on"
+    )
 
 
 _cached_permutation: tuple[tuple[int, int, int], np.ndarray] | None = None
@@ -175,7 +213,7 @@ class Loop:
         self.main = accelerator.is_main_process
         self.output_dir = Path(config.output_dir)
         self.metrics_path = self.output_dir / METRICS
-        self.plan = StepPlan(
+        plan = StepPlan(
             rows=len(train_set),
             batch_size=config.batch_size,
             accumulation=config.gradient_accumulation_steps,
@@ -184,17 +222,23 @@ class Loop:
             max_steps=config.max_steps,
             seed=config.seed,
         )
-        self.warmup_steps = math.ceil(config.warmup_ratio * self.plan.total_steps)
-        per_epoch = max(1, round(len(train_set) / self.plan.sequences_per_step))
+        self.show_progress = show_progress and self.main
+        self._follow(plan)
+        per_epoch = max(1, round(len(train_set) / plan.sequences_per_step))
         self.eval_steps = config.eval_steps or per_epoch
         self.save_steps = config.save_steps or per_epoch
         self.hook = training_hook(module, self.plan.total_steps)
         self._take_parameters()
         self.optimizer = make_optimizer(module, config)
-        self.progress = Progress(self.plan.total_steps, enabled=show_progress and self.main)
+        self.weights = weights_digest(module)
         self.stopper = Stopper(accelerator, math.inf if config.save_steps else SAVE_SECONDS)
         self.state = LoopState()
         self.last_loss = self.last_eval_loss = None
+
+    def _follow(self, plan: StepPlan) -> None:
+        self.plan = plan
+        self.warmup_steps = math.ceil(self.config.warmup_ratio * plan.total_steps)
+        self.progress = Progress(plan.total_steps, enabled=self.show_progress)
 
     def _take_parameters(self) -> None:
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -208,7 +252,8 @@ class Loop:
         return {
             **self.config.identity,
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
-            "total_steps": self.plan.total_steps,
+            # The ranks of adalora follow the steps.
+            **({"total_steps": self.plan.total_steps} if self.hook else {}),
             "batch_size": self.plan.batch_size,
             "gradient_accumulation_steps": self.plan.accumulation,
             "processes": self.plan.processes,
@@ -216,6 +261,7 @@ class Loop:
             "data tokens": int(self.train_set.lengths.sum()),
             "data loss counts": int(self.train_set.loss_counts.sum()),
             "data digest": self.train_set.digest(),
+            "digest of the frozen weights": self.weights,
         }
 
     def restore(self) -> None:
@@ -224,6 +270,9 @@ class Loop:
         checkpoint = find_checkpoint(self.output_dir) if self.config.resume else None
         if checkpoint:
             self.state, method_state = load_state(checkpoint, self.run_identity, with_method_state=bool(self.hook))
+            plan, changed = prolonged(self.plan, self.state, saved_run(self.output_dir), self.config)
+            self._follow(plan)
+            self.progress.say(changed)
             if self.hook:
                 with reading_checkpoint(checkpoint / METHOD_STATE):
                     cut = self.hook.load_state_dict(method_state, self.optimizer, self.state.step)
@@ -380,14 +429,14 @@ class Loop:
         self.state.window = self._window_sums()
         if best and self.main:
             self.save_adapter(self.output_dir)
-        arguments = (self.state, self.run_identity, self.accelerator, self.save_adapter)
+        run = {**self.run_identity, **self.plan.identity}
+        arguments = (self.state, run, self.accelerator, self.save_adapter)
         method_state = self.hook.state_dict() if self.hook else None
         save_checkpoint(self.output_dir, self.parameters, self.optimizer, *arguments, method_state)
         self.stopper.saved()
 
     def _epoch(self) -> float:
-        seen = min(self.state.step * self.plan.sequences_per_step, self.plan.sequences)
-        return round(seen / self.plan.rows, 4)
+        return round(self.plan.seen(self.state.step) / self.plan.rows, 4)
 
     def _log(self, record: dict[str, Any]) -> None:
         if not self.main:

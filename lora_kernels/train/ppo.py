@@ -30,12 +30,14 @@ from lora_kernels.train.checkpoint import (
     load_checkpoint,
     load_state,
     save_checkpoint,
+    saved_run,
     saying_what_is_left,
+    weights_digest,
 )
 from lora_kernels.train.config import PPOConfig
 from lora_kernels.train.data import digest_of
 from lora_kernels.train.generate import Prompt, encode_prompt, read_prompts, stop_tokens
-from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, truncate_metrics
+from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, prolonged, truncate_metrics
 from lora_kernels.train.ppo_learner import Learner
 from lora_kernels.train.progress import Progress
 from lora_kernels.train.records import Source, describe
@@ -53,7 +55,7 @@ _EVALUATION = 1 << 31  # a step that none is, for the random numbers of evaluati
 @dataclass
 class PPOState:
     """What the run has done so far. episodes: answers learned from; skipped: those left out for a bad reward;
-    evaluated: the last step that was evaluated."""
+    evaluated: the last step that was evaluated; short: see `StepPlan`."""
 
     step: int = 0
     evaluated: int = -1
@@ -61,6 +63,7 @@ class PPOState:
     tokens: int = 0
     skipped: int = 0
     kl_coef: float = 0.0
+    short: int = 0
 
 
 @dataclass
@@ -194,20 +197,24 @@ class PPOTrainer:
         self.model, self.device = run.model, run.accelerator.device
         config = run.config
         self.output_dir = Path(config.output_dir)
-        self.plan = StepPlan(len(prompts), config.rollout_size, 1, 1, config.epochs, config.max_steps, config.seed)
-        self.warmup_steps = math.ceil(config.warmup_ratio * self.plan.total_steps)
+        self._follow(StepPlan(len(prompts), config.rollout_size, 1, 1, config.epochs, config.max_steps, config.seed))
         self.stops = stop_tokens(run.model, run.tokenizer) | _stop_token(run.tokenizer, config.stop)
         if not self.stops:
             raise ValueError("the tokenizer has no end token; give one with stop")
         self.parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        self.weights = weights_digest(run.model)
         self.learner = Learner(roles, config)
         self.state = PPOState(kl_coef=config.kl_coef)
-        self.progress = Progress(self.plan.total_steps, enabled=run.progress)
         self.stopper = Stopper(run.accelerator, math.inf if config.save_steps else SAVE_SECONDS)
         self.saved_step = -1
         self.last: dict[str, float] = {}
         per_epoch = max(1, round(len(prompts) / config.rollout_size))
         self.eval_steps, self.save_steps = config.eval_steps or per_epoch, config.save_steps or per_epoch
+
+    def _follow(self, plan: StepPlan) -> None:
+        self.plan = plan
+        self.warmup_steps = math.ceil(self.config.warmup_ratio * plan.total_steps)
+        self.progress = Progress(plan.total_steps, enabled=self.setup.progress)
 
     @functools.cached_property
     def run_identity(self) -> dict[str, Any]:
@@ -215,11 +222,12 @@ class PPOTrainer:
         return {
             **self.config.identity,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "total_steps": self.plan.total_steps,
             "batch_size": self.config.batch_size,
             "prompts": len(self.prompts),
             "prompt tokens": sum(len(row.ids) for row in self.prompts),
             "prompt digest": digest_of([[np.array(row.ids, dtype=np.int64)] for row in self.prompts]),
+            "reward function": (self.config.reward or "").rpartition(":")[2],
+            "digest of the frozen weights": self.weights,
         }
 
     def run(self) -> PPOResult:
@@ -230,6 +238,9 @@ class PPOTrainer:
         checkpoint = find_checkpoint(self.output_dir) if config.resume else None
         if checkpoint:
             self.state, _ = load_state(checkpoint, self.run_identity, PPOState)
+            plan, changed = prolonged(self.plan, self.state, saved_run(self.output_dir), config)
+            self._follow(plan)
+            self.progress.say(changed)
             load_checkpoint(checkpoint, self.parameters, self.learner.optimizer, self.setup.accelerator)
             self.saved_step = self.state.step
         last_step = self.state.step if checkpoint else -1
@@ -401,7 +412,8 @@ class PPOTrainer:
             return
         self.setup.save_adapter(self.model, self.output_dir)
         save_adapter = functools.partial(self.setup.save_adapter, self.model)
-        arguments = (self.state, self.run_identity, self.setup.accelerator, save_adapter)
+        run = {**self.run_identity, **self.plan.identity}
+        arguments = (self.state, run, self.setup.accelerator, save_adapter)
         save_checkpoint(self.output_dir, self.parameters, self.learner.optimizer, *arguments)
         self.saved_step = self.state.step
         self.stopper.saved()

@@ -41,6 +41,11 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
+    def say(self, text: str) -> None:
+        """Show a line, if there is any text."""
+        if self.enabled and text:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
     def update(self, step: int) -> None:
         if self.first_step is None:
             self.first_step = step
