@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.launch import prepare_multi_gpu_env
-from test_sft import read_metrics, settings, train_tiny
+from test_sft import read_metrics, run_python, settings, train_tiny
 
 from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig
 from lora_kernels.train.dpo import run_dpo
@@ -17,6 +17,44 @@ from lora_kernels.train.launch import check_launcher
 from lora_kernels.train.ppo import run_ppo
 from lora_kernels.train.reward import run_reward
 from lora_kernels.train.sft import run_sft
+
+# One process sleeps for twice what a collective may take, once in each kind of wait, and last in a collective.
+SLEEPING = """
+import sys, time
+from datetime import timedelta
+import torch
+from torch.distributed import distributed_c10d
+from lora_kernels.train.launch import computed_together, make_accelerator, wait_for_everyone
+
+accelerator = make_accelerator()
+wait_for_everyone(accelerator)
+distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+process = accelerator.process_index
+for sleeper in (0, 1):
+    time.sleep(4 * (process == sleeper))
+    wait_for_everyone(accelerator)
+
+def compute(rows):
+    time.sleep(4 * (process == 1))
+    return torch.tensor([[row, process] for row in rows])
+
+found = computed_together(torch.zeros(5, 2, dtype=torch.int64), [[4, 1], [0], [2, 3]], compute, accelerator)
+assert found.tolist() == [[0, 1], [1, 0], [2, 0], [3, 0], [4, 0]], found
+try:
+    time.sleep(4 * (process == 0))
+    accelerator.wait_for_everyone()
+except RuntimeError:
+    sys.exit()
+sys.exit("a collective waited as long")
+"""
+
+
+def test_processes_wait_for_one_that_takes_longer_than_a_collective_may(tmp_path):
+    script = tmp_path / "sleeping.py"
+    script.write_text(SLEEPING)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = run_python(str(script), launcher=launcher)
+    assert process.returncode == 0, process.stderr
 
 
 def launch_environment(*flags):

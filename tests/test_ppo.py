@@ -569,7 +569,7 @@ def test_prompts_that_leave_no_room_are_counted_and_left_out(tmp_path, model_dir
     run_ppo(config, reward=vowels)
     assert "2 prompts; 1 left out, longer than 32 tokens (max_length 40, context 256" in capsys.readouterr().out
     path.write_text("apple " * 100)
-    with pytest.raises(ValueError, match="no prompt to learn from: data: 0 prompts; 1 left out"):
+    with pytest.raises(ValueError, match="no prompt leaves room for an answer: data: 0 prompts; 1 left out"):
         run_ppo(dataclasses.replace(config, output_dir=str(tmp_path / "other")), progress=False, reward=vowels)
 
 

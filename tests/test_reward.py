@@ -14,7 +14,9 @@ from tiny_pairs import tiny_pairs
 
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, inject
+from lora_kernels.train import reward
 from lora_kernels.train.config import RewardConfig
+from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.preference import build_pairs
 from lora_kernels.train.reward import (
     Evaluation,
@@ -158,6 +160,103 @@ def test_normalised_rewards_have_mean_0_and_deviation_1(trained, files):
     assert read_normalization(files) == (1, 0)
 
 
+def learned_positions(directory):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 340, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_normalisation_takes_the_prompts_that_leave_room_for_an_answer(tmp_path, capsys, monkeypatch):
+    """With as many tokens as the model has positions for, and answers that are longer as text than as tokens."""
+    model, seen = learned_positions(tmp_path / "model"), []
+    records = [*tiny_pairs(6), {"prompt": "apple " * 80, "chosen": "one", "rejected": "two"}]
+    data, prompts = tmp_path / "data.json", tmp_path / "prompts.txt"
+    data.write_text(json.dumps(records))
+    prompts.write_text("say one\n" + "apple " * 80 + "\nsay two\n" + "pear " * 50)
+    generate = reward.generate
+    monkeypatch.setattr(reward, "generate", lambda *a, **k: seen.append((a, k)) or generate(*a, **k))
+    monkeypatch.setattr(reward, "train_reward", lambda *a, **k: seen.append("training") or train_reward(*a, **k))
+    changes = {"normalize_samples": 5, "normalize_tokens": 20, "normalize_data": str(prompts), "max_length": 64}
+    with pytest.warns(UserWarning, match="dropped 1 pairs"):
+        run_reward(settings(tmp_path / "out", model=model, data=str(data), max_steps=1, **changes))
+    said = capsys.readouterr().out
+    assert "normalisation: 2 prompts; 2 left out, longer than 44 tokens (max_length 64, context 64, less" in said
+    assert "less normalize_tokens 20)" in said
+    assert seen[-1] == "training" and len(seen) == 3  # all answers, in batches of 4, come before
+    asked = [prompt for (_, _, prompts, *_), _ in seen[:-1] for prompt in prompts]
+    assert sorted(set(asked)) == ["say one", "say two"] and len(asked) == 5
+    values = json.loads((tmp_path / "out" / "reward_normalization.json").read_text())
+    # Text of arbitrary bytes has more tokens than were sampled: what no longer fits was left out and counted.
+    assert 2 <= values["samples"] <= 5
+    assert (f"{values['samples']} answers, {5 - values['samples']} left out" in said) is (values["samples"] < 5)
+
+
+@pytest.mark.parametrize("how", ["no room", "one answer", "absent", "empty"])
+def test_what_can_not_be_normalised_is_said_before_training(files, tmp_path, monkeypatch, how):
+    prompts = tmp_path / "prompts.txt"
+    text = {"no room": "apple " * 300, "one answer": "say one", "empty": "\n"}
+    if how in text:
+        prompts.write_text(text[how])
+    messages = {
+        "no room": r"prompts.txt: no prompt leaves room for an answer: normalisation: 0 prompts; 1 left out",
+        "one answer": r"prompts.txt: normalize_samples needs at least 2 different answers: normalisation: 3 answers",
+        "absent": r"prompts.txt does not exist",
+        "empty": r"prompts.txt: no prompt leaves room for an answer: normalisation: 0 prompts",
+    }
+    monkeypatch.setattr(reward, "generate", lambda model, tokenizer, prompts, *_, **__: ["one"] * len(prompts))
+    config = settings(
+        tmp_path / "out", model=str(files / "model"), data=str(files / "train.jsonl"), normalize_samples=3,
+        normalize_data=str(prompts), normalize_tokens=8,
+    )  # fmt: skip
+    with pytest.raises((ValueError, FileNotFoundError), match=messages[how]):
+        run_reward(config, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rewards_that_are_all_the_same_are_left_as_they_are():
+    constant = RewardModel(torch.nn.Identity())
+    constant.score_rows = lambda rows: torch.full((len(rows),), 2.0)
+    samples = [np.arange(3), np.arange(5)]
+    with pytest.warns(UserWarning, match="not normalised: those of 2 samples have mean 2.0 and deviation 0.0"):
+        assert reward._normalization(constant, samples, 1, make_accelerator()) is None
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import test_reward as t
+t.run_for_processes(sys.argv[1], Path(sys.argv[2]), gradient_accumulation_steps=1)
+assert all((Path(sys.argv[2]) / name).is_file() for name in t.AT_THE_END)
+"""
+AT_THE_END = ("loss.png", "reward_eval.json", "reward_normalization.json", "rewards.png")
+
+
+def run_for_processes(files, output_dir, **changes):
+    config = settings(
+        output_dir, model=f"{files}/model", data=f"{files}/train.jsonl", eval_data=f"{files}/eval.jsonl", max_steps=2,
+        lr=1e-3, normalize_samples=7, normalize_tokens=5, batch_size=2, **changes,
+    )  # fmt: skip
+    run_reward(config, progress=False)
+
+
+def test_two_processes_judge_and_normalise_like_one(files, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = run_python(str(script), files, tmp_path / "two", launcher=launcher)
+    assert process.returncode == 0, process.stderr
+    run_for_processes(files, tmp_path / "one", gradient_accumulation_steps=2)
+    for name in ("reward_eval.json", "reward_normalization.json"):
+        one, two = (json.loads((tmp_path / run / name).read_text()) for run in ("one", "two"))
+        assert one.pop("data", None) == two.pop("data", None)
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5), name
+        assert one.get("samples", 7) == 7 and one.get("pairs", 20) == 20
+
+
 def test_a_reward_adapter_needs_a_head(trained):
     with pytest.raises(ValueError, match="task_type is 'SEQ_CLS', a reward model or classifier, and the model has no"):
         load_adapter(tiny_llama(), trained[0])
@@ -265,6 +364,8 @@ def test_config():
         settings("out", normalize_data="x.jsonl")
     with pytest.raises(ValueError, match="normalize_samples must be 0 or >= 2, got 1"):
         settings("out", normalize_samples=1)
+    with pytest.raises(ValueError, match=r"normalize_tokens must be < max_length \(64\), got 64"):
+        settings("out", normalize_samples=2, max_length=64)
     with pytest.raises(ValueError, match="center_coef must be finite and >= 0, got -1"):
         settings("out", center_coef=-1)
 

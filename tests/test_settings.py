@@ -583,7 +583,9 @@ def test_normalization(trainer, runs, world, monkeypatch):
 
     def spied(*arguments, **named):
         seeds.append(torch.initial_seed())
-        generated.append((*arguments[2:4], found := generate(*arguments, **named)))
+        asked, limit = arguments[2:4]
+        found = generate(*arguments, **named)
+        generated.extend((prompt, limit, answer) for prompt, answer in zip(asked, found, strict=True))
         return found
 
     monkeypatch.setattr(reward, "generate", spied)
@@ -591,9 +593,13 @@ def test_normalization(trainer, runs, world, monkeypatch):
     for samples, tokens, data in ((4, 3, None), (9, 6, "more_pairs.json")):
         data = data and str(world / data)
         ran = runs(trainer, normalize_samples=samples, normalize_tokens=tokens, normalize_data=data)
-        prompts, limit, answers = generated.pop()
+        prompts, limits, answers = zip(*generated, strict=True)
+        # Each batch has a seed of its own.
+        assert all(3 <= seed < 3 + samples for seed in seeds) and len({*seeds}) == len(seeds)
+        generated.clear()
+        seeds.clear()
         there = [pair["prompt"] for pair in oracle.read(data or ran.config.data)]
-        assert len(prompts) == samples and {*prompts} <= {*there} and limit == tokens
+        assert len(prompts) == samples and {*prompts} <= {*there} and {*limits} == {tokens}
         best = oracle.expected(trainer, ran.config)[2]
         rows = [oracle.render(ran.config, *chat)[0] for chat in zip(prompts, answers, strict=True)]
         _, hidden = oracle.forward(ran.config, best, rows)
@@ -601,8 +607,8 @@ def test_normalization(trainer, runs, world, monkeypatch):
         values = oracle.read(Path(ran.config.output_dir) / "reward_normalization.json")
         assert (values["gain"] * scores + values["bias"]).mean() == pytest.approx(0, abs=1e-3)
         assert (values["gain"] * scores).std(ddof=1) == pytest.approx(1, rel=1e-3)
-    runs(trainer, normalize_samples=9, normalize_data=data, seed=4)
-    assert generated.pop()[0] != prompts and seeds == [3, 3, 4]
+    runs(trainer, normalize_samples=9, normalize_data=data, normalize_tokens=6, seed=4)
+    assert [prompt for prompt, *_ in generated] != [*prompts] and min(seeds) >= 4
 
 
 @covers(("ppo",), "top_k", "top_p")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_kernels.io.files import reading, replacing, write_json, writing
+from lora_kernels.train.launch import wait_for_everyone
 
 LAST = "checkpoint-last"
 _WRITING, _REPLACED = ".checkpoint-last.tmp", ".checkpoint-last.old"
@@ -132,7 +133,7 @@ def save_checkpoint(
             os.replace(last, replaced)
         os.replace(staged, last)
         shutil.rmtree(replaced, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
 
 
 @contextmanager
@@ -143,6 +144,8 @@ def _all_or_none(accelerator: Accelerator, directory: Path) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
+    # One process may write for longer than a collective waits.
+    wait_for_everyone(accelerator)
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
     if failed.item():
         if accelerator.is_main_process:

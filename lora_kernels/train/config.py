@@ -279,8 +279,9 @@ class RewardConfig(TrainConfig):
 
     center_coef: weight of (r_chosen + r_rejected)² in the loss, which keeps rewards around 0; see `reward_loss`.
     normalize_samples: after training, so many answers of the base model give the gain and the bias with which rewards
-        have mean 0 and standard deviation 1; 0 leaves them as they are.
-    normalize_data: files of their prompts, by default the training data.
+        have mean 0 and standard deviation 1; 0 leaves them as they are. They are sampled before training.
+    normalize_data: files of their prompts, by default the training data. A prompt that leaves no room in max_length for
+        normalize_tokens is left out.
     normalize_tokens: longest of these answers.
     batch_size: counts pairs, so that a micro-batch has twice as many rows.
     max_length: a pair with an answer that, with its prompt, is longer is left out.
@@ -303,6 +304,8 @@ class RewardConfig(TrainConfig):
         given = self.normalize_samples > 0
         self._check("normalize_data", given or self.normalize_data is None, "left out with normalize_samples 0")
         self._check("normalize_tokens", self.normalize_tokens >= 1, ">= 1")
+        fits = not given or self.normalize_tokens < self.max_length
+        self._check("normalize_tokens", fits, f"< max_length ({self.max_length})")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from lora_kernels.methods import adapters_disabled
 from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.data import batches_by_length
-from lora_kernels.train.launch import make_accelerator
+from lora_kernels.train.launch import computed_together, make_accelerator
 from lora_kernels.train.loop import Callback, to_device
 from lora_kernels.train.losses import IGNORE_INDEX
 from lora_kernels.train.preference import PairDataset, load_pairs
@@ -70,13 +70,13 @@ def reference_logprobs(
     module: DPOLoss, pairs: PairDataset, batch_size: int, accelerator: Accelerator, adapters_on: bool = False
 ) -> np.ndarray:
     """float32 [n, 2]: `module.reference` of the two answers of each pair, on all processes."""
-    batches = batches_by_length(pairs.lengths, batch_size)
-    found = torch.zeros(len(pairs), 2, device=accelerator.device)
-    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+
+    def of_rows(rows: Sequence[int]) -> Tensor:
         batch = to_device(pairs.batch(rows), accelerator)
-        logprobs = module.reference(batch["input_ids"], batch["labels"], adapters_on)
-        found[torch.from_numpy(rows).to(found.device)] = logprobs.view(2, -1).t()
-    return accelerator.reduce(found, "sum").cpu().numpy()
+        return module.reference(batch["input_ids"], batch["labels"], adapters_on).view(2, -1).t()
+
+    batches = batches_by_length(pairs.lengths, batch_size)
+    return computed_together(torch.zeros(len(pairs), 2), batches, of_rows, accelerator).numpy()
 
 
 def run_dpo(config: DPOConfig, callbacks: Sequence[Callback] = (), progress: bool = True) -> TrainResult:

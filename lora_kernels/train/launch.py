@@ -1,12 +1,19 @@
-"""What `accelerate launch`, `torchrun` and the environment ask for: what the trainers do, and what they refuse."""
+"""Several processes: what launchers and the environment may ask for, waiting for one another, sharing work."""
 
+import itertools
 import os
+import time
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
+from torch import Tensor
+from torch.distributed import distributed_c10d
 
+_waits = itertools.count()
+_POLL_SECONDS = 0.02
 _OFF = ("", "0", "f", "false", "n", "no", "none", "off")
 # Variables of accelerate that change what is computed -> what to do instead. All other ACCELERATE_USE_* are ways to
 # share a model over processes, and FSDP_*, MEGATRON_LM_* and the like mean nothing without their ACCELERATE_USE_*.
@@ -35,6 +42,35 @@ def make_accelerator() -> Accelerator:
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
     check_launcher(accelerator)
     return accelerator
+
+
+def wait_for_everyone(accelerator: Accelerator) -> None:
+    """Returns when every process has called it, however long one of them works before.
+
+    A collective gives up after 10 minutes (NCCL) or 30 (gloo), so the processes first count themselves in their store.
+    """
+    if accelerator.num_processes == 1:
+        return
+    store, key = distributed_c10d._get_default_store(), f"lora_kernels/wait_for_everyone/{next(_waits)}"
+    store.add(key, 1)
+    while store.add(key, 0) < accelerator.num_processes:
+        time.sleep(_POLL_SECONDS)
+    # The process that keeps the store may end only after the others have read it.
+    accelerator.wait_for_everyone()
+
+
+def computed_together(
+    found: Tensor,
+    batches: Sequence[Sequence[int]],
+    compute: Callable[[Sequence[int]], Tensor],
+    accelerator: Accelerator,
+) -> Tensor:
+    """`found`, zeros, with found[rows] = compute(rows) for each of `batches`: on all processes, which share them."""
+    found = found.to(accelerator.device)
+    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+        found[torch.as_tensor(rows, device=found.device)] = compute(rows).to(found)
+    wait_for_everyone(accelerator)
+    return accelerator.reduce(found, "sum").cpu()
 
 
 def check_launcher(accelerator: Accelerator | None = None) -> None:

@@ -36,7 +36,7 @@ from lora_kernels.train.checkpoint import (
 )
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.data import batches_by_length
-from lora_kernels.train.launch import check_launcher
+from lora_kernels.train.launch import check_launcher, wait_for_everyone
 from lora_kernels.train.progress import Progress
 from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
 
@@ -285,7 +285,7 @@ class Loop:
             self.state.eval_data, self.state.best_eval_loss = eval_data, None
         if self.main:
             truncate_metrics(self.metrics_path, self.state.step)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
 
     def run(self) -> None:
         """Train from where `restore` went to the end; leaves the module in eval mode.
@@ -382,8 +382,10 @@ class Loop:
             stop, overdue = self.stopper.agreed()
         if stop or end or overdue or state.step % self.save_steps == 0:
             self._checkpoint(best or self.eval_set is None)
-        elif best and self.main:
-            self.save_adapter(self.output_dir)
+        elif best:
+            if self.main:
+                self.save_adapter(self.output_dir)
+            wait_for_everyone(self.accelerator)
         return stop
 
     def _add_extra_loss(self) -> torch.Tensor | None:

@@ -21,7 +21,6 @@ from lora_kernels.io.adapters import load_adapter
 from lora_kernels.io.files import append
 from lora_kernels.methods import inject, trainable_summary
 from lora_kernels.methods.lora import LoRAConfig
-from lora_kernels.methods.virtual_tokens import context_length
 from lora_kernels.report import plot_ppo, read_metrics
 from lora_kernels.train import rl
 from lora_kernels.train.chat import set_chat_template
@@ -36,16 +35,15 @@ from lora_kernels.train.checkpoint import (
 )
 from lora_kernels.train.config import PPOConfig
 from lora_kernels.train.data import digest_of
-from lora_kernels.train.generate import Prompt, encode_prompt, read_prompts, stop_tokens
+from lora_kernels.train.generate import stop_tokens
 from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, prolonged, truncate_metrics
 from lora_kernels.train.ppo_learner import Learner
 from lora_kernels.train.progress import Progress
-from lora_kernels.train.records import Source, describe
 from lora_kernels.train.reward import HEAD, attach_head
 from lora_kernels.train.rewards import FunctionReward, RewardError, RewardFunction, load_function
 from lora_kernels.train.roles import Roles
 from lora_kernels.train.rollout import Episode, sample
-from lora_kernels.train.run import CONFIG, TEMPLATE, Run, TensorBoard, enable_checkpointing, start
+from lora_kernels.train.run import CONFIG, TEMPLATE, PromptRow, Run, TensorBoard, enable_checkpointing, start
 from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
 
 SAMPLES, PLOT = "samples.jsonl", "ppo.png"
@@ -83,15 +81,6 @@ class PPOResult:
     eval_score: float | None = None
 
 
-@dataclass
-class PromptRow:
-    """A prompt as the user gave it, the record that it came from, and its token ids."""
-
-    prompt: Prompt
-    record: Any
-    ids: list[int]
-
-
 def run_ppo(
     config: PPOConfig,
     callbacks: Sequence[Callback] = (),
@@ -115,8 +104,8 @@ def run_ppo(
         reward = FunctionReward(reward or load_function(config.reward), skip=config.bad_rewards == "skip")
     run = start(config, progress)
     _set_template(run.tokenizer, config)
-    prompts = load_prompts(config.data, run, "data")
-    shown = load_prompts(config.eval_data, run, "eval data") if config.eval_data else prompts
+    prompts = run.load_prompts(config.data, "data", "max_new_tokens")
+    shown = run.load_prompts(config.eval_data, "eval data", "max_new_tokens") if config.eval_data else prompts
     with backend_option(config.backend):
         roles = _roles(run)
         roles.lm.check(torch.tensor(prompts[0].ids))
@@ -135,28 +124,6 @@ def _set_template(tokenizer: Any, config: PPOConfig) -> None:
     for file in found:
         if file.read_text(encoding="utf-8") != tokenizer.chat_template:
             warnings.warn(f"{file} is not the chat template in use, and its adapter was trained with it", stacklevel=2)
-
-
-def load_prompts(source: Source, run: Run, name: str) -> list[PromptRow]:
-    """The prompts of data files that leave room for an answer; says how many do not, ValueError if none does."""
-    config = run.config
-    context = context_length(run.model)
-    limit = min(config.max_length, context or config.max_length) - config.max_new_tokens
-    rows = [
-        PromptRow(prompt, record, encode_prompt(run.tokenizer, prompt, where=f"{name}: prompt {i}", **run.rendering))
-        for i, (prompt, record) in enumerate(read_prompts(source))
-    ]
-    kept = [row for row in rows if len(row.ids) <= limit]
-    text = f"{name}: {len(kept)} prompts"
-    if len(kept) < len(rows):
-        text += (
-            f"; {len(rows) - len(kept)} left out, longer than {limit} tokens (max_length {config.max_length}, context "
-            f"{context}, less max_new_tokens {config.max_new_tokens})"
-        )
-    if not kept:
-        raise ValueError(f"{describe(source)}: no prompt to learn from: {text}")
-    run.say(text)
-    return kept
 
 
 def _roles(run: Run) -> Roles:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -19,16 +21,16 @@ from lora_kernels.io.adapters import load_adapter
 from lora_kernels.io.files import write_json
 from lora_kernels.io.models import load_model
 from lora_kernels.io.peft import CONFIG_NAME, read_config
-from lora_kernels.methods import adapters_disabled
 from lora_kernels.methods.modes import eval_mode, train_adapters
-from lora_kernels.methods.virtual_tokens import find_decoder
+from lora_kernels.methods.virtual_tokens import context_length, find_decoder
 from lora_kernels.report import plot_rewards
 from lora_kernels.train.chat import Renderer, set_chat_template
 from lora_kernels.train.config import RewardConfig
 from lora_kernels.train.data import batches_by_length, collate
-from lora_kernels.train.generate import generate, read_prompts
+from lora_kernels.train.generate import generate
+from lora_kernels.train.launch import computed_together, make_accelerator, wait_for_everyone
 from lora_kernels.train.loop import Callback
-from lora_kernels.train.messages import Conversation, Message, Prompt, asked
+from lora_kernels.train.messages import Conversation, Message, asked
 from lora_kernels.train.preference import PairDataset, load_pairs
 from lora_kernels.train.records import describe
 from lora_kernels.train.rl import pair_sums, reward_loss
@@ -80,27 +82,34 @@ class RewardModel(nn.Module):
         """float32 [B] of input_ids [B, T], padded on the right, and lengths [B]; see `rewards`."""
         return self.gain * rewards(self.model, input_ids, lengths) + self.bias
 
-    @torch.no_grad()
     def score_conversations(
         self, tokenizer: Any, conversations: Sequence[list[Message] | Conversation], batch_size: int = 8
     ) -> Tensor:
         """float32 [n] of chats that end with the answer to judge, rendered as in training; without dropout."""
-        told = [
-            chat if isinstance(chat, Conversation) else asked(chat[:-1], f"conversation {index}", chat[-1]["content"])
-            for index, chat in enumerate(conversations)
-        ]
-        renderer = Renderer(tokenizer, whole=False)
-        rows = [(np.array(ids, dtype=np.int32), mask) for ids, mask in renderer.tokenize(told)]
+        rows = _render(tokenizer, conversations)
         scores = torch.empty(len(rows))
-        device = self.model.get_input_embeddings().weight.device
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
-        with eval_mode(self):
-            for start_at in range(0, len(order), batch_size):
-                some = order[start_at : start_at + batch_size]
-                batch = collate([rows[index] for index in some])
-                lengths = batch["attention_mask"].sum(1).to(device)
-                scores[some] = self.score(batch["input_ids"].to(device), lengths).cpu()
+        for some in batches_by_length(np.array([len(ids) for ids in rows]), batch_size):
+            scores[torch.from_numpy(some)] = self.score_rows([rows[index] for index in some])
         return scores
+
+    @torch.no_grad()
+    def score_rows(self, rows: Sequence[np.ndarray]) -> Tensor:
+        """float32 [n] of token ids, scored in one batch; without dropout."""
+        batch = collate([(ids, np.ones(len(ids), dtype=bool)) for ids in rows])
+        device = self.model.get_input_embeddings().weight.device
+        with eval_mode(self):
+            return self.score(batch["input_ids"].to(device), batch["attention_mask"].sum(1).to(device)).cpu()
+
+
+def _render(
+    tokenizer: Any, conversations: Sequence[list[Message] | Conversation], **rendering: Any
+) -> list[np.ndarray]:
+    """Token ids of chats that end with an answer, as training has them."""
+    told = [
+        chat if isinstance(chat, Conversation) else asked(chat[:-1], f"conversation {index}", chat[-1]["content"])
+        for index, chat in enumerate(conversations)
+    ]
+    return [np.array(ids, dtype=np.int32) for ids, _ in Renderer(tokenizer, whole=False, **rendering).tokenize(told)]
 
 
 class RewardLoss(nn.Module):
@@ -134,18 +143,15 @@ def run_reward(config: RewardConfig, callbacks: Sequence[Callback] = (), progres
     `normalize_samples` asks for them. Processes, callbacks and errors as for `run_sft`.
     """
     run = start(config, progress)
-    prompts = []
-    if config.normalize_samples:
-        prompts = [prompt for prompt, _ in read_prompts(config.normalize_data or config.data)]
     train_set, eval_set = run.load(load_pairs)
+    with backend_option(config.backend):
+        samples = sample_chats(run) if config.normalize_samples else []
     attach_head(run.model, config.seed)
     run.method = dataclasses.replace(run.method, modules_to_save=(HEAD,))
     run.adapt()
     result = train_reward(run.model, train_set, eval_set, config, callbacks=callbacks, **run.options())
-    if run.accelerator.is_main_process:
-        with backend_option(config.backend):
-            _finish(run, eval_set or train_set, prompts)
-    run.accelerator.wait_for_everyone()
+    with backend_option(config.backend):
+        _finish(run, eval_set or train_set, samples)
     return result
 
 
@@ -161,40 +167,87 @@ def train_reward(
     return train(RewardLoss(model, config.center_coef), model, train_set, eval_set, config, **options)
 
 
-def _finish(run: Run, pairs: PairDataset, prompts: list[Prompt]) -> None:
-    """Judge pairs with the adapter in output_dir, which the last step need not have been, and normalise its rewards."""
-    config, directory = run.config, Path(run.config.output_dir)
-    model = load_adapter(run.model, directory).eval()
-    evaluation = evaluate_pairs(RewardModel(model), pairs, config.batch_size)
-    name = describe(config.eval_data) if config.eval_data else f"{describe(config.data)} (training data)"
-    title = ", ".join(Path(part).name for part in name.split(","))
-    write_json(directory / EVALUATION, {"data": name, **evaluation.summary()})
-    plot_rewards(evaluation.chosen, evaluation.rejected, evaluation.calibration(), directory / REWARDS, title)
-    run.say(f"{name}: {evaluation.describe()}")
-    if config.normalize_samples:
-        gain, bias = _normalization(run, prompts)
-        run.say(f"rewards are normalised as {gain:.4g} * reward + {bias:.4g}")
+def sample_chats(run: Run) -> list[np.ndarray]:
+    """Token ids of `normalize_samples` chats whose answers the model gives as it is, before anything is injected.
 
-
-def _normalization(run: Run, prompts: list[Prompt]) -> tuple[float, float]:
-    """Gain and bias that give the rewards of the base model's answers mean 0 and standard deviation 1; saves them."""
-    config = run.config
+    All processes share the work; what is drawn depends on the seed and the settings alone. A chat that is longer than
+    max_length is left out and counted. Raises ValueError where no prompt leaves room for an answer, and where the chats
+    are not at least two different ones, whose rewards can't be normalised.
+    """
+    config, model = run.config, run.model.to(run.accelerator.device)
+    source = config.normalize_data or config.data
+    prompts = run.load_prompts(source, "normalisation", "normalize_tokens")
     order = np.random.default_rng([config.seed, 1]).permutation(len(prompts))
     chosen = [prompts[i] for i in np.resize(order, config.normalize_samples)]
-    torch.manual_seed(config.seed)
-    with adapters_disabled(run.model):
+    batches = batches_by_length(np.array([len(row.ids) for row in chosen]), config.batch_size)
+    limit = min(config.max_length, context_length(model) or config.max_length)
+
+    def of_rows(rows: Sequence[int]) -> Tensor:
+        torch.manual_seed(config.seed + int(rows[0]))
+        questions = [chosen[row].prompt for row in rows]
         answers = generate(
-            run.model, run.tokenizer, chosen, config.normalize_tokens, config.batch_size, temperature=_TEMPERATURE
+            model, run.tokenizer, questions, config.normalize_tokens, len(rows), temperature=_TEMPERATURE
         )
-    chats = [asked(prompt, answer=answer) for prompt, answer in zip(chosen, answers, strict=True)]
-    scores = RewardModel(run.model).score_conversations(run.tokenizer, chats, config.batch_size).double()
+        chats = [asked(prompt, answer=answer) for prompt, answer in zip(questions, answers, strict=True)]
+        found = torch.zeros(len(rows), limit, dtype=torch.int64)
+        for row, ids in zip(found, _render(run.tokenizer, chats, **run.rendering), strict=True):
+            if len(ids) <= limit:
+                # 0 is where there is nothing.
+                row[: len(ids)] = torch.from_numpy(ids) + 1
+        return found
+
+    found = computed_together(torch.zeros(len(chosen), limit, dtype=torch.int64), batches, of_rows, run.accelerator)
+    chats = [(row[row > 0] - 1).int().numpy() for row in found if row.any()]
+    left_out = f", {len(chosen) - len(chats)} left out, longer than {limit} tokens" if len(chats) < len(chosen) else ""
+    text = f"normalisation: {len(chats)} answers{left_out}"
+    if len({ids.tobytes() for ids in chats}) < 2:
+        raise ValueError(f"{describe(source)}: normalize_samples needs at least 2 different answers: {text}")
+    run.say(text)
+    return chats
+
+
+def _finish(run: Run, pairs: PairDataset, samples: list[np.ndarray]) -> None:
+    """Judge pairs with the adapter in output_dir, which the last step need not have been, and normalise its rewards.
+
+    All processes share the judging; the main one writes.
+    """
+    config, accelerator, directory = run.config, run.accelerator, Path(run.config.output_dir)
+    model = RewardModel(load_adapter(run.model, directory).eval())
+    evaluation = evaluate_pairs(model, pairs, config.batch_size, accelerator)
+    normalization = _normalization(model, samples, config.batch_size, accelerator) if samples else None
+    name = describe(config.eval_data) if config.eval_data else f"{describe(config.data)} (training data)"
+    if accelerator.is_main_process:
+        write_json(directory / EVALUATION, {"data": name, **evaluation.summary()})
+        if normalization:
+            write_json(directory / NORMALIZATION, normalization)
+        title = ", ".join(Path(part).name for part in name.split(","))
+        plot_rewards(evaluation.chosen, evaluation.rejected, evaluation.calibration(), directory / REWARDS, title)
+    run.say(f"{name}: {evaluation.describe()}")
+    if normalization:
+        run.say(f"rewards are normalised as {normalization['gain']:.4g} * reward + {normalization['bias']:.4g}")
+    wait_for_everyone(accelerator)
+
+
+def _normalization(
+    model: RewardModel, samples: list[np.ndarray], batch_size: int, accelerator: Accelerator
+) -> dict[str, float] | None:
+    """Gain and bias that give the rewards of the samples mean 0 and standard deviation 1; None, and a warning, where
+    there is no such gain."""
+    batches = batches_by_length(np.array([len(ids) for ids in samples]), batch_size)
+    scores = computed_together(
+        torch.zeros(len(samples)),
+        batches,
+        lambda rows: model.score_rows([samples[row] for row in rows]),
+        accelerator,
+    ).double()
     mean, std = scores.mean().item(), scores.std().item()
     if not (math.isfinite(mean) and std > 0):
-        raise ValueError(f"can't normalise: the rewards of {len(chats)} samples have mean {mean} and deviation {std}")
-    gain, bias = 1 / std, -mean / std
-    values = {"gain": gain, "bias": bias, "samples": len(chats), "mean": mean, "std": std}
-    write_json(Path(config.output_dir) / NORMALIZATION, values)
-    return gain, bias
+        warnings.warn(
+            f"the rewards are not normalised: those of {len(samples)} samples have mean {mean} and deviation {std}",
+            stacklevel=2,
+        )
+        return None
+    return {"gain": 1 / std, "bias": -mean / std, "samples": len(samples), "mean": mean, "std": std}
 
 
 @dataclass(frozen=True)
@@ -244,16 +297,21 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_pairs(reward_model: RewardModel, pairs: PairDataset, batch_size: int = 8) -> Evaluation:
-    """Rewards of all pairs, without dropout."""
-    scores = np.empty((2, len(pairs)), dtype=np.float32)
+def evaluate_pairs(
+    reward_model: RewardModel, pairs: PairDataset, batch_size: int = 8, accelerator: Accelerator | None = None
+) -> Evaluation:
+    """Rewards of all pairs, without dropout; on all processes, which share the work."""
     device = reward_model.model.get_input_embeddings().weight.device
+
+    def of_rows(rows: Sequence[int]) -> Tensor:
+        batch = pairs.batch(rows)
+        found = reward_model.score(batch["input_ids"].to(device), batch["lengths"].to(device))
+        return found.view(2, -1).t()
+
+    batches = batches_by_length(pairs.lengths, batch_size)
     with eval_mode(reward_model):
-        for rows in batches_by_length(pairs.lengths, batch_size):
-            batch = pairs.batch(rows)
-            found = reward_model.score(batch["input_ids"].to(device), batch["lengths"].to(device))
-            scores[:, rows] = found.view(2, -1).cpu().numpy()
-    return Evaluation(*scores)
+        scores = computed_together(torch.zeros(len(pairs), 2), batches, of_rows, accelerator or make_accelerator())
+    return Evaluation(*scores.t().numpy())
 
 
 def load_reward_model(

@@ -33,10 +33,11 @@ from lora_kernels.report import plot_loss, plot_ranks
 from lora_kernels.train.chat import set_chat_template
 from lora_kernels.train.checkpoint import find_checkpoint, saved_run
 from lora_kernels.train.config import ADALORA, TrainConfig
-from lora_kernels.train.generate import stop_at_turn_end
-from lora_kernels.train.launch import make_accelerator
+from lora_kernels.train.generate import encode_prompt, read_prompts, stop_at_turn_end
+from lora_kernels.train.launch import make_accelerator, wait_for_everyone
 from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop
-from lora_kernels.train.records import PROMPT_SUFFIXES, find_files
+from lora_kernels.train.messages import Prompt
+from lora_kernels.train.records import PROMPT_SUFFIXES, Source, describe, find_files
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"
@@ -57,6 +58,15 @@ class TrainResult:
     loss: float | None
     eval_loss: float | None = None
     best_eval_loss: float | None = None
+
+
+@dataclass
+class PromptRow:
+    """A prompt as the user gave it, the record that it came from, and its token ids."""
+
+    prompt: Prompt
+    record: Any
+    ids: list[int]
 
 
 @dataclass
@@ -88,6 +98,31 @@ class Run:
         if eval_set is not None:
             self.say(f"eval data: {eval_set.describe()}")
         return train_set, eval_set
+
+    def load_prompts(self, source: Source, name: str, answer: str) -> list[PromptRow]:
+        """The prompts of data files that leave room for an answer of as many tokens as the setting named `answer` says.
+
+        Says how many do not. Raises ValueError if none does.
+        """
+        max_length, context = self.config.max_length, context_length(self.model)
+        limit = min(max_length, context or max_length) - getattr(self.config, answer)
+        rows = [
+            PromptRow(
+                prompt, record, encode_prompt(self.tokenizer, prompt, where=f"{name}: prompt {i}", **self.rendering)
+            )
+            for i, (prompt, record) in enumerate(read_prompts(source))
+        ]
+        kept = [row for row in rows if len(row.ids) <= limit]
+        text = f"{name}: {len(kept)} prompts"
+        if len(kept) < len(rows):
+            text += (
+                f"; {len(rows) - len(kept)} left out, longer than {limit} tokens (max_length {max_length}, context "
+                f"{context}, less {answer} {getattr(self.config, answer)})"
+            )
+        if not kept:
+            raise ValueError(f"{describe(source)}: no prompt leaves room for an answer: {text}")
+        self.say(text)
+        return kept
 
     def adapt(self) -> None:
         """Inject the method, its initial values a function of the seed alone."""
@@ -273,7 +308,7 @@ def train(
         plot_loss(output_dir / METRICS, output_dir / PLOT, unit=config.loss_unit)
         if loop.hook:
             plot_ranks(loop.hook.ranks(), output_dir / RANKS)
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
     return TrainResult(
         output_dir=output_dir,
         steps=loop.state.step,
