@@ -11,6 +11,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -81,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_isa", [] { return isas.current.load()->name; });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("amx_supported", &amx_supported);
+  m.def("spare_threads", &spare_threads, py::arg("enabled"));
+  m.def("take_most_threads", &take_most_threads);
   m.def("amx_enabled", &amx_enabled);
   m.def(
       "enable_amx",

@@ -1,8 +1,9 @@
-"""The builds of the CPU kernels, one for each instruction set."""
+"""The builds of the CPU kernels, one for each instruction set, and the threads that they run on."""
 
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from lora_kernels import cpu
 
@@ -44,3 +45,19 @@ def multiply_bf16(monkeypatch, how):
     this processor has."""
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: how != "converted")
     monkeypatch.setattr(cpu, "own_bfloat16", lambda: how == "own")
+
+
+@contextmanager
+def threads(count, at_least=None):
+    """Have kernels run on `count` threads inside the block, however little work they have; fails unless one of them ran
+    on `at_least` (default: `count`)."""
+    at_least = count if at_least is None else at_least
+    cpu._C.spare_threads(False)
+    cpu._C.take_most_threads()
+    try:
+        with _setting(torch.get_num_threads, torch.set_num_threads, count):
+            yield
+        ran = cpu._C.take_most_threads()
+    finally:
+        cpu._C.spare_threads(True)
+    assert ran >= at_least, f"the kernels ran on {ran} threads; expected: {at_least}"

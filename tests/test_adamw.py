@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cpu_isa import ISAS, instruction_set
+from cpu_isa import ISAS, instruction_set, threads
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -238,17 +238,13 @@ def test_reload_of_low_precision_state_is_exact():
 
 
 def test_the_number_of_threads_changes_no_bit():
-    def run(threads):
-        previous = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            params = make_params(shapes=[(300, 257), (64, 4096), (3,)])
-            optimizer = LoRAPlusAdamW(params, lr=1e-2, lr_ratio=1, max_grad_norm=1.0)
+    def run(count):
+        params = make_params(shapes=[(300, 257), (64, 4096), (3,)])
+        optimizer = LoRAPlusAdamW(params, lr=1e-2, lr_ratio=1, max_grad_norm=1.0)
+        with threads(count):
             for step in range(3):
                 set_gradients(params, gradients(params, step))
                 optimizer.step()
-        finally:
-            torch.set_num_threads(previous)
         return [*params, optimizer.grad_norm]
 
     assert all(torch.equal(p, q) for p, q in zip(run(1), run(3), strict=True))

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from cpu_isa import instruction_set
+from cpu_isa import instruction_set, threads
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -123,14 +123,10 @@ def test_nothing_else_is_written(isa, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 6, 2, 300, 16), (1, 3, 3, 200, 16), (4, 9, 3, 100, 16)], ids=str)
 def test_the_same_bits_for_any_number_of_threads(sizes: tuple[int, ...]) -> None:
-    before = torch.get_num_threads()
     found = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3, 5):
+        with threads(count):
             found.append(results(causal_attention, *inputs(*sizes)))
-    finally:
-        torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

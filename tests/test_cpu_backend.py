@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cpu_isa import amx, multiply_bf16
+from cpu_isa import amx, multiply_bf16, threads
 from lora_cases import check_group, group_case, group_results, one_by_one
 
 from lora_kernels import Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
@@ -104,13 +104,9 @@ def test_gradients_of_a_column_scale(isa):
     assert dscale[2] == 0 and (dz[:, 2] == 0).all() and torch.isfinite(dscale).all()
     frozen_dz, nothing = cpu.column_scale_bwd(dy, None, None, scale)
     assert nothing is None and torch.equal(frozen_dz, dz)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        first, second = (cpu.column_scale_bwd(dy, y, bias, scale)[1] for _ in range(2))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(first, second)
+    with threads(3):
+        (dz3, first), (_, second) = (cpu.column_scale_bwd(dy, y, bias, scale) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(dz3, dz)
     torch.testing.assert_close(first, dscale)
 
 
@@ -298,16 +294,15 @@ def test_product(isa, x_dtype, by_amx, transposed, dtype, M, J, P):
         return scale.to(dtype) * total + bias.to(dtype)
 
     out = torch.full((M, J + 3), torch.nan, dtype=dtype)
-    threads = torch.get_num_threads()
     with amx(by_amx):
         for count in (1, 2, 7):
-            torch.set_num_threads(count)
-            cpu._product(terms, out[:, 1 : J + 1], transposed, scale, bias)
+            # One for each tile, of which a small result has few.
+            with threads(count, at_least=1 if M * J < 10_000 else count):
+                cpu._product(terms, out[:, 1 : J + 1], transposed, scale, bias)
             assert out[:, 0].isnan().all() and out[:, J + 1 :].isnan().all()
             if count == 1:
                 first = out[:, 1 : J + 1].clone()
             assert torch.equal(out[:, 1 : J + 1], first)
-    torch.set_num_threads(threads)
     assert_close_to_reference(first, formula(FP32).to(dtype), formula(torch.float64), "out")
 
 
@@ -387,20 +382,31 @@ def test_conversion_of_every_value(isa, dtype):
 
 
 def test_two_runs_give_the_same_bits(isa):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        case = make_case(300, 129, 257, 16, BF16, FP32, 0.1)
+    case = make_case(300, 129, 257, 16, BF16, FP32, 0.1)
+    with threads(3):
         first, second = run(cpu, *case), run(cpu, *case)
-        assert all(torch.equal(first[name], second[name]) for name in first)
-        torch.set_num_threads(1)
-        single = run(cpu, *case)
-    finally:
-        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    single = run(cpu, *case)
     for name in ("y", "h"):
         assert torch.equal(first[name], single[name])
     for name in GRADIENTS:
         torch.testing.assert_close(first[name], single[name], rtol=2e-2, atol=1e-3)
+
+
+def test_the_number_of_threads_changes_no_bit(isa):
+    """Few rows of x, and NF4 both ways: no thread adds up what another one has."""
+    weight = torch.randn(70, 64)
+    nf4 = quantize_nf4(weight)
+    case = make_case(5, 70, 64, 4, FP32, FP32, 0.0)
+    kernels = [
+        lambda: quantize_nf4(weight).tensors()[0],
+        nf4.dequantize,
+        lambda: cpu.lora_linear_fwd(*list(case[0].values())[:4], 0.7, None, None, 0.0, None)[0],
+    ]
+    for kernel in kernels:
+        single = kernel()
+        with threads(3):
+            assert torch.equal(kernel(), single)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])

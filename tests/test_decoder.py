@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from cpu_isa import threads
 from tiny_models import perturb, tiny_batch, tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -103,19 +104,15 @@ def cross_entropy(logits: Tensor, target: Tensor, scale: float = 1.0) -> tuple[T
     return losses[0], inside
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("scale", [1.0, 0.6, -1.5])
 @pytest.mark.parametrize(("M", "V"), [(0, 5), (1, 1), (5, 7), (3, 33), (67, 1000), (2, 49152)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy(isa, dtype: torch.dtype, M: int, V: int, scale: float, threads: int) -> None:
+def test_cross_entropy(isa, dtype: torch.dtype, M: int, V: int, scale: float, count: int) -> None:
     (logits,) = tensors(1, (M, V), dtype)
     target = torch.arange(M) * 11 % V
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count, at_least=max(1, min(M, count))):
         loss, grad = cross_entropy(logits, target, scale)
-    finally:
-        torch.set_num_threads(before)
     assert loss.dtype == torch.float32 and grad.dtype == dtype
     results = []
     for wide in (logits.float(), logits.double()):
@@ -125,6 +122,23 @@ def test_cross_entropy(isa, dtype: torch.dtype, M: int, V: int, scale: float, th
     (eager, eager_grad), (exact, exact_grad) = results
     assert_close_to_reference(loss, eager, exact, "loss")
     assert_close_to_reference(grad, eager_grad.to(dtype), exact_grad, "gradient")
+
+
+def test_the_number_of_threads_changes_no_bit(isa) -> None:
+    x, dy, up = tensors(3, (300, 64), torch.float32)
+    weight, angles = up[0], dy[:100, :32].contiguous()[None]
+    rstd = cpu_decoder.rms_norm_fwd(x, weight, EPS, 0.0)[1]
+    kernels = [
+        lambda: cpu_decoder.rms_norm_fwd(x, weight, EPS, 0.0)[0],
+        lambda: cpu_decoder.rms_norm_bwd(dy, x, rstd, weight, 0.0),
+        lambda: cpu_decoder.swiglu_fwd(x, up),
+        lambda: torch.cat(cpu_decoder.swiglu_bwd(dy, x, up)),
+        lambda: cpu_decoder.rotary(x.view(1, 6, 100, 32), angles, angles),
+    ]
+    for kernel in kernels:
+        single = kernel()
+        with threads(3):
+            assert torch.equal(kernel(), single)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@
 
 #include "dtype.h"
 #include "scratch.h"
+#include "threads.h"
 #include "vec.h"
 
 #define LK_CONCAT_(a, b) a##b
@@ -34,11 +35,6 @@ struct Buffer {
   const int64_t floats;
   float* const data;
 };
-
-LK_INLINE int thread_count(int requested, int64_t parts, int64_t work, int64_t min_work) {
-  const int64_t threads = min64(requested, min64(parts, work / min_work));
-  return threads < 1 ? 1 : (int)threads;
-}
 
 template <class F>
 LK_INLINE void with_type(DType dtype, F f) {
