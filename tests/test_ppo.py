@@ -656,5 +656,5 @@ def test_answers_are_scored_with_the_template_that_the_reward_model_knows(tmp_pa
 
 
 def test_a_template_that_refuses_a_prompt():
-    with pytest.raises(ValueError, match="refuses the prompt .*no system"):
+    with pytest.raises(ValueError, match="^prompt: the chat template refuses .*no system"):
         encode_prompt(tiny_tokenizer("{{ raise_exception('no system') }}"), "a")
