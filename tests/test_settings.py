@@ -327,7 +327,7 @@ CASES = [
     (("ppo",), "cliprange_value", 0.01, {}),
     (("ppo",), "dual_clip", 1.05, {}),
     (("ppo",), "vf_coef", 0.0, {}),
-    (("ppo",), "target_kl", 0.02, {}),
+    (("ppo",), "target_kl", 0.01, {"ppo_epochs": 3}),
     (("ppo",), "value_lr", None, {}),
     (("ppo",), "eval_prompts", 1, {}),
     (("ppo",), "reward", "test_settings:length", {}),
