@@ -17,6 +17,7 @@ from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from tiny_pairs import tiny_pairs
 
 from lora_kernels import backends
+from lora_kernels.methods.lora import lora_modules
 from lora_kernels.train import ppo, reward, run
 from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from lora_kernels.train.dpo import run_dpo
@@ -373,6 +374,11 @@ def test_the_adapter_is_that_of_the_best_evaluation(trainer, runs):
     adapter, scale, saved = oracle.read_adapter(ran.config.output_dir)
     assert not differences(([], {**adapter, **saved}), ([], oracle.expected(trainer, ran.config)[2]), 1e-4)
     assert scale == oracle.scaling(ran.config)
+    if trainer == "reward":
+        judged = oracle.read(Path(ran.config.output_dir) / "reward_eval.json")
+        best = next(record for record in ran.records if record.get("eval_loss") == min(losses))
+        for name in ("accuracy", "margin", "reward_chosen", "reward_rejected"):
+            assert judged[name] == pytest.approx(best[f"eval_{name}"], abs=1e-5), name
 
 
 @pytest.mark.filterwarnings("ignore:.*dropped")
@@ -578,28 +584,31 @@ def test_precompute_ref(trainer, runs):
 @covers(("reward",), "normalize_samples", "normalize_data", "normalize_tokens")
 def test_normalization(trainer, runs, world, monkeypatch):
     """Gain and bias that give mean 0 and standard deviation 1 to the rewards of answers that the base model samples."""
-    generated, seeds = [], []
+    generated = []
     generate = reward.generate
 
-    def spied(*arguments, **named):
-        seeds.append(torch.initial_seed())
-        asked, limit = arguments[2:4]
-        found = generate(*arguments, **named)
-        generated.extend((prompt, limit, answer) for prompt, answer in zip(asked, found, strict=True))
+    def spied(model, tokenizer, prompts, max_new_tokens, *arguments, **named):
+        assert not list(lora_modules(model))
+        found = generate(model, tokenizer, prompts, max_new_tokens, *arguments, **named)
+        generated.append((prompts, found, max_new_tokens, torch.initial_seed()))
         return found
+
+    def sampled():
+        prompts, answers = ([text for call in generated for text in call[i]] for i in (0, 1))
+        limits, seeds = ({call[i] for call in generated} for i in (2, 3))
+        generated.clear()
+        return prompts, answers, limits, seeds
 
     monkeypatch.setattr(reward, "generate", spied)
     assert not (Path(runs(trainer).config.output_dir) / "reward_normalization.json").exists()
     for samples, tokens, data in ((4, 3, None), (9, 6, "more_pairs.json")):
         data = data and str(world / data)
-        ran = runs(trainer, normalize_samples=samples, normalize_tokens=tokens, normalize_data=data)
-        prompts, limits, answers = zip(*generated, strict=True)
-        # Each batch has a seed of its own.
-        assert all(3 <= seed < 3 + samples for seed in seeds) and len({*seeds}) == len(seeds)
-        generated.clear()
-        seeds.clear()
+        changes = {"normalize_samples": samples, "normalize_tokens": tokens, "normalize_data": data}
+        # Of the adapter of the best evaluation, which with these isn't the last.
+        ran = runs(trainer, **changes, lr=0.1, seed=4, eval_steps=1)
+        prompts, answers, limits, _ = sampled()
         there = [pair["prompt"] for pair in oracle.read(data or ran.config.data)]
-        assert len(prompts) == samples and {*prompts} <= {*there} and {*limits} == {tokens}
+        assert len(prompts) == samples and {*prompts} <= {*there} and limits == {tokens}
         best = oracle.expected(trainer, ran.config)[2]
         rows = [oracle.render(ran.config, *chat)[0] for chat in zip(prompts, answers, strict=True)]
         _, hidden = oracle.forward(ran.config, best, rows)
@@ -607,8 +616,9 @@ def test_normalization(trainer, runs, world, monkeypatch):
         values = oracle.read(Path(ran.config.output_dir) / "reward_normalization.json")
         assert (values["gain"] * scores + values["bias"]).mean() == pytest.approx(0, abs=1e-3)
         assert (values["gain"] * scores).std(ddof=1) == pytest.approx(1, rel=1e-3)
-    runs(trainer, normalize_samples=9, normalize_data=data, normalize_tokens=6, seed=4)
-    assert [prompt for prompt, *_ in generated] != [*prompts] and min(seeds) >= 4
+    runs(trainer, **changes, seed=100)
+    others, _, _, seeds = sampled()
+    assert others != prompts and min(seeds) >= 100
 
 
 @covers(("ppo",), "top_k", "top_p")
