@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +29,7 @@ from lora_kernels.train import ppo
 from lora_kernels.train.config import PPOConfig, RewardConfig
 from lora_kernels.train.generate import encode_prompt
 from lora_kernels.train.ppo import run_ppo
+from lora_kernels.train.ppo_learner import Learner
 from lora_kernels.train.reward import HEAD, attach_head, load_reward_model, run_reward
 from lora_kernels.train.rewards import FunctionReward, RewardError, load_function
 from lora_kernels.train.roles import Roles
@@ -560,6 +563,90 @@ def test_bad_rewards_may_be_skipped_and_are_counted(tmp_path, model_dir, data, h
     assert result.episodes == 22 and all(math.isfinite(record["loss"]) for record in steps)
     shown = read_lines(tmp_path / "samples.jsonl")[-4:]
     assert [line["score"] is None for line in shown] == [False, True, False, False]
+
+
+def fingerprint(prompt, text):
+    """A score that no other answer, and not the same one to another prompt, has; NaN for about every third."""
+    number = zlib.crc32(f"{prompt}|{text}".encode())
+    return math.nan if number % 3 == 0 else number / 2**32
+
+
+def by_prompts(prompts, responses):
+    return [fingerprint(*pair) for pair in zip(prompts, responses, strict=True)]
+
+
+def by_records(prompts, responses, records):
+    return by_prompts([record["instruction"] for record in records], responses)
+
+
+def raising(prompts, responses):
+    scores = by_prompts(prompts, responses)
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("no score")
+    return scores
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """(episode, score) of each answer that PPO learns from, a list for each step."""
+    steps, rollout = [], Learner.rollout
+
+    def spied(self, episodes, scores, kl_coef):
+        steps.append(list(zip(episodes, scores, strict=True)))
+        return rollout(self, episodes, scores, kl_coef)
+
+    monkeypatch.setattr(Learner, "rollout", spied)
+    return steps
+
+
+# Rollouts of 8 answers to prompts of many lengths, of which 3 at a time are sampled, and as many scored.
+SKIPPING = {"bad_rewards": "skip", "rollout_batch_size": 3, "batch_size": 3, "max_steps": 2, "eval_prompts": 8}
+
+
+@pytest.mark.parametrize("function", [by_prompts, by_records, raising])
+def test_answers_keep_their_own_scores_where_others_are_left_out(tmp_path, model_dir, data, learned, function):
+    run_ppo(settings(tmp_path, model_dir, data, **SKIPPING), progress=False, reward=function)
+    tokenizer = tiny_tokenizer()
+    prompts = {tuple(encode_prompt(tokenizer, row["instruction"])): row["instruction"] for row in tiny_records(24)}
+    for pairs in learned:
+        assert 3 <= len(pairs) < 8
+        for episode, score in pairs:
+            ids = episode.response[: -1 if episode.ended else None]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            assert score == fingerprint(prompts[tuple(episode.prompt)], text)
+    assert [record["skipped"] for record in steps_of(tmp_path)] == [8 - len(learned[0]), 16 - sum(map(len, learned))]
+    scores = [line["score"] for line in read_lines(tmp_path / "samples.jsonl")]
+    expected = [fingerprint(line["prompt"], line["response"]) for line in read_lines(tmp_path / "samples.jsonl")]
+    assert scores == [score if math.isfinite(score) else None for score in expected] and None in scores
+
+
+def test_answers_keep_the_scores_of_the_reward_model_where_others_are_left_out(
+    tmp_path, model_dir, data, learned, monkeypatch
+):
+    a_reward_adapter(tmp_path / "reward")
+    rewards, left_out = Roles.rewards, []
+
+    def failing(self, batch):
+        scores = rewards(self, batch)
+        for row, length in enumerate(batch.lengths.tolist()):
+            response = batch.labels[row, :length].tolist()
+            if sum(response) % 3 == 0:
+                scores[row] = math.nan
+                left_out.append(response)
+        return scores
+
+    monkeypatch.setattr(Roles, "rewards", failing)
+    changes = {**SKIPPING, "reward": None, "reward_adapter": str(tmp_path / "reward"), "eval_prompts": 0}
+    run_ppo(settings(tmp_path / "out", model_dir, data, **changes), progress=False)
+    judge, _ = load_reward_model(tmp_path / "reward", str(model_dir), "float32")
+    for pairs in learned:
+        assert 3 <= len(pairs) < 8
+        for episode, score in pairs:
+            assert sum(episode.response) % 3 != 0
+            row = np.array([*episode.prompt, *episode.response], dtype=np.int32)
+            assert score == pytest.approx(judge.score_rows([row]).item(), abs=1e-4)
+    assert len({round(score, 3) for pairs in learned for _, score in pairs}) > 5
+    assert len(left_out) == steps_of(tmp_path / "out")[-1]["skipped"] == 16 - sum(map(len, learned))
 
 
 def test_prompts_that_leave_no_room_are_counted_and_left_out(tmp_path, model_dir, capsys):
