@@ -149,3 +149,15 @@ def test_accelerators_that_train_otherwise_are_refused(changes, refused):
     else:
         with pytest.raises(ValueError, match=refused):
             check_launcher(accelerator)
+
+
+def test_what_the_plots_need_is_tried_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "qt4agg")
+    code = """
+import sys
+from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.sft import run_sft
+run_sft(SFTConfig(model="no/model", data="no/data.json", output_dir=sys.argv[1]))
+"""
+    process = run_python(code, tmp_path / "out")
+    assert process.returncode != 0 and "'qt4agg' is not a valid value for backend" in process.stderr

@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import importlib
 import os
 import re
 import sys
@@ -164,6 +165,8 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
         check_output_dir(config)
     if config.tensorboard:
         summary_writer()
+    # The plots at the end need it, and a bad MPLBACKEND, for one, fails at the import.
+    importlib.import_module("matplotlib.backends.backend_agg")
     if config.date is None:
         # A run that goes on the next day has the same prompts as before.
         before = saved_run(Path(config.output_dir)).get("date") if config.resume else None
