@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import pytest
 from test_ppo import data as data
 from test_ppo import model_dir as model_dir
 from test_ppo import run_for_resume, steps_of
-from test_sft import read_metrics, run_python, tiny_dataset, train_tiny
+from test_sft import TESTS, read_metrics, run_python, tiny_dataset, train_tiny
 
 from lora_kernels.train import stopping
 from lora_kernels.train.stopping import Stopper, ended_by_signals, handling
@@ -221,3 +223,39 @@ def test_a_command_ends_with_128_and_the_signal_before_its_first_step_too(tmp_pa
         os.kill(os.getpid(), getattr(signal, number))
         time.sleep(1)
     assert raised.value.code == ends
+
+
+LAUNCHED = """
+import os, sys, time
+from lora_kernels.train.stopping import ended_by_signals
+try:
+    with ended_by_signals(sys.argv[1]):
+        open(sys.argv[1] + "/ready", "w").close()
+        time.sleep(60)
+except SystemExit as error:
+    with open(sys.argv[1] + "/code.tmp", "w") as file:
+        file.write(str(error.code))
+    os.replace(sys.argv[1] + "/code.tmp", sys.argv[1] + "/code")
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return path.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_run_ends_with_the_launcher_of_accelerate(tmp_path):
+    """It starts one process as its child, and dies by a signal without passing it on."""
+    environment = {**os.environ, "ACCELERATE_DYNAMO_MODE": "default", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-c", LAUNCHER, "-c", LAUNCHED, str(tmp_path)]
+    launcher = subprocess.Popen(command, env=environment)
+    try:
+        assert wait_for(tmp_path / "ready")
+    finally:
+        launcher.terminate()
+        launcher.wait()
+    assert wait_for(tmp_path / "code") and (tmp_path / "code").read_text() == "143"

@@ -1,5 +1,6 @@
 """Signals end a run between two steps, and a checkpoint is due after some minutes: all processes agree on both."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from lora_kernels.train.checkpoint import find_checkpoint
 SAVE_SECONDS = 600.0  # longest time without a checkpoint, where save_steps is left out
 # `timeout`, and a terminal that is closed, send the same signal twice at almost the same time.
 _SAME_REQUEST_SECONDS = 0.25
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -104,6 +106,13 @@ def end_run(number: int, output_dir: str | os.PathLike, say: bool = True) -> NoR
     raise SystemExit(128 + number)
 
 
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when the launcher dies: accelerate's passes on no signal that ends it."""
+    launched = "ACCELERATE_DYNAMO_MODE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 @contextmanager
 def ended_by_signals(output_dir: str | os.PathLike) -> Iterator[None]:
     """For a program that is one run: it ends with 128 + the signal's number, before its first step and after too."""
@@ -113,6 +122,7 @@ def ended_by_signals(output_dir: str | os.PathLike) -> Iterator[None]:
 
     try:
         with handling(end):
+            _end_with_launcher()
             yield
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
