@@ -358,8 +358,8 @@ def test_evaluation_numbers():
 def test_config():
     with pytest.raises(ValueError, match="method must be one of dora, lora, qlora, got 'prefix'"):
         settings("out", method="prefix")
-    with pytest.raises(ValueError, match="init_r must be left out, since RewardConfig has no use for it, got 6"):
-        settings("out", init_r=6)
+    with pytest.raises(ValueError, match="num_virtual_tokens must be left out, since RewardConfig has no use for it"):
+        settings("out", num_virtual_tokens=6)
     with pytest.raises(ValueError, match="normalize_data must be left out with normalize_samples 0"):
         settings("out", normalize_data="x.jsonl")
     with pytest.raises(ValueError, match="normalize_samples must be 0 or >= 2, got 1"):

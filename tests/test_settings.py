@@ -245,7 +245,7 @@ CASES = [
     (ALL, "eval_data", None, {}),
     (ALL, "method", "qlora", {}),
     (("sft", "reward", "dpo"), "method", "dora", {}),
-    (VIRTUAL, "method", "adalora", {"tfinal": 1}),
+    (VIRTUAL, "method", "adalora", {}),
     (VIRTUAL, "method", "full", {}),
     (VIRTUAL, "method", "prefix", {}),
     (VIRTUAL, "method", "prompt", {}),

@@ -583,6 +583,7 @@ def test_config_yaml(tmp_path):
         ("model: m\ndata: d\nlr_scheduler: step\n", "lr_scheduler must be one of cosine, linear, constant"),
         ("model: m\ndata: d\noptimizer: sgd\n", "optimizer must be one of adamw, loraplus, got 'sgd'"),
         ("model: m\ndata: d\nlr_ratio: 0.5\n", "lr_ratio must be finite and >= 1, got 0.5"),
+        ("model: m\ndata: d\ninit_r: 6\n", "init_r must be left out with method lora, got 6"),
         ("model: m\ndata: d\nlora_dropout: 1\n", r"lora_dropout must be in \[0, 1\), got 1.0"),
     ],
 )

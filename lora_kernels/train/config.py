@@ -202,6 +202,8 @@ class TrainConfig:
         """Fill in what depends on the method, and refuse what it has no use for."""
         method = self.method
         self._check("double_quant", method == "qlora" or not self.double_quant, f"left out with method {method}")
+        for name in () if method == "adalora" else ADALORA:
+            self._check(name, getattr(self, name) == getattr(TrainConfig, name), f"left out with method {method}")
         self.lr = self.learning_rates[method] if self.lr is None else self.lr
         self.init = _INITS.get(method) if self.init is None else self.init
         self.target = _TARGETS.get(method) if self.target is None else self.target
