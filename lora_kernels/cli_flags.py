@@ -22,6 +22,10 @@ FIELD_HELP = {
     "eval_data": ("Model and data", "Evaluation data, same forms; the adapter with the best loss on it is kept."),
     "output_dir": ("Model and data", "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml."),
     "chat_template": ("Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."),
+    "date": (
+        "Model and data",
+        "Today's date for chat templates that show it, as YYYY-MM-DD. Default: the day of the start.",
+    ),
     "max_length": ("Model and data", "Tokens kept of each example; a longer preference pair is left out."),
     "method": ("Adapter", "lora, qlora (over 4-bit weights), dora, adalora, prefix, prompt (virtual tokens), or full."),
     "double_quant": ("Adapter", "With qlora: quantise the 4-bit blocks' scales too, 4.13 instead of 4.5 bits."),
