@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 _waits = itertools.count()
 _POLL_SECONDS = 0.02
@@ -51,7 +50,8 @@ def wait_for_everyone(accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    store, key = distributed_c10d._get_default_store(), f"lora_kernels/wait_for_everyone/{next(_waits)}"
+    store = torch.distributed.distributed_c10d._get_default_store()
+    key = f"lora_kernels/wait_for_everyone/{next(_waits)}"
     store.add(key, 1)
     while store.add(key, 0) < accelerator.num_processes:
         time.sleep(_POLL_SECONDS)
