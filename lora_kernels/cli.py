@@ -111,6 +111,7 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
     output_dir="Gets the adapter, checkpoint-last/, metrics.jsonl, samples.jsonl, ppo.png and config.yaml.",
     max_length="Longest prompt and its answer, in tokens; longer prompts are left out.",
     method="lora, or qlora (over 4-bit weights).",
+    adapter="LoRA adapter to start from; its frozen copy is the reference. r and the like are the value model's then.",
     epochs="Passes over the prompts; may be fractional.",
     max_steps="Rollouts; decides instead of --epochs where given.",
     batch_size="Answers in a micro-batch.",
@@ -138,9 +139,12 @@ def reward(*, config: _ConfigFile = None, **flags: Any) -> None:
 
 @app.command()
 @_user_errors
-@flags_of(DPOConfig)
+@flags_of(
+    DPOConfig,
+    adapter="Adapter to start from, which is the reference too. r, target and the like are its own.",
+)
 def dpo(*, config: _ConfigFile = None, **flags: Any) -> None:
-    """Direct preference optimisation on preference pairs; the reference is the model without adapters."""
+    """Direct preference optimisation on preference pairs; the reference is the model as it starts."""
     settings = _settings(DPOConfig, config, flags)
     from lora_kernels.train.dpo import run_dpo
 

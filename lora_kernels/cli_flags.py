@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_kernels.train.config import TrainConfig
+from lora_kernels.train.config import ADAPTER_SETTINGS, TrainConfig
 
 # field of a trainer's config -> (panel, help). A field that is missing here still gets its flag.
 FIELD_HELP = {
@@ -28,6 +28,7 @@ FIELD_HELP = {
     ),
     "max_length": ("Model and data", "Tokens kept of each example; a longer preference pair is left out."),
     "method": ("Adapter", "lora, qlora (over 4-bit weights), dora, adalora, prefix, prompt (virtual tokens), or full."),
+    "adapter": ("Adapter", "Adapter to go on from; r, target and the like are its own, lora_dropout may be another."),
     "double_quant": ("Adapter", "With qlora: quantise the 4-bit blocks' scales too, 4.13 instead of 4.5 bits."),
     "r": ("Adapter", "Rank of LoRA."),
     "lora_alpha": ("Adapter", "scaling = lora_alpha / r."),
@@ -36,6 +37,7 @@ FIELD_HELP = {
         "Dropout on the input of the low-rank branch. The base model's own acts in sft only.",
     ),
     "target": ("Adapter", "Modules: all-linear (default of lora), all (of full), names with commas, a regex."),
+    "exclude_modules": ("Adapter", "Modules of these to leave out: names with commas, or a regex."),
     "use_rslora": ("Adapter", "scaling = lora_alpha / sqrt(r)."),
     "init": ("Adapter", "How adapters start; virtual tokens: vocab (default), text, random, zero (prefix only)."),
     "init_r": ("Adapter", "adalora: rank of each matrix at the start."),
@@ -76,7 +78,6 @@ FIELD_HELP = {
     "top_p": ("Rollout", "Sample from the tokens with this much of the probability; likewise."),
     "stop": ("Rollout", "A further token that ends an answer."),
     "eval_prompts": ("Rollout", "Prompts of --eval-data, or --data, that are answered at each evaluation."),
-    "adapter": ("Reward and reference", "LoRA adapter to start from; its frozen copy is the reference."),
     "reward_adapter": ("Reward and reference", "Adapter of a reward model; the value model starts from it."),
     "reward": ("Reward and reference", "module:function or file.py:function of (prompts, responses[, records])."),
     "bad_rewards": ("Reward and reference", "error, or skip and count, where a reward is NaN or raises."),
@@ -138,8 +139,8 @@ def flags_of(config_class: type[TrainConfig], **texts: str) -> Callable[..., Any
                 text += (
                     f" Default: {', '.join(f'{lr:g} ({name})' for name, lr in config_class.learning_rates.items())}."
                 )
-            elif field.default is not None and kind is not bool:
-                text += f" Default: {field.default}."
+            elif (default := ADAPTER_SETTINGS.get(field.name, field.default)) is not None and kind is not bool:
+                text += f" Default: {default}."
             flag = f"--{field.name.replace('_', '-')}"
             option = typer.Option(
                 f"{flag}/--no-{flag[2:]}" if kind is bool else flag,

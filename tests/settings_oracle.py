@@ -55,9 +55,14 @@ def _linears(directory, nf4, double_quant):
     return weights
 
 
+def excluded(config, path):
+    return not {*path.split(".")}.isdisjoint((config.exclude_modules or "").split(","))
+
+
 def targets(config, paths):
+    paths = [path for path in paths if not excluded(config, path)]
     if config.target in ("all", "all-linear"):
-        return list(paths)
+        return paths
     return [path for path in paths if path.rpartition(".")[2] in config.target.split(",")]
 
 
@@ -88,6 +93,8 @@ def draw_lora(config):
 
 
 def scaling(config):
+    if config.r is None:
+        return read_adapter(config.adapter)[1]
     if config.method == "adalora":
         return config.lora_alpha / (config.init_r + 1e-5)
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -95,11 +102,14 @@ def scaling(config):
 
 def draw(config):
     """The trainable tensors at the start."""
+    if config.adapter:
+        return read_adapter(config.adapter)[0]
     model, tokenizer = load(config.model)
     torch.manual_seed(config.seed)
     if config.method == "full":
         names = [name for name, _ in model.named_parameters()]
         chosen = names if config.target == "all" else [n for n in names if n.split(".")[-2] in config.target.split(",")]
+        chosen = [name for name in chosen if not excluded(config, name)]
         return {name: model.get_parameter(name).detach().clone() for name in chosen}
     if config.method not in ("prefix", "prompt"):
         return draw_lora(config)
@@ -391,7 +401,7 @@ class DPO(Pairs):
         return draw(self.config)
 
     def sums(self, state, rows):
-        reference = DPO.start(self) if self.config.method == "full" else {}
+        reference = DPO.start(self) if self.config.method == "full" or self.config.adapter else {}
         with torch.no_grad():
             before = self.both(lambda answers: self.logprobs(reference, answers), rows)
         now = self.both(lambda answers: self.logprobs(state, answers), rows)

@@ -255,6 +255,8 @@ CASES = [
     (ALL, "use_rslora", True, {}),
     (ALL, "target", "q_proj,down_proj", {}),
     (VIRTUAL, "target", "q_proj,lm_head,norm", {"method": "full"}),
+    (ALL, "exclude_modules", "q_proj,down_proj", {}),
+    (VIRTUAL, "exclude_modules", "mlp,norm", {"method": "full"}),
     (ALL, "init", "default", {}),
     (ALL, "init", "gaussian", {}),
     (ALL, "init", "b_gaussian", {}),
@@ -659,6 +661,15 @@ def test_adapters(trainer, field, runs, world):
     judge = {"normalize_samples": 4, "normalize_tokens": 3, "normalize_data": None}
     given = runs("sft") if field == "adapter" else runs("reward", **judge)
     ran = runs(trainer, **{field: given.config.output_dir})
+    wanted = assert_as_expected(trainer, ran)
+    other = expected(trainer, ran, make(world, trainer, ran.config.output_dir))
+    assert differences(other, wanted, 1e-3)
+
+
+@covers(LOOP, "adapter")
+def test_going_on_from_an_adapter(trainer, runs, world):
+    given = {"adapter": runs("sft").config.output_dir, "r": None, "lora_alpha": None, "init": None}
+    ran = runs(trainer, **given)
     wanted = assert_as_expected(trainer, ran)
     other = expected(trainer, ran, make(world, trainer, ran.config.output_dir))
     assert differences(other, wanted, 1e-3)

@@ -22,20 +22,24 @@ class FullConfig:
         modules: what is trained, with everything inside: "all"; any other string is a regular expression that must
             match a module's whole path; a list names modules by their path or by its last components. A weight that a
             module shares with another one, as tied embeddings do, is trained for both.
+        exclude_modules: what of that stays frozen, with everything inside, named in the same ways.
 
     Raises ValueError naming the argument that is wrong.
     """
 
     modules: str | Sequence[str] = ALL
+    exclude_modules: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.modules, str):
+        for name in ("modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                setattr(self, name, tuple(value))
+                continue
             try:
-                re.compile(self.modules)
+                re.compile(value)
             except re.error as error:
-                raise ValueError(f"modules: {self.modules!r} is not a regular expression: {error}") from None
-        else:
-            self.modules = tuple(self.modules)
+                raise ValueError(f"{name}: {value!r} is not a regular expression: {error}") from None
         if not self.modules:
             raise ValueError('modules is empty; allowed: "all", a regular expression, a list of names')
 
@@ -46,9 +50,13 @@ def inject(model: nn.Module, config: FullConfig, tokenizer: Any = None) -> nn.Mo
     Returns the model. Raises ValueError, with the model unchanged, if a name matches no module, or a weight is
     quantized. Weights of 16 bits lose most updates to rounding: load the model in float32.
     """
-    chosen = [model] if config.modules == ALL else _chosen(model, config.modules)
+    chosen = [model] if config.modules == ALL else _chosen(model, "modules", config.modules)
+    excluded = _chosen(model, "exclude_modules", config.exclude_modules) if config.exclude_modules else []
     parts = {part for module in chosen for part in module.modules()}
+    parts -= {part for module in excluded for part in module.modules()}
     parameters = {parameter for part in parts for parameter in part.parameters(recurse=False)}
+    if excluded and not parameters:
+        raise ValueError(f"exclude_modules leaves nothing of modules={config.modules!r} to train")
     for name, weight in [*model.named_modules(), *model.named_parameters()]:
         integer = isinstance(weight, nn.Parameter) and weight in parameters and not weight.is_floating_point()
         if integer or (isinstance(weight, NF4Weight) and weight in parts):
@@ -60,7 +68,7 @@ def inject(model: nn.Module, config: FullConfig, tokenizer: Any = None) -> nn.Mo
     return model
 
 
-def _chosen(model: nn.Module, names: str | Sequence[str]) -> list[nn.Module]:
+def _chosen(model: nn.Module, argument: str, names: str | Sequence[str]) -> list[nn.Module]:
     modules = {name: module for name, module in model.named_modules() if name}
     if isinstance(names, str):
         chosen = [module for name, module in modules.items() if re.fullmatch(names, name)]
@@ -69,7 +77,7 @@ def _chosen(model: nn.Module, names: str | Sequence[str]) -> list[nn.Module]:
         chosen = [module for name, module in modules.items() if any(named_by(name, suffix) for suffix in names)]
         missing = [suffix for suffix in names if not any(named_by(name, suffix) for name in modules)]
     if missing:
-        raise ValueError(f"modules: {missing[0]!r} matches no module of {type(model).__name__} with parameters")
+        raise ValueError(f"{argument}: {missing[0]!r} matches no module of {type(model).__name__} with parameters")
     return chosen
 
 

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -261,14 +261,24 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
             layer.bypassed = True
             layer.requires_grad_(False)
         replace_module(model, name, layer)
-    originals = {}
+    model.lora_originals = {}
     for name in planned.modules_to_save:
-        originals[name] = model.get_submodule(name)
-        replace_module(model, name, copy.deepcopy(originals[name]).requires_grad_(True))
+        _train_copy(model, name)
     model.adapter_config = config
-    model.lora_originals = originals
     _note_untied_embeddings(model)
     return model
+
+
+def _train_copy(model: nn.Module, name: str) -> None:
+    original = model.lora_originals[name] = model.get_submodule(name)
+    replace_module(model, name, copy.deepcopy(original).requires_grad_(True))
+
+
+def train_in_full(model: nn.Module, name: str) -> None:
+    """Makes the module at the path `name`, which has no adapter, one of the modules_to_save of an injected model."""
+    _train_copy(model, name)
+    config = model.adapter_config
+    model.adapter_config = replace(config, modules_to_save=(*config.modules_to_save, name))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

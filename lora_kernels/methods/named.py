@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from lora_kernels.methods import adapters_disabled
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules, replace_module
 
-FIRST = "default"
+FIRST, REFERENCE = "default", "reference"
 
 
 class ParkedAdapter(nn.Module):
@@ -77,6 +78,11 @@ def use_adapter(model: nn.Module, name: str) -> Iterator[nn.Module]:
         yield model
     finally:
         _switch(model, before)
+
+
+def reference(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """A context in which `model` is the reference policy: its adapter "reference", or the base model without one."""
+    return use_adapter(model, REFERENCE) if REFERENCE in adapter_names(model) else adapters_disabled(model)
 
 
 def _switch(model: nn.Module, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import math
 import os
 import types
@@ -30,8 +31,11 @@ METHODS = tuple(LEARNING_RATES)
 ADALORA = ("init_r", "target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
 # Fields of prefix and prompt alone.
 VIRTUAL_TOKENS = ("num_virtual_tokens", "init_text", "mlp_hidden")
+# What the files of an adapter say where a run goes on from one, and the defaults where it doesn't.
+ADAPTER_SETTINGS = {"r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "use_rslora": False, "num_virtual_tokens": 20}
 _INITS = {"dora": "default", "lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
 _TARGETS = {"full": "all"} | dict.fromkeys(("adalora", "dora", "lora", "qlora"), "all-linear")
+CONTINUED = ("dora", "lora", "prefix", "prompt", "qlora")  # what goes on from an adapter
 _GRAPHED = ("lora", "qlora", "dora", "full")  # what cuda_graphs takes
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
@@ -42,7 +46,7 @@ _NOT_IDENTITY = {
     *("model", "adapter", "reward_adapter", "reward"),
     *("data", "eval_data", "output_dir", "eval_steps", "save_steps", "logging_steps", "resume", "tensorboard"),
     *("backend", "cuda_graphs", "fuse_decoder", "gradient_checkpointing", "chat_template", "max_length", "dtype"),
-    *("epochs", "max_steps"),
+    *("epochs", "max_steps", "adapter"),
     *("batch_size", "gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
     *("bad_rewards", "eval_prompts"),
 }
@@ -65,6 +69,9 @@ class TrainConfig:
         al. 2024); "adalora", low-rank updates whose ranks are distributed over the modules
         while they train (Zhang et al. 2023); "prefix" or "prompt", learned virtual tokens before each sequence; "full",
         the model's own weights.
+    adapter: directory of an adapter (LoRA, DoRA, prefix or prompt tuning, from any trainer or PEFT) to go on from. What
+        it is, such as r, lora_alpha, target and num_virtual_tokens, its files say; a setting that says otherwise is
+        refused, and lora_dropout alone may differ. Only its weights are taken over: the optimizer starts anew.
     double_quant: of qlora, quantise the 4-bit blocks' scales too; see `lora_kernels.quantize_nf4`.
     r, lora_alpha, lora_dropout, use_rslora: of LoRA's adapters. Dropout that the base model has of its own
         (resid_pdrop, attention_dropout, layerdrop and the like in its config) acts in supervised training. It is off in
@@ -74,6 +81,8 @@ class TrainConfig:
         and lora_dropout are its own too.
     target: modules that get a LoRA adapter ("all-linear" by default) or are trained by "full" ("all"): a module name, a
         comma-separated list of names, or a regular expression over module paths.
+    exclude_modules: modules of these that are left out, named in the same ways, as in PEFT; with "full" what is inside
+        them too.
     init: how adapters start, by default "default" for LoRA (see `FusedLoRALinear`), "vocab" for virtual tokens, which
         may also be "text" (init_text, a required text), "random", or "zero" (prefix only); see `PrefixConfig`.
     num_virtual_tokens, init_text: of prefix and prompt; mlp_hidden: of prefix, its reparametrisation.
@@ -113,12 +122,14 @@ class TrainConfig:
     eval_data: str | list[str] | None = None
     output_dir: str = "outputs"
     method: str = "lora"
+    adapter: str | None = None
     double_quant: bool = False
-    r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
     target: str | list[str] | None = None
-    use_rslora: bool = False
+    exclude_modules: str | list[str] | None = None
+    use_rslora: bool | None = None
     init_r: int = 12
     target_r: int = 8
     tinit: int = 0
@@ -128,7 +139,7 @@ class TrainConfig:
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     init: str | None = None
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int | None = None
     init_text: str | None = None
     mlp_hidden: int | None = None
     dtype: str = "auto"
@@ -165,9 +176,9 @@ class TrainConfig:
         self._check_choice("lr_scheduler", SCHEDULERS)
         self._check_choice("optimizer", OPTIMIZERS)
         self._resolve_method()
-        for name in ("r", "num_virtual_tokens", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("max_steps", "eval_steps", "save_steps"):
+        for name in ("r", "num_virtual_tokens", "max_steps", "eval_steps", "save_steps"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, ">= 1 or left out")
         self._check("max_length", self.max_length >= 2, ">= 2")
@@ -179,14 +190,15 @@ class TrainConfig:
             f"adamw with method {self.method}, which has no lora_b",
         )
         self._check("lr_ratio", 1 <= self.lr_ratio < math.inf, "finite and >= 1")
-        self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        self._check("lora_dropout", self.lora_dropout is None or 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._check("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         self._check("weight_decay", self.weight_decay >= 0, ">= 0")
         self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 turns clipping off)")
         self._check("seed", self.seed >= 0, ">= 0")
         self._check("date", self.date is None or _is_date(self.date), "a date as YYYY-MM-DD or left out")
         for field in dataclasses.fields(self):
-            given = field.name in self.unused and getattr(self, field.name) != field.default
+            defaults = (field.default, ADAPTER_SETTINGS.get(field.name))
+            given = field.name in self.unused and getattr(self, field.name) not in defaults
             self._check(field.name, not given, f"left out, since {type(self).__name__} has no use for it")
         self._check_own()
 
@@ -196,7 +208,17 @@ class TrainConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with the one it continues."""
-        return {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
+        values = {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
+        if self.adapter is not None:
+            # Of its tensors, wherever they lie now.
+            tensors = (Path(self.adapter) / "adapter_model.safetensors").read_bytes()
+            values["adapter digest"] = hashlib.sha256(tensors).hexdigest()
+        return values
+
+    @property
+    def describes_adapter(self) -> bool:
+        """Whether r, target and the like are those of an adapter that the run makes, and not said by files."""
+        return self.adapter is None
 
     def _resolve_method(self) -> None:
         """Fill in what depends on the method, and refuse what it has no use for."""
@@ -205,9 +227,20 @@ class TrainConfig:
         for name in () if method == "adalora" else ADALORA:
             self._check(name, getattr(self, name) == getattr(TrainConfig, name), f"left out with method {method}")
         self.lr = self.learning_rates[method] if self.lr is None else self.lr
-        self.init = _INITS.get(method) if self.init is None else self.init
-        self.target = _TARGETS.get(method) if self.target is None else self.target
-        self._check("target", method in _TARGETS or self.target is None, f"left out with method {method}")
+        for name in ("target", "exclude_modules"):
+            given = getattr(self, name) is not None
+            self._check(name, method in _TARGETS or not given, f"left out with method {method}")
+        if self.adapter is not None:
+            self._check("method", method in CONTINUED, f"one of {', '.join(CONTINUED)} with adapter")
+        if self.describes_adapter:
+            defaults = {**ADAPTER_SETTINGS, "init": _INITS.get(method), "target": _TARGETS.get(method)}
+            for name in (name for name in defaults if getattr(self, name) is None):
+                setattr(self, name, defaults[name])
+        else:
+            # As the config.yaml of the run that made it says.
+            self.init = None if self.init == _INITS[method] else self.init
+            for name in ("init", "init_text", "mlp_hidden"):
+                self._check(name, getattr(self, name) is None, "left out with adapter, whose values are the start")
         self._check("mlp_hidden", method == "prefix" or self.mlp_hidden is None, f"left out with method {method}")
         self._check(
             "init_text", method in ("prefix", "prompt") or self.init_text is None, f"left out with method {method}"
@@ -316,8 +349,9 @@ class DPOConfig(TrainConfig):
 
     loss: "sigmoid" or "ipo", beta, label_smoothing: see `dpo_loss`.
     precompute_ref: compute the reference model's log-probabilities of all pairs before the first step, and keep them;
-        else with each batch. The reference is the model without adapters, so method "full", which has no adapters to
-        turn off, needs it.
+        else with each batch. The reference is the model without adapters, or as `adapter` was. So method "full", which
+        has no adapters to turn off, needs it, and so does an adapter of prefix or prompt, beside which there is no
+        place for another.
     batch_size: counts pairs, so that a micro-batch has twice as many rows.
     max_length: a pair with an answer that, with its prompt, is longer is left out.
     """
@@ -341,6 +375,11 @@ class DPOConfig(TrainConfig):
             self.precompute_ref or self.method != "full",
             "true with method full, which has no adapters to turn off: its own start is the reference",
         )
+        self._check(
+            "precompute_ref",
+            self.precompute_ref or self.adapter is None or self.method not in ("prefix", "prompt"),
+            f"true with adapter and method {self.method}, of which a model holds no second one",
+        )
 
 
 @dataclass
@@ -349,8 +388,8 @@ class PPOConfig(TrainConfig):
 
     data: prompts: .txt files, one a line, or training records, whose answers are ignored. eval_data: prompts to show
         and score before, during and after training; by default the first eval_prompts of data.
-    adapter: directory of the LoRA adapter that the policy starts from, and whose frozen copy is the reference; r,
-        lora_alpha, target and the like are then the adapter's. Without one the reference is the base model.
+    adapter: the policy starts from it, and its frozen copy is the reference; r, lora_alpha, target and the like then
+        are those of a new value model alone. Without one the reference is the base model.
     reward_adapter: directory of a reward model's adapter; the value model starts from it, too. Or
     reward: "module:function" or "file.py:function", called with a list of prompts, one of responses (texts) and, if it
         takes a third argument, one of the prompts' records; returns a number for each. Exactly one of the two.
@@ -380,7 +419,6 @@ class PPOConfig(TrainConfig):
 
     output_dir: str = "outputs/ppo"
     lr_scheduler: Literal["cosine", "linear", "constant"] = "linear"
-    adapter: str | None = None
     reward_adapter: str | None = None
     reward: str | None = None
     bad_rewards: Literal["error", "skip"] = "error"
@@ -410,6 +448,10 @@ class PPOConfig(TrainConfig):
     target_kl: float | None = None
     value_lr: float | None = None
     eval_prompts: int = 16
+
+    @property
+    def describes_adapter(self) -> bool:
+        return True
 
     def _check_own(self) -> None:
         for name in ("bad_rewards", "kl_estimator", "score_position"):

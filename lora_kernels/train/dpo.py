@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_kernels.backends import backend_option
-from lora_kernels.methods import adapters_disabled
+from lora_kernels.io.peft import add_saved_adapter
 from lora_kernels.methods.modes import eval_mode, train_adapters
+from lora_kernels.methods.named import REFERENCE, reference
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.launch import computed_together, make_accelerator
@@ -25,7 +26,8 @@ from lora_kernels.train.sft import AnswerLoss
 
 class DPOLoss(AnswerLoss):
     """A causal LM whose forward is the summed `dpo_loss` of the pairs of a batch, in one forward; the reference, where
-    its log-probabilities do not come with the batch, is the same model with its adapters off.
+    its log-probabilities do not come with the batch, is the same model with its adapters off, or with the one called
+    "reference" in their place.
 
     Training mode is for the adapters alone, see `train_adapters`: with dropout of the base model the policy would
     differ from the reference before it has learned anything.
@@ -62,7 +64,7 @@ class DPOLoss(AnswerLoss):
     @torch.no_grad()
     def reference(self, input_ids: Tensor, labels: Tensor, adapters_on: bool = False) -> Tensor:
         """Summed log-probabilities [B] of the labels, adapters and dropout off (`adapters_on`: dropout only)."""
-        with eval_mode(self), nullcontext() if adapters_on else adapters_disabled(self.model):
+        with eval_mode(self), nullcontext() if adapters_on else reference(self.model):
             return self.logprobs(input_ids, labels).sum(1)
 
 
@@ -87,6 +89,8 @@ def run_dpo(config: DPOConfig, callbacks: Sequence[Callback] = (), progress: boo
     run = start(config, progress)
     train_set, eval_set = run.load(load_pairs)
     run.adapt()
+    if config.adapter is not None and not config.precompute_ref:
+        add_saved_adapter(run.model, REFERENCE, config.adapter, trainable=False)
     if config.precompute_ref:
         run.say("computing the reference model's log-probabilities of all pairs")
     return train_dpo(run.model, train_set, eval_set, config, callbacks=callbacks, **run.options())
@@ -103,7 +107,7 @@ def train_dpo(
     """Train what requires gradients in `model`, which `inject` prepared, on pairs; see `train_sft`.
 
     With `config.precompute_ref`, the datasets without `ref_logprobs` get them: from the model without adapters, with
-    method "full" from the model as it is.
+    `config.adapter` or method "full" from the model as it is.
     """
     check_context(model, (train_set, eval_set), config)
     accelerator = accelerator or make_accelerator()
@@ -112,6 +116,6 @@ def train_dpo(
         module.to(accelerator.device).check(torch.from_numpy(train_set.chosen[0][0]).long())
         for pairs in (train_set, eval_set) if config.precompute_ref else ():
             if pairs is not None and pairs.ref_logprobs is None:
-                full = config.method == "full"
-                pairs.ref_logprobs = reference_logprobs(module, pairs, config.batch_size, accelerator, full)
+                start = config.method == "full" or config.adapter is not None
+                pairs.ref_logprobs = reference_logprobs(module, pairs, config.batch_size, accelerator, start)
     return train(module, model, train_set, eval_set, config, accelerator=accelerator, **options)

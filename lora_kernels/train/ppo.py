@@ -17,10 +17,8 @@ import numpy as np
 import torch
 
 from lora_kernels.backends import backend_option
-from lora_kernels.io.adapters import load_adapter
 from lora_kernels.io.files import append
-from lora_kernels.methods import inject, trainable_summary
-from lora_kernels.methods.lora import LoRAConfig
+from lora_kernels.methods import trainable_summary
 from lora_kernels.report import plot_ppo, read_metrics
 from lora_kernels.train import rl
 from lora_kernels.train.chat import set_chat_template
@@ -130,13 +128,7 @@ def _roles(run: Run) -> Roles:
     """Put the adapters of all roles into the run's model, their initial values a function of the seed alone."""
     config = run.config
     attach_head(run.model)
-    torch.manual_seed(config.seed)
-    if config.adapter:
-        load_adapter(run.model, config.adapter)
-        if not isinstance(run.model.adapter_config, LoRAConfig):
-            raise ValueError(f"adapter {config.adapter} is a {type(run.model.adapter_config).__name__}; allowed: LoRA")
-    else:
-        inject(run.model, run.method)
+    run.adapt()
     value_config = dataclasses.replace(run.method, modules_to_save=[HEAD])
     roles = Roles(run.model, value_config, config.temperature, config.adapter, config.reward_adapter)
     run.model.to(run.accelerator.device)

@@ -1,6 +1,5 @@
 """Reward models: a causal LM's decoder with LoRA adapters and a scalar head, trained on preference pairs."""
 
-import dataclasses
 import json
 import math
 import os
@@ -147,8 +146,7 @@ def run_reward(config: RewardConfig, callbacks: Sequence[Callback] = (), progres
     with backend_option(config.backend):
         samples = sample_chats(run) if config.normalize_samples else []
     attach_head(run.model, config.seed)
-    run.method = dataclasses.replace(run.method, modules_to_save=(HEAD,))
-    run.adapt()
+    run.adapt(HEAD)
     result = train_reward(run.model, train_set, eval_set, config, callbacks=callbacks, **run.options())
     with backend_option(config.backend):
         _finish(run, eval_set or train_set, samples)

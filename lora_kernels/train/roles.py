@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels.io.peft import add_saved_adapter
-from lora_kernels.methods.lora import LoRAConfig, adapters_disabled, lora_modules
-from lora_kernels.methods.named import adapter_names, add_adapter, use_adapter
+from lora_kernels.methods.lora import LoRAConfig, lora_modules
+from lora_kernels.methods.named import REFERENCE, add_adapter, reference, use_adapter
 from lora_kernels.train.losses import chunked_logprobs
 from lora_kernels.train.reward import HEAD, read_normalization
 from lora_kernels.train.rollout import EpisodeBatch
@@ -36,7 +36,7 @@ class Roles:
         self.lm = AnswerLoss(model)
         self.temperature = temperature
         if reference_adapter is not None:
-            add_saved_adapter(model, "reference", reference_adapter, trainable=False)
+            add_saved_adapter(model, REFERENCE, reference_adapter, trainable=False)
         self.gain, self.bias = 1.0, 0.0
         if reward_adapter is None:
             add_adapter(model, "value", value_config)
@@ -58,7 +58,7 @@ class Roles:
 
     def reference(self) -> AbstractContextManager[nn.Module]:
         """Inside the `with` block the model is the reference policy."""
-        return use_adapter(self.model, "reference") if self._has("reference") else adapters_disabled(self.model)
+        return reference(self.model)
 
     def value(self) -> AbstractContextManager[nn.Module]:
         """Inside the `with` block the model is the value model."""
@@ -67,9 +67,6 @@ class Roles:
     def reward(self) -> AbstractContextManager[nn.Module]:
         """Inside the `with` block the model is the reward model."""
         return use_adapter(self.model, "reward")
-
-    def _has(self, name: str) -> bool:
-        return name in adapter_names(self.model)
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Adapters and head of the value model."""

@@ -1,6 +1,7 @@
 """What every trainer's run consists of, whatever it trains on: load, inject, train, save."""
 
 import ctypes
+import dataclasses
 import datetime
 import importlib
 import os
@@ -31,6 +32,7 @@ from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
 from lora_kernels.methods.virtual_tokens import context_length, learned_positions
 from lora_kernels.nn.fused_decoder import fuse_decoder
 from lora_kernels.report import plot_loss, plot_ranks
+from lora_kernels.train.adapter import check_adapter, go_on
 from lora_kernels.train.chat import set_chat_template
 from lora_kernels.train.checkpoint import find_checkpoint, saved_run
 from lora_kernels.train.config import ADALORA, TrainConfig
@@ -72,7 +74,10 @@ class PromptRow:
 
 @dataclass
 class Run:
-    """A model that is loaded for `config`, and what belongs to it; `adapt` puts the method's adapters into it."""
+    """A model that is loaded for `config`, and what belongs to it; `adapt` puts the method's adapters into it.
+
+    method: the config of the adapters that the run makes; None where it goes on from the config's adapter.
+    """
 
     config: TrainConfig
     method: Any
@@ -125,9 +130,20 @@ class Run:
         self.say(text)
         return kept
 
-    def adapt(self) -> None:
-        """Inject the method, its initial values a function of the seed alone."""
-        set_seed(self.config.seed)
+    def adapt(self, head: str | None = None) -> None:
+        """Inject the method, its initial values a function of the seed alone, or go on from the config's adapter.
+
+        head: a module that is trained in full beside it.
+        """
+        config = self.config
+        set_seed(config.seed)
+        if config.adapter is not None:
+            named = (None, None) if config.describes_adapter else (config.target, config.exclude_modules)
+            targets, excluded = (None if name is None else target_modules(name) for name in named)
+            go_on(self.model, config, targets, excluded, head)
+            return
+        if head is not None:
+            self.method = dataclasses.replace(self.method, modules_to_save=(head,))
         inject(self.model, self.method, self.tokenizer)
 
     def say(self, text: str) -> None:
@@ -158,7 +174,9 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     Raises FileExistsError where output_dir holds another run, FileNotFoundError where data do not exist, and ValueError
     for bad settings.
     """
-    method = method_config(config)
+    method = method_config(config) if config.describes_adapter else None
+    if config.adapter is not None:
+        check_adapter(config)
     return_freed_memory()
     accelerator = make_accelerator()
     if accelerator.is_main_process:
@@ -182,7 +200,11 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
         progress=progress and accelerator.is_main_process,
     )
     own_template = tokenizer.chat_template
-    set_chat_template(tokenizer, config.chat_template)
+    template = config.chat_template
+    if template is None and config.adapter is not None and (Path(config.adapter) / TEMPLATE).is_file():
+        # What the adapter was trained with.
+        template = os.path.join(config.adapter, TEMPLATE)
+    set_chat_template(tokenizer, template)
     run = Run(config, method, accelerator, model, tokenizer, own_template, progress)
     if config.fuse_decoder and accelerator.device.type == "cpu" and (count := fuse_decoder(model)):
         run.say(f"{count} modules of the decoder are fused")
@@ -225,12 +247,14 @@ def check_output_dir(config: TrainConfig) -> None:
 
 def method_config(config: TrainConfig) -> Any:
     """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
+    excluded = () if config.exclude_modules is None else target_modules(config.exclude_modules)
     if config.method in ("dora", "lora", "qlora"):
         return lora.LoRAConfig(
             r=config.r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=target_modules(config.target),
+            exclude_modules=excluded,
             use_rslora=config.use_rslora,
             init=config.init,
             use_dora=config.method == "dora",
@@ -240,10 +264,11 @@ def method_config(config: TrainConfig) -> Any:
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=target_modules(config.target),
+            exclude_modules=excluded,
             **{name: getattr(config, name) for name in ADALORA},
         )
     if config.method == "full":
-        return full.FullConfig(target_modules(config.target))
+        return full.FullConfig(target_modules(config.target), excluded)
     tokens = {name: getattr(config, name) for name in ("num_virtual_tokens", "init", "init_text")}
     if config.method == "prefix":
         return prefix.PrefixConfig(**tokens, mlp_hidden=config.mlp_hidden)

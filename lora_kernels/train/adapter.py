@@ -1,0 +1,83 @@
+"""Going on from an adapter: what its files say about the run, and putting it into the model."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.io.adapters import is_model_directory, load_adapter
+from lora_kernels.io.peft import CONFIG_NAME, read_config
+from lora_kernels.methods import adapter_config
+from lora_kernels.methods.lora import LoRAConfig, lora_modules, plan, train_in_full
+from lora_kernels.train.checkpoint import LAST
+from lora_kernels.train.config import TrainConfig
+
+_METHODS = {
+    "LORA": ("lora", "qlora", "dora"),
+    "PREFIX_TUNING": ("prefix",),
+    "PROMPT_TUNING": ("prompt",),
+}
+# What PEFT takes where its file says nothing.
+_PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "use_rslora": False}
+
+
+def check_adapter(config: TrainConfig) -> None:
+    """The checks of `config.adapter` that need no model.
+
+    Raises FileNotFoundError where it is no adapter, ValueError where it is of another method or the settings
+    contradict it.
+    """
+    directory = Path(config.adapter)
+    if is_model_directory(directory):
+        raise ValueError(f"adapter {directory} holds a whole model; give it as model")
+    output_dir = Path(config.output_dir).resolve()
+    if directory.resolve() in (output_dir, output_dir / LAST):
+        raise ValueError(f"adapter {directory} is where the run writes its own; choose another output_dir")
+    raw = read_config(directory / CONFIG_NAME)
+    kind = raw.get("peft_type")
+    if kind == "ADALORA":
+        raise ValueError(
+            f"adapter {directory} is one of AdaLoRA, whose ranks are allocated once; save it as LoRA "
+            "(lora_kernels.save_adapter(model, directory, as_lora=True)) and go on from that"
+        )
+    if config.method not in _METHODS.get(kind, ()):
+        allowed = ", ".join(_METHODS[kind]) if kind in _METHODS else "none"
+        raise ValueError(
+            f"adapter {directory} has peft_type {kind!r}, which goes on with method {allowed}; got {config.method!r}"
+        )
+    if config.method == "dora" and not raw.get("use_dora"):
+        raise ValueError(f"adapter {directory} is one of LoRA without DoRA's magnitudes; method must be lora or qlora")
+    fixed = ("r", "lora_alpha", "use_rslora") if kind == "LORA" else ("num_virtual_tokens",)
+    for name in () if config.describes_adapter else fixed:
+        value = raw.get(name) if raw.get(name) is not None else _PEFT_DEFAULTS.get(name)
+        if getattr(config, name) not in (None, value):
+            raise _contradiction(config, name, value)
+
+
+def go_on(model: nn.Module, config: TrainConfig, targets: Any, excluded: Any, head: str | None = None) -> None:
+    """Puts `config.adapter` into `model`, a base model, to be trained on.
+
+    targets, excluded: the modules that the settings name, as LoRAConfig takes them; None where they name none.
+    head: a module that is trained in full beside it, from its values in the model where the adapter has none.
+    Raises ValueError where they mean other modules than the adapter has, and what `load_adapter` raises.
+    """
+    named = {"target_modules": targets, "exclude_modules": excluded}
+    named = {name: value for name, value in named.items() if value is not None}
+    planned = set(plan(model, LoRAConfig(**named), bypassed=True).adapters) if named else None
+    load_adapter(model, config.adapter)
+    adapted = {name for name, _ in lora_modules(model)}
+    if planned is not None and planned != adapted:
+        name = "exclude_modules" if targets is None else "target"
+        raise _contradiction(config, name, ", ".join(sorted(adapted)))
+    given = config.lora_dropout is not None and not config.describes_adapter
+    if given and isinstance(adapter_config(model), LoRAConfig):
+        for _, layer in lora_modules(model):
+            layer.lora_dropout = config.lora_dropout
+        model.adapter_config = dataclasses.replace(model.adapter_config, lora_dropout=config.lora_dropout)
+    if head is not None and head not in model.lora_originals:
+        train_in_full(model, head)
+
+
+def _contradiction(config: TrainConfig, name: str, value: Any) -> ValueError:
+    return ValueError(f"{name} is {getattr(config, name)!r}, but adapter {config.adapter} has {value}; leave it out")
