@@ -1,4 +1,4 @@
-# make demo | demo-rlhf | test | lint | bench | wheel. Everything goes into .venv; nothing outside this directory but the model cache is written.
+# make demo | demo-rlhf | test | test-newest | lint | mutants | bench | wheel. Everything goes into .venv; nothing outside this directory but the model cache is written.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Triton has no build for macOS.
@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: venv demo demo-rlhf test test-all test-sanitizers lint bench wheel clean
+.PHONY: venv demo demo-rlhf test test-newest test-all test-sanitizers lint mutants bench wheel clean
 
 venv: $(VENV)/.dev $(VENV)/.test-extension
 
@@ -55,6 +55,17 @@ demo-rlhf: $(VENV)/.extension
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 
+# The newest transformers, where PEFT isn't needed: for its sake .[dev] holds transformers back.
+NEWEST_TESTS := $(patsubst %,tests/test_%.py,decoder full graphs methods models nn preference prefix_prompt)
+$(VENV)/.newest: $(VENV)/.dev
+	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/newest transformers
+	touch $@
+
+test-newest: export PYTHONPATH := $(VENV)/newest
+test-newest: venv $(VENV)/.newest
+	$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow" -k "not peft and not killed and not cross_entropy" $(NEWEST_TESTS)
+
 test-all: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
@@ -66,6 +77,15 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# Wrong changes that tests should notice. Takes long: MUTANTS_FLAGS='--base main' tries what a branch has changed alone.
+MUTANTS_FLAGS ?= --output docs/mutants.md
+$(VENV)/.mutmut: $(VENV)/.dev
+	$(INSTALL) mutmut==3.8.1
+	touch $@
+
+mutants: venv $(VENV)/.mutmut
+	$(BIN)/python tools/mutants.py $(MUTANTS_FLAGS)
 
 bench: venv
 	$(BIN)/lora-kernels bench $(BENCH_FLAGS)

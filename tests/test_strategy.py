@@ -155,16 +155,17 @@ def test_time_on_the_gpu_and_the_least_time_to_queue(monkeypatch):
             log.append("synchronize")
 
         def elapsed_time(self, end):
+            assert isinstance(end, Event)
             return running[log.count("synchronize") - 1]
 
     def clock():
-        """Seconds: the first call of a pass gives 0, the second one what queueing took."""
+        """Seconds since some time: 5 at the first call of a pass, and at the second one what queueing took more."""
         log.append("clock")
         calls = log.count("clock")
-        return 0.0 if calls % 2 else queueing[calls // 2 - 1] / 1e3
+        return 5.0 if calls % 2 else 5.0 + queueing[calls // 2 - 1] / 1e3
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep" if cycles > 1e6 else cycles))
     monkeypatch.setattr(strategy.time, "perf_counter", clock)
     assert strategy.time_ms(lambda: log.append("step")) == pytest.approx(7.0 + 2.0)
     measured = ["sleep", "record", "clock", "step", "clock", "record", "synchronize"]

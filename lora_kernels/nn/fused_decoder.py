@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -144,8 +144,9 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
     The function's code with other globals: its module's, as they are now, but for that name. So nobody else who uses
     the module sees a difference.
     """
-    original = forward.__globals__.get(_ROTARY)
-    if original is None or _ROTARY not in forward.__code__.co_names or not _is_rotary(original):
+    plain = inspect.unwrap(forward)
+    original = plain.__globals__.get(_ROTARY)
+    if original is None or _ROTARY not in plain.__code__.co_names or not _is_rotary(original):
         return forward
 
     @wraps(original)
@@ -155,9 +156,7 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
             return original(q, k, cos, sin, *args, **kwargs)
         return decoder.rotary(q, cos, sin), decoder.rotary(k, cos, sin)
 
-    module = {**forward.__globals__, _ROTARY: rotary}
-    made = FunctionType(forward.__code__, module, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
+    made = _with_rotary(forward, rotary)
 
     @wraps(forward)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -165,6 +164,18 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
         return (forward if torch.compiler.is_compiling() else made)(self, *args, **kwargs)
 
     return wrapped
+
+
+def _with_rotary(function: Callable[..., Any], rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, made anew with `rotary` for its module's. Where it is a decorator's, what that wraps is made anew."""
+    closure, inner = function.__closure__, getattr(function, "__wrapped__", None)
+    if inner is not None:
+        cell = CellType(_with_rotary(inner, rotary))
+        closure = tuple(cell if old.cell_contents is inner else old for old in closure)
+    module = {**function.__globals__, _ROTARY: rotary}
+    made = FunctionType(function.__code__, module, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 @torch.no_grad()
