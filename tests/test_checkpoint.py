@@ -131,7 +131,12 @@ def test_where_another_process_fails_all_do_and_the_last_checkpoint_stays(tmp_pa
         return tensor + (len(calls) == 2)
 
     accelerator = SimpleNamespace(
-        is_main_process=True, process_index=0, device=torch.device("cpu"), reduce=reduce, wait_for_everyone=lambda: None
+        is_main_process=True,
+        num_processes=1,
+        process_index=0,
+        device=torch.device("cpu"),
+        reduce=reduce,
+        wait_for_everyone=lambda: None,
     )
     with pytest.raises(OSError, match="another process could not write its part"):
         save(tmp_path, model, optimizer, 2, accelerator)
