@@ -102,7 +102,8 @@ class Renderer:
             missing = {}
         spans = [span for index in conversation.answers if index not in missing and (span := rendering.learned(index))]
         if not spans:
-            why = next(iter(missing.values()), "the chat template does not show where an answer starts")
+            untold = "the chat template does not show where an answer starts"
+            why = next((missing[index] for index in conversation.answers if index in missing), untold)
             raise ValueError(f"{conversation.where}: {why}; pass another chat_template")
         self.left_out += len(conversation.answers) - len(spans)
         return rendering.text[: spans[-1][1]], spans
@@ -117,7 +118,7 @@ class Renderer:
     def _spelled(
         self, conversation: Conversation, add_generation_prompt: bool = False
     ) -> tuple["_Rendering", dict[int, str]]:
-        """The conversation as the template shows most of it, and what of its answers is missing."""
+        """The conversation as the template shows most of it, and what of its messages is missing."""
         best = problem = None
         calls = any("tool_calls" in item for item in conversation.messages)
         for spelling in sorted(_SPELLINGS, key=lambda one: one != self._spelling):
@@ -291,7 +292,7 @@ class _Rendering:
         return None if header is None else header[: self.renderer.common_start(header, own[0])]
 
     def missing(self) -> dict[int, str]:
-        """What the text does not show of the answers, by message. ValueError for what else it has to show."""
+        """What the text does not show, by message. ValueError where tools, their calls or their results are missing."""
         where, missing = self.conversation.where, {}
         for tool in self.conversation.tools or ():
             if tool["function"]["name"] not in self.text:
@@ -304,9 +305,11 @@ class _Rendering:
             if not all(_shows_call(shown, call["function"]) for call in item.get("tool_calls", ())):
                 raise ValueError(f"{where}: {what.format('tool calls')}")
             if item["role"] != "assistant":
-                # Templates may change a little of what they are given, but either end of it is there.
+                # Templates may change a little of what they are given, but either end of a long text is there.
                 if not any(part in shown for form in _forms(item["content"]) for part in (form[:16], form[-16:])):
-                    raise ValueError(f"{where}: {what.format('text')} (role {item['role']})")
+                    missing[index] = what.format("text")
+                    if item["role"] == "tool":
+                        raise ValueError(f"{where}: {missing[index]}")
             elif index in self.conversation.answers:
                 said = _squeezed(item["content"]).replace("<think></think>", "")
                 if not _shows(shown, said):
