@@ -56,7 +56,7 @@ test: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 
 # The newest transformers, where PEFT isn't needed: for its sake .[dev] holds transformers back.
-NEWEST_TESTS := $(patsubst %,tests/test_%.py,decoder full graphs methods models nn preference prefix_prompt)
+NEWEST_TESTS := $(patsubst %,tests/test_%.py,chat chat_templates data decoder full graphs methods models nn preference prefix_prompt)
 $(VENV)/.newest: $(VENV)/.dev
 	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/newest transformers
 	touch $@
