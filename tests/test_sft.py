@@ -2,10 +2,12 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -430,6 +432,7 @@ def test_a_step_is_clip_grad_norm_and_torchs_adamw(tmp_path, optimizer, monkeypa
 
 TWO_PROCESSES = """
 import sys
+import warnings
 import test_sft as t
 t.train_for_processes(sys.argv[1], gradient_accumulation_steps=2)
 """
@@ -511,6 +514,20 @@ def test_models_with_scaled_or_capped_logits_and_those_that_can_not_be_trained(t
     model = inject(tiny_llama(tie_word_embeddings=False), LoRAConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="output embedding must be an nn.Linear without adapter, got FusedLoRALinear"):
         train_tiny(tmp_path, model=model)
+
+
+def test_what_the_loss_does_not_reach_is_named_once(tmp_path):
+    message = r"no gradient in the first step: model\.model\.layers\.\*\.unused\.weight\."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_tiny(tmp_path / "plain", max_steps=2)
+        model = inject(tiny_llama(), LoRAConfig(r=4))
+        for layer in model.model.layers:
+            layer.unused = torch.nn.Linear(2, 2, bias=False)
+        assert not any("no gradient" in str(warning.message) for warning in caught)
+        train_tiny(tmp_path / "unused", model=model, max_steps=2)
+        train_tiny(tmp_path / "unused", model=model, max_steps=4, resume=True)
+    assert [bool(re.match(message, str(w.message))) for w in caught if "no gradient" in str(w.message)] == [True]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -170,13 +170,13 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
         raise ValueError(
             f"target_modules={config.target_modules!r} includes {refused[0]!r}, where an adapter can't work: "
             f"{problems[refused[0]]}. Leave it out with exclude_modules, or name others of the linear layers: "
-            f"{_shorten(name for name in linears if name not in problems)}"
+            f"{shorten(name for name in linears if name not in problems)}"
         )
     chosen = [name for name in chosen if name not in refused]
     if not chosen:
         raise ValueError(
             f"target_modules={config.target_modules!r} leaves no module for an adapter; linear layers of the model: "
-            f"{_shorten(linears)}{''.join(f'; {reason}' for reason in dict.fromkeys(problems.values()))}"
+            f"{shorten(linears)}{''.join(f'; {reason}' for reason in dict.fromkeys(problems.values()))}"
         )
     for name in chosen:
         dtype = modules[name].weight.dtype
@@ -186,7 +186,7 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, argument):
             if not any(pattern_matches(pattern, name) for name in chosen):
-                raise ValueError(f"{argument}: {pattern!r} matches none of the adapted modules: {_shorten(chosen)}")
+                raise ValueError(f"{argument}: {pattern!r} matches none of the adapted modules: {shorten(chosen)}")
     adapters = {
         name: (
             from_pattern(config.rank_pattern, name, config.r),
@@ -208,11 +208,11 @@ def _check_names_exist(
             close = difflib.get_close_matches(suffix, known, n=3)
             hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(
-                f"{argument}: the model has no module {suffix!r}.{hint} Its linear layers: {_shorten(linears)}"
+                f"{argument}: the model has no module {suffix!r}.{hint} Its linear layers: {shorten(linears)}"
             )
 
 
-def _shorten(names: Iterable[str]) -> str:
+def shorten(names: Iterable[str]) -> str:
     """Module paths as a reader wants them: layers.0 to layers.31 once, as layers.*."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)) or "none"
 
@@ -251,7 +251,7 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
     for reason in dict.fromkeys(planned.problems.values()):
         names = [name for name, problem in planned.problems.items() if problem == reason]
         what = "LoRA adapters without effect, which stay frozen" if names[0] in planned.adapters else "no LoRA adapter"
-        warnings.warn(f"{_shorten(names)}: {what}, since {reason}", stacklevel=3)
+        warnings.warn(f"{shorten(names)}: {what}, since {reason}", stacklevel=3)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (r, lora_alpha) in planned.adapters.items():

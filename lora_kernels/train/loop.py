@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import nn
 
 from lora_kernels.io.files import append, reading, replacing
 from lora_kernels.methods import training_hook
+from lora_kernels.methods.lora import shorten
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.train.checkpoint import (
@@ -330,6 +332,8 @@ class Loop:
                 # Not accelerator.backward(), which divides once more where it was told of accumulation.
                 (sums["loss"] * (scale * share)).backward()
             self.window.add(sums, share)
+        if state.step == 0 and self.main:
+            self._warn_of_unreached()
         extra_loss = self._add_extra_loss()
         self.optimizer.step()
         grad_norm = self.optimizer.grad_norm
@@ -369,6 +373,15 @@ class Loop:
             state.window_count = 0
             self.window_seconds, self.window_tokens = 0.0, 0
         self.progress.update(state.step)
+
+    def _warn_of_unreached(self) -> None:
+        unreached = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+        if unreached:
+            warnings.warn(
+                f"no gradient in the first step: {shorten(unreached)}. An expert may have had no token; anything else "
+                "is not used in training and stays as it is",
+                stacklevel=2,
+            )
 
     def _evaluate_and_save(self) -> int:
         """What is due after the state's step; returns the signal that ends the run here, or 0."""
