@@ -17,9 +17,11 @@ from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import AdaLoRAConfig, PrefixConfig, PromptConfig, inject
 from lora_kernels.methods.lora import LoRAConfig, lora_modules
+from lora_kernels.train.checkpoint import find_checkpoint
 from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from lora_kernels.train.data import load_dataset
 from lora_kernels.train.dpo import run_dpo
+from lora_kernels.train.ppo import run_ppo
 from lora_kernels.train.reward import run_reward
 from lora_kernels.train.run import start
 from lora_kernels.train.sft import AnswerLoss, run_sft
@@ -157,6 +159,28 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(run, files, tmp_path):
         assert torch.equal(tensors(tmp_path / "stopped")[name], tensor), name
     with pytest.raises(ValueError, match="adapter digest"):
         train(dataclasses.replace(resumed, adapter=str(another(files, tmp_path))), progress=False)
+
+
+def ppo(config, **arguments):
+    run_ppo(config, reward=lambda prompts, answers: [float(len(answer)) for answer in answers], **arguments)
+
+
+_PPO = {"reward": "rules:length", "rollout_size": 2, "max_new_tokens": 2, "max_length": 128, "eval_prompts": 1}
+
+
+@pytest.mark.parametrize("run, config_class, changes", [(run_sft, SFTConfig, {}), (ppo, PPOConfig, _PPO)])
+def test_the_adapter_may_move_while_it_trains(run, config_class, changes, files, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).write_bytes((files / "lora" / name).read_bytes())
+
+    def move(record):
+        if record["step"] == 1:
+            (tmp_path / "adapter").rename(tmp_path / "moved")
+
+    changes = {"data": str(files / "sft.jsonl"), "adapter": str(tmp_path / "adapter"), **changes}
+    run(settings(config_class, files, tmp_path / "out", **changes), callbacks=[move], progress=False)
+    assert (tmp_path / "moved").is_dir() and find_checkpoint(tmp_path / "out")
 
 
 def another(files, tmp_path):

@@ -211,8 +211,11 @@ class TrainConfig:
         values = {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
         if self.adapter is not None:
             # Of its tensors, wherever they lie now.
-            tensors = (Path(self.adapter) / "adapter_model.safetensors").read_bytes()
-            values["adapter digest"] = hashlib.sha256(tensors).hexdigest()
+            digest = hashlib.sha256()
+            with (Path(self.adapter) / "adapter_model.safetensors").open("rb") as tensors:
+                while part := tensors.read(1 << 20):
+                    digest.update(part)
+            values["adapter digest"] = digest.hexdigest()
         return values
 
     @property

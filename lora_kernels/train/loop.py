@@ -1,7 +1,6 @@
 """The training loop: steps, learning rate, accumulation, evaluation, metrics, checkpoints; one or many processes."""
 
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -232,7 +231,8 @@ class Loop:
         self.hook = training_hook(module, self.plan.total_steps)
         self._take_parameters()
         self.optimizer = make_optimizer(module, config)
-        self.weights = weights_digest(module)
+        # Now, not at the first checkpoint: the files of `adapter` may move while it trains.
+        self.run_identity = self._identity()
         self.stopper = Stopper(accelerator, math.inf if config.save_steps else SAVE_SECONDS)
         self.state = LoopState()
         self.last_loss = self.last_eval_loss = None
@@ -248,8 +248,7 @@ class Loop:
             raise ValueError("the model has no trainable parameters; inject adapters first")
         self.wrapped = self.accelerator.prepare(self.module)
 
-    @functools.cached_property
-    def run_identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to continue the same computation."""
         return {
             **self.config.identity,
@@ -263,7 +262,7 @@ class Loop:
             "data tokens": int(self.train_set.lengths.sum()),
             "data loss counts": int(self.train_set.loss_counts.sum()),
             "data digest": self.train_set.digest(),
-            "digest of the frozen weights": self.weights,
+            "digest of the frozen weights": weights_digest(self.module),
         }
 
     def restore(self) -> None:

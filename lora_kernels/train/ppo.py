@@ -161,7 +161,8 @@ class PPOTrainer:
         if not self.stops:
             raise ValueError("the tokenizer has no end token; give one with stop")
         self.parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-        self.weights = weights_digest(run.model)
+        # Now, not at the first checkpoint: the files of `adapter` may move while it trains.
+        self.run_identity = self._identity()
         self.learner = Learner(roles, config)
         self.state = PPOState(kl_coef=config.kl_coef)
         self.stopper = Stopper(run.accelerator, math.inf if config.save_steps else SAVE_SECONDS)
@@ -175,8 +176,7 @@ class PPOTrainer:
         self.warmup_steps = math.ceil(self.config.warmup_ratio * plan.total_steps)
         self.progress = Progress(plan.total_steps, enabled=self.setup.progress)
 
-    @functools.cached_property
-    def run_identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to continue the same computation."""
         return {
             **self.config.identity,
@@ -186,7 +186,7 @@ class PPOTrainer:
             "prompt tokens": sum(len(row.ids) for row in self.prompts),
             "prompt digest": digest_of([[np.array(row.ids, dtype=np.int64)] for row in self.prompts]),
             "reward function": (self.config.reward or "").rpartition(":")[2],
-            "digest of the frozen weights": self.weights,
+            "digest of the frozen weights": weights_digest(self.model),
         }
 
     def run(self) -> PPOResult:
