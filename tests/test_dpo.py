@@ -20,6 +20,7 @@ from lora_kernels.train.preference import build_pairs
 
 CONFIGS = {
     "lora": LoRAConfig(r=4, lora_alpha=8),
+    "lora with a head": LoRAConfig(r=4, lora_alpha=8, modules_to_save=["lm_head"]),
     "prefix": PrefixConfig(num_virtual_tokens=3, init="random"),
     "prompt": PromptConfig(num_virtual_tokens=3),
 }

@@ -29,6 +29,7 @@ from lora_kernels.train.sft import AnswerLoss, run_sft
 _TARGETS = ["q_proj", "up_proj"]
 _KINDS = {
     "lora": LoRAConfig(r=2, lora_alpha=6, target_modules=_TARGETS),
+    "head": LoRAConfig(r=2, lora_alpha=6, target_modules=_TARGETS, modules_to_save=["lm_head"]),
     "dora": LoRAConfig(r=2, lora_alpha=6, target_modules=_TARGETS, use_dora=True),
     "prefix": PrefixConfig(num_virtual_tokens=3),
     "prompt": PromptConfig(num_virtual_tokens=3),
@@ -93,11 +94,13 @@ def test_the_reference_of_dpo_is_the_adapter_as_it_was(precompute_ref, files, tm
     assert second["loss"] < first["loss"] and second["reward_chosen"] != 0
 
 
-def test_both_ways_to_the_reference_agree(files, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "head"])
+def test_both_ways_to_the_reference_agree(kind, files, tmp_path):
     metrics = []
     for precompute_ref in (True, False):
         out = tmp_path / str(precompute_ref)
-        run_dpo(settings(DPOConfig, files, out, precompute_ref=precompute_ref, lr=1e-2, max_steps=4), progress=False)
+        changes = {"adapter": str(files / kind), "precompute_ref": precompute_ref, "lr": 1e-2, "max_steps": 4}
+        run_dpo(settings(DPOConfig, files, out, **changes), progress=False)
         metrics.append(read_metrics(out))
     for one, other in zip(*metrics, strict=True):
         for name in ("loss", "reward_chosen", "reward_rejected", "grad_norm"):

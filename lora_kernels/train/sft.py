@@ -32,10 +32,7 @@ class AnswerLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # A PEFT model's wrapper has other ideas of what its base model is; the adapters live inside.
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.parts = (find_decoder(inner), inner.get_output_embeddings())
-        head = self.parts[1]
+        _, head = self.parts
         if not isinstance(head, nn.Linear) or not is_linear(head):
             found = "nothing" if head is None else type(head).__name__
             raise ValueError(
@@ -44,10 +41,17 @@ class AnswerLoss(nn.Module):
             )
         # Where it is set, it takes the decoder's place in training.
         self.graphs: DecoderGraphs | None = None
-        config = inner.config
+        config = model.config
         self.logit_softcap = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
         self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """Decoder and output embedding now; the adapter in use may have an output embedding of its own."""
+        # A PEFT model's wrapper has other ideas of what its base model is; the adapters live inside.
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return find_decoder(inner), inner.get_output_embeddings()
 
     def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """{"loss": summed loss of labels [B, T] (not shifted; -100 is ignored) after input_ids [B, T]}.
