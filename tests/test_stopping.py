@@ -13,7 +13,8 @@ from test_ppo import model_dir as model_dir
 from test_ppo import run_for_resume, steps_of
 from test_sft import TESTS, read_metrics, run_python, tiny_dataset, train_tiny
 
-from lora_kernels.train import stopping
+from lora_kernels.train import loop, ppo, stopping
+from lora_kernels.train.checkpoint import save_checkpoint
 from lora_kernels.train.stopping import Stopper, ended_by_signals, handling
 
 TIMINGS = ("tokens_per_second", "eval_seconds")
@@ -91,6 +92,21 @@ def test_ppo_stops_and_goes_on_exactly(tmp_path, model_dir, data):  # noqa: F811
     assert whole == stopped
     file = "checkpoint-last/training_state.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+@pytest.mark.parametrize("trainer", [loop, ppo])
+def test_a_signal_during_the_last_checkpoint_ends_the_run(tmp_path, monkeypatch, model_dir, data, trainer):  # noqa: F811
+    def signalled(*arguments):
+        save_checkpoint(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", signalled)
+    with pytest.raises(SystemExit) as raised:
+        if trainer is loop:
+            train_stoppable(tmp_path, max_steps=1)
+        else:
+            run_for_resume(tmp_path, model_dir, data, max_steps=1)
+    assert raised.value.code == 143 and state_of(tmp_path)["step"] == 1
 
 
 def test_a_second_signal_does_what_it_did_before(tmp_path):

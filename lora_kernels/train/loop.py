@@ -394,6 +394,8 @@ class Loop:
             stop, overdue = self.stopper.agreed()
         if stop or end or overdue or state.step % self.save_steps == 0:
             self._checkpoint(best or self.eval_set is None)
+            # A signal may have come while it was written, and after the last one nobody asks again.
+            stop = stop or self.stopper.agreed()[0]
         elif best:
             if self.main:
                 self.save_adapter(self.output_dir)

@@ -294,6 +294,8 @@ class PPOTrainer:
             stop, overdue = self.stopper.agreed()
         if state.step and (stop or end or overdue or state.step % self.save_steps == 0):
             self._checkpoint()
+            # A signal may have come while it was written, and after the last one nobody asks again.
+            stop = stop or self.stopper.agreed()[0]
         return stop
 
     def _sample(self, rows: Sequence[PromptRow], step: int) -> list[Episode]:
