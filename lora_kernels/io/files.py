@@ -92,17 +92,19 @@ def append(path: Path, text: str) -> None:
 def replacing_files(directory: Path, last: str) -> Iterator[Path]:
     """Yields a temporary directory to write to; on success its files move into `directory`, `last` at the end.
 
-    It is removed on an exception. Raises OSError naming `directory` if it can't be written.
+    Files in its folders move into folders of the same name. It is removed on an exception. Raises OSError naming `directory` if it can't be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
     try:
         with writing(directory):
             yield staged
-            for file in sorted(staged.iterdir(), key=lambda file: file.name == last):
+            paths = [file.relative_to(staged) for file in staged.rglob("*") if file.is_file()]
+            for path in sorted(paths, key=lambda path: str(path) == last):
                 # safetensors writes files that only their owner may read, whatever the umask.
-                file.chmod(directory.stat().st_mode & 0o666)
-                os.replace(file, directory / file.name)
+                (staged / path).chmod(directory.stat().st_mode & 0o666)
+                (directory / path).parent.mkdir(exist_ok=True, parents=True)
+                os.replace(staged / path, directory / path)
     finally:
         shutil.rmtree(staged)
 
