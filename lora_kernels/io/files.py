@@ -92,7 +92,8 @@ def append(path: Path, text: str) -> None:
 def replacing_files(directory: Path, last: str) -> Iterator[Path]:
     """Yields a temporary directory to write to; on success its files move into `directory`, `last` at the end.
 
-    Files in its folders move into folders of the same name. It is removed on an exception. Raises OSError naming `directory` if it can't be written.
+    Files in its folders move into folders of the same name. It is removed on an exception. Raises OSError naming
+    `directory` if it can't be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
