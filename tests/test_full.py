@@ -49,6 +49,9 @@ def test_which_weights_are_trained():
         assert torch.equal(logits(model), logits(tiny_model("llama")))
     tied = inject(tiny_model("llama", tied=True), FullConfig(["lm_head"]))
     assert tied.get_input_embeddings().weight.requires_grad
+    for excluded in ("embed_tokens", "lm_head"):
+        tied = inject(tiny_model("llama", tied=True), FullConfig(exclude_modules=[excluded]))
+        assert trained(tied) == names - {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])

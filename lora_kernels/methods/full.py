@@ -22,7 +22,7 @@ class FullConfig:
         modules: what is trained, with everything inside: "all"; any other string is a regular expression that must
             match a module's whole path; a list names modules by their path or by its last components. A weight that a
             module shares with another one, as tied embeddings do, is trained for both.
-        exclude_modules: what of that stays frozen, with everything inside, named in the same ways.
+        exclude_modules: what of that stays frozen, with everything inside, named in the same ways; shared weights too.
 
     Raises ValueError naming the argument that is wrong.
     """
@@ -55,6 +55,7 @@ def inject(model: nn.Module, config: FullConfig, tokenizer: Any = None) -> nn.Mo
     parts = {part for module in chosen for part in module.modules()}
     parts -= {part for module in excluded for part in module.modules()}
     parameters = {parameter for part in parts for parameter in part.parameters(recurse=False)}
+    parameters -= {parameter for module in excluded for parameter in module.parameters()}
     if excluded and not parameters:
         raise ValueError(f"exclude_modules leaves nothing of modules={config.modules!r} to train")
     for name, weight in [*model.named_modules(), *model.named_parameters()]:
