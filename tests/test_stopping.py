@@ -94,6 +94,15 @@ def test_ppo_stops_and_goes_on_exactly(tmp_path, model_dir, data):  # noqa: F811
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
 
 
+def test_an_evaluation_of_ppo_that_a_signal_left_out_is_made_once(tmp_path, model_dir, data):  # noqa: F811
+    plan = {"max_steps": 2, "eval_steps": 2}
+    with pytest.raises(SystemExit):
+        run_for_resume(tmp_path, model_dir, data, callbacks=[raise_at(signal.SIGTERM, 2)], **plan)
+    for _ in range(2):
+        run_for_resume(tmp_path, model_dir, data, resume=True, **plan)
+        assert [r["step"] for r in read_metrics(tmp_path) if "eval_score" in r] == [0, 2]
+
+
 @pytest.mark.parametrize("trainer", [loop, ppo])
 def test_a_signal_during_the_last_checkpoint_ends_the_run(tmp_path, monkeypatch, model_dir, data, trainer):  # noqa: F811
     def signalled(*arguments):

@@ -166,7 +166,7 @@ class PPOTrainer:
         self.learner = Learner(roles, config)
         self.state = PPOState(kl_coef=config.kl_coef)
         self.stopper = Stopper(run.accelerator, math.inf if config.save_steps else SAVE_SECONDS)
-        self.saved_step = -1
+        self.saved = None
         self.last: dict[str, float] = {}
         per_epoch = max(1, round(len(prompts) / config.rollout_size))
         self.eval_steps, self.save_steps = config.eval_steps or per_epoch, config.save_steps or per_epoch
@@ -201,7 +201,7 @@ class PPOTrainer:
             self._follow(plan)
             self.progress.say(changed)
             load_checkpoint(checkpoint, self.parameters, self.learner.optimizer, self.setup.accelerator)
-            self.saved_step = self.state.step
+            self.saved = self.state.step, self.state.evaluated
         last_step = self.state.step if checkpoint else -1
         for name in (METRICS, SAMPLES):
             truncate_metrics(self.output_dir / name, last_step)
@@ -369,14 +369,15 @@ class PPOTrainer:
             self._log(record)
 
     def _checkpoint(self) -> None:
-        if self.saved_step == self.state.step:
+        done = self.state.step, self.state.evaluated
+        if self.saved == done:
             return
         self.setup.save_adapter(self.model, self.output_dir)
         save_adapter = functools.partial(self.setup.save_adapter, self.model)
         run = {**self.run_identity, **self.plan.identity}
         arguments = (self.state, run, self.setup.accelerator, save_adapter)
         save_checkpoint(self.output_dir, self.parameters, self.learner.optimizer, *arguments)
-        self.saved_step = self.state.step
+        self.saved = done
         self.stopper.saved()
 
     def _log(self, record: dict[str, Any]) -> None:
