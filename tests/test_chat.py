@@ -395,3 +395,77 @@ def test_bad_messages(messages, wrong):
 def test_bad_tools(tools):
     with pytest.raises(ValueError, match="^f:7: "):
         to_conversation({"messages": [user("a"), assistant("b")], "tools": tools}, "f:7")
+
+
+def test_a_result_that_is_a_list_is_shown_as_json():
+    for value in (["Paris", "Rome"], [{"text": "hi", "score": 0.9}], [], [{"type": "cafe"}], {"a": 1}):
+        messages = [*tool_chat()["messages"][:2], {"role": "tool", "content": value}, assistant("done")]
+        assert to_conversation({"messages": messages}, "r").messages[2]["content"] == json.dumps(value)
+    messages[2]["content"] = [{"type": "text", "text": "22"}]
+    assert to_conversation({"messages": messages}, "r").messages[2]["content"] == "22"
+
+
+def test_a_call_keeps_its_id():
+    call = {"id": "abcdefghi", "name": "f", "arguments": None}
+    found = to_conversation({"messages": [user("a"), assistant(None, tool_calls=[call])]}, "r").messages[1][
+        "tool_calls"
+    ]
+    assert found == [{"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+def test_the_reasoning_is_what_is_not_blank():
+    record = {"messages": [user("hi"), assistant("yo", reasoning_content=" ", thinking="WHY")]}
+    assert shown(record, THINKING).endswith("[[<think>WHY</think>yo<|im_end|>]]")
+
+
+def test_tools_whose_names_stand_elsewhere_are_missed():
+    tools = [{"type": "function", "function": {"name": "search"}}]
+    with pytest.raises(ValueError, match="^record: the chat template does not show the tools"):
+        shown({"tools": tools, "messages": [user("please search cats"), assistant("ok")]})
+
+
+def test_an_answer_that_only_the_header_has_is_refused():
+    silent = CHATML.replace("message['content'] +", "('' if message['role'] == 'assistant' else message['content']) +")
+    with pytest.raises(ValueError, match="^record: the chat template does not show the text of message 1"):
+        shown({"messages": [user("hi"), assistant("assistant")]}, silent)
+
+
+def test_content_is_never_shown_as_a_list():
+    """A template that changes what the user says makes no better of a list of parts."""
+    template = CHATML.replace("message['content'] +", "(message['content'] | string)[:3] +")
+    with pytest.raises(ValueError, match="^record: .*text of message 1"):
+        shown({"messages": [user("a longer one"), assistant("a longer answer")]}, template)
+    assert shown({"messages": [user("a longer one"), assistant("b")]}, template).endswith("[[b<|im_end|>]]")
+
+
+@pytest.mark.parametrize("item", [{"role": None, "content": "x"}, {"from": None, "value": "x"}])
+def test_messages_with_nulls_are_named(item):
+    with pytest.raises(ValueError, match=r"^f:7: messages\[0\] must be"):
+        to_conversation({"messages": [item, assistant("a")]}, "f:7")
+    with pytest.raises(ValueError, match=r"^f:7: messages\[0\]: content\[0\]: 'text' must be a string, got NoneType"):
+        to_conversation({"messages": [user([{"type": "text"}]), assistant("a")]}, "f:7")
+
+
+def test_half_a_character_in_a_call_is_named():
+    call = {"name": "get_weather", "arguments": {"city": "\ud83d"}}
+    with pytest.raises(ValueError, match=r"^record: messages\[1\]: 'tool_calls' holds '.ud83d', half of a character"):
+        shown({"tools": TOOLS, "messages": [user("a"), assistant("", tool_calls=[call])]}, WITH_TOOLS)
+
+
+def test_variables_that_are_training_s_own_are_refused():
+    record = {"messages": [user("hi"), assistant("yo")], "chat_template_kwargs": {"tokenize": True}}
+    with pytest.raises(ValueError, match="^r: 'chat_template_kwargs' must not have 'tokenize'"):
+        to_conversation(record, "r")
+
+
+def test_flags_say_nothing_of_prompts():
+    turns = [user("a"), assistant("b"), user("c"), assistant("d", weight=0)]
+    assert prompt_of({"messages": turns}, "r") == [user("a"), assistant("b"), user("c")]
+    assert prompt_of({"messages": [{**user("a"), "weight": 1}]}, "r") == "a"
+    named = {**user("a"), "name": "Bob"}
+    assert prompt_of({"messages": [named]}, "r") == [named]
+    same = [user("a"), assistant("b", weight=0), user("c")]
+    pair = to_pair(
+        {"chosen": [*same, assistant("d")], "rejected": [user("a"), assistant("b"), *turns[2:3], assistant("e")]}, "r"
+    )
+    assert pair.prompt == [user("a"), assistant("b"), user("c")] and pair.rejected.answers == (3,)

@@ -97,5 +97,61 @@ def test_the_same_as_the_marked_parts_of_trls_templates():
     assert compared > 150
 
 
+def spans_of(tokenizer, messages, **record):
+    """{text before: learned text} of a conversation, or None where it is refused."""
+    try:
+        text, spans = Renderer(tokenizer).spans(to_conversation({"messages": messages, **record}, "record"))
+    except ValueError:
+        return None
+    return {text[:start]: text[start:end] for start, end in spans}
+
+
+def test_what_is_learned_of_a_turn_does_not_depend_on_the_others():
+    """Nor is a turn's header learned where the model speaks twice, or the turn before is left out."""
+    call, result, last = CASES["tools"]["messages"][1:]
+    chats = [
+        (
+            {},
+            [
+                *CASES["two turns"]["messages"][:2],
+                {"role": "assistant", "content": "MORE"},
+                *CASES["two turns"]["messages"],
+            ],
+        ),
+        ({"tools": CASES["tools"]["tools"]}, [CASES["tools"]["messages"][0], call, result, call, result, last]),
+        (CASES["two turns"], CASES["two turns"]["messages"]),
+    ]
+    compared = 0
+    for name, template in templates().items():
+        tokenizer = tokenizer_for(template)
+        prompt = [{"role": "user", "content": "QONE"}]
+        before, after = (
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=asked)
+            for asked in (False, True)
+        )
+        header = after.removeprefix(before).strip() if after.startswith(before) else ""
+        for rest, messages in chats:
+            tools = {"tools": rest["tools"]} if "tools" in rest else {}
+            whole = spans_of(tokenizer, messages, **tools)
+            answers = [index for index, item in enumerate(messages) if item["role"] == "assistant"]
+            for left_out in answers[:-1]:
+                some = [{**item, "weight": 0} if index == left_out else item for index, item in enumerate(messages)]
+                found = spans_of(tokenizer, some, **tools)
+                assert (found is None) == (whole is None), (name, left_out)
+                assert found is None or (found.items() <= whole.items() and len(found) == len(whole) - 1), (name, found)
+                compared += found is not None
+            for text in (whole or {}).values():
+                assert not (header and text.lstrip().startswith(header)), (name, text)
+    assert compared > 150
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_instructions_are_shown_or_the_chat_refused(role):
+    for name, template in templates().items():
+        messages = [{"role": role, "content": "ALWAYS IN FRENCH"}, *CASES["one turn"]["messages"]]
+        found = spans_of(tokenizer_for(template), messages)
+        assert found is None or "ALWAYS IN FRENCH" in next(iter(found)), name
+
+
 def test_the_table_of_the_docs_is_what_the_code_does():
     assert DOCS.read_text(encoding="utf-8") == report()

@@ -1,6 +1,7 @@
 """Conversations to token rows by the tokenizer's chat template, and which of a row's tokens are learned."""
 
 import bisect
+import dataclasses
 import datetime
 import functools
 import json
@@ -98,12 +99,10 @@ class Renderer:
         last. ValueError where none is left, and where it does not show the tools, or what was said to or by them.
         """
         rendering, missing = self._spelled(conversation)
-        if not self.whole:
-            missing = {}
-        spans = [span for index in conversation.answers if index not in missing and (span := rendering.learned(index))]
+        kept = [index for index in conversation.answers if not (self.whole and index in missing)]
+        spans = [span for index in kept if (span := rendering.learned(index))]
         if not spans:
-            untold = "the chat template does not show where an answer starts"
-            why = next((missing[index] for index in conversation.answers if index in missing), untold)
+            why = next((missing[index] for index in conversation.answers if index in missing), "no answer is shown")
             raise ValueError(f"{conversation.where}: {why}; pass another chat_template")
         self.left_out += len(conversation.answers) - len(spans)
         return rendering.text[: spans[-1][1]], spans
@@ -128,7 +127,8 @@ class Renderer:
                 rendering = _Rendering(self, conversation, spelling, add_generation_prompt)
                 missing = rendering.missing()
             except ValueError as error:
-                problem = problem or error
+                # What is missing says more than that another spelling is refused.
+                problem = error if problem is None or "refuses" in str(problem) else problem
                 continue
             if best is None or len(missing) < len(best[1]):
                 best = rendering, missing
@@ -244,9 +244,11 @@ class _Rendering:
         add_generation_prompt: bool = False,
     ) -> None:
         self.renderer, self.conversation, self.spelling = renderer, conversation, spelling
+        self.asks = add_generation_prompt
         self.text, self.regions = self._render(conversation.messages, add_generation_prompt)
         self._prompts: dict[tuple[str, bool | None], str | None] = {}
         self._turns: dict[int, Span | None] = {}
+        self._learned: dict[int, Span | None] = {}
 
     def _render(
         self, messages: Sequence[Message], add_generation_prompt: bool, **kwargs
@@ -262,6 +264,11 @@ class _Rendering:
 
     def learned(self, index: int) -> Span | None:
         """[start, end) of what is learned of the assistant message `index`, or None where it can't be located."""
+        if index not in self._learned:
+            self._learned[index] = self._locate(index)
+        return self._learned[index]
+
+    def _locate(self, index: int) -> Span | None:
         region = self._turn(index)
         if region is None:
             return None
@@ -275,32 +282,39 @@ class _Rendering:
 
     def _prompt_of_turn(self, index: int, turn: str) -> str | None:
         """What of a turn the generation prompt holds already, or None where that can't be told."""
-        own = [self._generation_prompt(index, None)]
-        if own[0] is None:
+        own = self._generation_prompt(index, None)
+        if own is None:
             return None
+        if own and turn.startswith(own):
+            return own
         # Many templates have another prompt with enable_thinking; and some have none after a tool's result.
-        if not own[0] or not turn.startswith(own[0]):
-            own += [self._generation_prompt(index, thinking) for thinking in (True, False) if self._may_think]
-        for prompt in (*own, *self._prompts.values()):
+        others = [self._generation_prompt(index, thinking) for thinking in (True, False) if self._may_think]
+        roles = [item["role"] for item in self.conversation.messages[:index]]
+        others += [self._generation_prompt(roles.index("user") + 1, None)] if "user" in roles else []
+        for prompt in others:
             if prompt and turn.startswith(prompt):
                 return prompt
-        if not own[0]:
+        if not own:
             return ""
         # The turn starts otherwise than the template has an answer start, as when only the last turn gets an empty
         # block of reasoning. What both begin with is no part of the answer.
         header = self._headers.get(index)
-        return None if header is None else header[: self.renderer.common_start(header, own[0])]
+        return None if header is None else header[: self.renderer.common_start(header, own)]
 
     def missing(self) -> dict[int, str]:
-        """What the text does not show, by message. ValueError where tools, their calls or their results are missing."""
-        where, missing = self.conversation.where, {}
-        for tool in self.conversation.tools or ():
-            if tool["function"]["name"] not in self.text:
-                raise ValueError(f"{where}: the chat template does not show the tools")
-        whole = _squeezed(self.text)
-        for index, item in enumerate(self.conversation.messages):
+        """Why a message counts as not shown, by its index: what an answer says, and what a user did. ValueError where
+        tools, their calls or results, or what the system says are missing."""
+        conversation, missing = self.conversation, {}
+        where = conversation.where
+        if conversation.tools and not self._shows_tools():
+            raise ValueError(f"{where}: the chat template does not show the tools")
+        spelled = [_spell(item, *self.spelling)["content"] for item in conversation.messages]
+        if any(content and str(content) in self.text for content in spelled if isinstance(content, list)):
+            raise ValueError(f"{where}: the chat template takes no content as parts")
+        for index, item in enumerate(conversation.messages):
             turn = self._turn(index)
-            shown = _squeezed(self.text[slice(*turn)]) if turn else whole
+            # What a template moves to another place is somewhere in the text.
+            shown = (_squeezed(self.text[slice(*turn)]) if turn else "") or self._squeezed
             what = f"the chat template does not show the {{}} of message {index}"
             if not all(_shows_call(shown, call["function"]) for call in item.get("tool_calls", ())):
                 raise ValueError(f"{where}: {what.format('tool calls')}")
@@ -308,15 +322,34 @@ class _Rendering:
                 # Templates may change a little of what they are given, but either end of a long text is there.
                 if not any(part in shown for form in _forms(item["content"]) for part in (form[:16], form[-16:])):
                     missing[index] = what.format("text")
-                    if item["role"] == "tool":
-                        raise ValueError(f"{where}: {missing[index]}")
-            elif index in self.conversation.answers:
-                said = _squeezed(item["content"]).replace("<think></think>", "")
+                    if item["role"] != "user":
+                        raise ValueError(f"{where}: {missing[index]} (role {item['role']})")
+            elif index in conversation.answers:
+                span = self.learned(index)
+                if span is None:
+                    missing[index] = what.format("start")
+                    continue
+                shown = _squeezed(self.text[slice(*span)])
+                # The generation prompt may hold the tag that opens the reasoning.
+                said = _squeezed(item["content"]).replace("<think></think>", "").removeprefix("<think>")
                 if not _shows(shown, said):
                     missing[index] = what.format("text")
                 elif not _shows(shown, reasoning_of(item)):
                     missing[index] = what.format("reasoning")
         return missing
+
+    @functools.cached_property
+    def _squeezed(self) -> str:
+        return _squeezed(self.text)
+
+    def _shows_tools(self) -> bool:
+        """Whether the text is another one without the tools."""
+        without = dataclasses.replace(self.conversation, tools=None)
+        spelled = [_spell(item, *self.spelling) for item in self.conversation.messages]
+        try:
+            return self.renderer.render(spelled, without, self.asks) != self.text
+        except ValueError:
+            return True
 
     def _turn(self, index: int) -> Span | None:
         """The text of a message with all that the template puts around it."""
@@ -335,10 +368,15 @@ class _Rendering:
             return (len(prompt[0]), len(self.text)) if prompt and self.text.startswith(prompt[0]) else None
         if messages[index].get("tool_calls") and index + 1 < len(messages) and index + 1 not in self.regions:
             # Some templates put what the tool returned into the turn that called it. The model writes what is before.
-            alone = self._try(messages[: index + 1], False)
-            if alone and index in alone[1]:
-                turns = [self.text[slice(*region)], alone[0][slice(*alone[1][index])]]
-                return region[0], region[0] + len(os.path.commonprefix(turns))
+            # To see where that ends, the messages since the last question are enough.
+            user = max((i for i in range(index) if messages[i]["role"] == "user"), default=0)
+            lead = messages[: user and messages[0]["role"] != "user"]
+            few = [*lead, *messages[user : index + 1]]
+            alone = self._try(few, False)
+            if not alone or len(few) - 1 not in alone[1]:
+                return None
+            turns = [self.text[slice(*region)], alone[0][slice(*alone[1][len(few) - 1])]]
+            return region[0], region[0] + len(os.path.commonprefix(turns))
         return region
 
     def _try(self, messages: Sequence[Message], add_generation_prompt: bool, **kwargs) -> Any:
@@ -361,18 +399,23 @@ class _Rendering:
         if key not in self._prompts:
             kwargs = {} if thinking is None else {"enable_thinking": thinking}
             before = self._try(messages[:index], True, **kwargs)
-            self._prompts[key] = None if before is None else self._after_the_same(*before, index)
+            self._prompts[key] = None if before is None else self._after_the_same(*before, index, kwargs)
         return self._prompts[key]
 
-    def _after_the_same(self, text: str, regions: dict[int, Span], index: int) -> str:
+    def _after_the_same(self, text: str, regions: dict[int, Span], index: int, kwargs: dict[str, Any]) -> str:
         """What `text`, the messages before `index` and a generation prompt, has after those messages."""
         last = max((i for i in regions if i < index and i in self.regions), default=None)
         if last is None:
             turn = self._turn(index)
-            same = self.text[: turn[0] if turn else 0]
+            rest, same = text, self.text[: turn[0] if turn else 0]
         else:
-            text, same = text[regions[last][0] :], self.text[slice(*self.regions[last])]
-        return text[len(os.path.commonprefix([text, same])) :] if not text.startswith(same) else text[len(same) :]
+            rest, same = text[regions[last][0] :], self.text[slice(*self.regions[last])]
+        if rest.startswith(same):
+            return rest[len(same) :]
+        # The messages are shown otherwise where they are the last.
+        without = self._try(self.conversation.messages[:index], False, **kwargs)
+        same = without[0] if without and text.startswith(without[0]) else os.path.commonprefix([text, self.text])
+        return text[len(same) :]
 
     @functools.cached_property
     def _headers(self) -> dict[int, str]:
@@ -453,8 +496,11 @@ def _token_cuts(offsets: list[Span], spans: list[Span]) -> list[int] | None:
 
 
 def _spell(item: Message, as_parts: bool, as_text: bool) -> Message:
-    """A message with its content as a list of parts, and the arguments of its tool calls as JSON text."""
+    """A message with its content as a list of parts, and the arguments of its tool calls as JSON text; its reasoning by
+    both names that templates read."""
     item = dict(item)
+    if reasoning := reasoning_of(item):
+        item |= {"reasoning_content": reasoning, "thinking": reasoning}
     if as_parts:
         item["content"] = [{"type": "text", "text": item["content"]}] if item["content"] else []
     if as_text and "tool_calls" in item:

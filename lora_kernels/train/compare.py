@@ -5,6 +5,7 @@ Each run has a process of its own, so that its peak memory is its own; a run tha
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from lora_kernels.train.stopping import ended_by_signals, handling
 BASE = "base model"
 RESULT, TABLE = "result.json", "comparison"
 _PROMPTS, _NEW_TOKENS = 64, 64
-_OF_BASE = ("model", "dtype", "data", "eval_data", "chat_template", "max_length", "batch_size", "backend")
+_OF_BASE = ("model", "dtype", "data", "eval_data", "chat_template", "date", "max_length", "batch_size", "backend")
 
 
 def plan(settings: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any] | None]) -> dict[str, SFTConfig]:
@@ -176,7 +177,8 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
         row["extra_tokens"] = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
     model.eval()
     accelerator = make_accelerator()
-    eval_set = load_dataset(config.eval_data, tokenizer, config.max_length)
+    date = datetime.date.fromisoformat(config.date) if config.date else None
+    eval_set = load_dataset(config.eval_data, tokenizer, config.max_length, date=date)
     row["eval_loss"] = evaluate(AnswerLoss(model).to(accelerator.device), eval_set, config.batch_size, accelerator)[
         "loss"
     ]

@@ -163,8 +163,8 @@ def unused(renderer: Renderer | None, unknown: Iterable[str]) -> list[str]:
     texts = []
     if renderer and renderer.left_out:
         texts.append(
-            f"{renderer.left_out} answers are not learned, since the chat template does not show all that they say "
-            "(many templates drop the reasoning of earlier turns)"
+            f"{renderer.left_out} answers are not learned, since the chat template does not show all that they say, "
+            "or not where they start (many templates drop the reasoning of earlier turns)"
         )
     if fields := unread(unknown, str(renderer.tokenizer.chat_template) if renderer else ""):
         texts.append(f"fields that are not used: {', '.join(map(repr, fields))}")

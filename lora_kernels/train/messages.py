@@ -48,6 +48,12 @@ _MESSAGE_FIELDS = {
 # What a record of any form may have.
 _SHARED_FIELDS = {"system", "tools", "functions", "chat_template_kwargs"}
 
+# What training itself tells the template.
+_OWN_KWARGS = {
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation"),
+}
+
 Message = dict[str, Any]
 # The text of one user turn, messages, or {"messages", and maybe "tools" and "chat_template_kwargs"}.
 Prompt = str | Sequence[Message] | dict[str, Any]
@@ -81,7 +87,8 @@ def said(message: Message) -> str:
 
 
 def reasoning_of(message: Message) -> str:
-    return next((message[name].strip() for name in REASONING if isinstance(message.get(name), str)), "")
+    """The reasoning before a message's answer; "" without."""
+    return next((text for name in REASONING if (text := message.get(name, "").strip())), "")
 
 
 def to_conversation(record: Any, where: str) -> Conversation:
@@ -122,12 +129,15 @@ def conversation_of(record: dict, messages: list[Message], first: int, where: st
         raise ValueError(f"{where}: the first message must not be the assistant's")
     unknown = {name for name, value in record.items() if value is not None} - fields - _SHARED_FIELDS
     unknown |= {f"messages[].{name}" for item in messages for name in item.keys() - _MESSAGE_FIELDS}
-    messages = [
-        {name: value for name, value in item.items() if name not in _FLAGS} for item in messages[: answers[-1] + 1]
-    ]
+    messages = without_flags(messages[: answers[-1] + 1])
     return Conversation(
         messages, answers, where, tools_of(record, where), template_kwargs_of(record, where), frozenset(unknown)
     )
+
+
+def without_flags(messages: Iterable[Message]) -> list[Message]:
+    """The messages without what says whether they are learned."""
+    return [{name: value for name, value in item.items() if name not in _FLAGS} for item in messages]
 
 
 def _wanted(item: Message, where: str) -> bool:
@@ -147,10 +157,12 @@ def _wanted(item: Message, where: str) -> bool:
 
 def prompt_of(record: Any, where: str) -> Prompt:
     """The prompt of a training record, which may have no answer; ValueError starting with `where` for a bad record."""
-    messages = None
     if isinstance(record, dict) and (name := turns_field(record)) is not None:
-        messages = with_system(record, message_list(record[name], name, where), where)
-    if messages is None or messages[-1]["role"] == "assistant":
+        messages = without_flags(with_system(record, message_list(record[name], name, where), where))
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not messages:
+            raise ValueError(f"{where}: the first message must not be the assistant's")
+    else:
         conversation = to_conversation(with_empty_answer(record) if isinstance(record, dict) else record, where)
         messages = conversation.messages[: conversation.answers[-1]]
     return prompt_with(messages, tools_of(record, where), template_kwargs_of(record, where))
@@ -160,7 +172,7 @@ def prompt_with(messages: list[Message], tools: Any = None, template_kwargs: dic
     """A prompt in its shortest form."""
     if tools or template_kwargs:
         return {"messages": messages, "tools": tools, "chat_template_kwargs": template_kwargs or {}}
-    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
+    return messages[0]["content"] if messages == [message("user", messages[0]["content"])] else messages
 
 
 def asked(prompt: Prompt, where: str = "prompt", answer: str | None = None) -> Conversation:
@@ -252,9 +264,10 @@ def message_list(value: Any, name: str, where: str) -> list[Message]:
 
 
 def _message(item: Any, name: str, where: str) -> Message:
-    if not isinstance(item, dict) or not ({"role"} <= item.keys() or {"from", "value"} <= item.keys()):
-        raise ValueError(f'{where}: {name} must be {{"role", "content"}}, got {item!r:.80}')
-    item = {key: value for key, value in item.items() if value is not None}
+    given = item
+    item = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    if not ({"role"} <= item.keys() or {"from", "value"} <= item.keys()):
+        raise ValueError(f'{where}: {name} must be {{"role", "content"}}, got {given!r:.80}')
     where = f"{where}: {name}"
     sharegpt = "role" not in item
     role = text_field({"role": item.pop("from") if sharegpt else item.pop("role")}, "role", where)
@@ -267,13 +280,13 @@ def _message(item: Any, name: str, where: str) -> Message:
     calls = item.pop("tool_calls", None)
     if calls is None and (call := item.pop("function_call", None)) is not None:
         calls = [call]
-    if calls:
-        item["tool_calls"] = _tool_calls(calls, where)
+    if calls and (calls := _tool_calls(calls, where)):
+        item["tool_calls"] = calls
+    for name in REASONING:
+        if name in item and not text_field(item, name, where).strip():
+            del item[name]
     if content is None and not (calls or reasoning_of(item)):
         raise ValueError(f'{where} must be {{"role", "content"}}: its \'content\' is missing or null')
-    for name in REASONING:
-        if name in item:
-            text_field(item, name, where)
     return {"role": role, "content": _content(content, role, where), **item}
 
 
@@ -281,23 +294,22 @@ def _content(value: Any, role: str, where: str) -> str:
     """One text of what `content` may be."""
     if value is None:
         return ""
-    if role == "tool" and not isinstance(value, str) and not _is_parts(value):
-        return json.dumps(value, ensure_ascii=False)  # what the tool returned
-    if not _is_parts(value):
+    is_parts = isinstance(value, list) and all(isinstance(part, (str, dict)) for part in value)
+    if role == "tool" and not isinstance(value, str):
+        # What the tool returned may be any list.
+        texts = is_parts and all(isinstance(part, dict) and {*part} == {"type", "text"} for part in value)
+        if not (value and texts and all(part["type"] == "text" for part in value)):
+            return _as_json(value, "content", where)
+    if not is_parts:
         return text_field({"content": value}, "content", where)
     texts = []
     for index, part in enumerate(value):
         place = f"{where}: content[{index}]"
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ValueError(f"{place}: parts must be of type 'text', got {part['type']!r}")
-        texts.append(text_field(part if isinstance(part, dict) else {"text": part}, "text", place))
+        part = {"text": part} if isinstance(part, str) else part
+        if (kind := part.get("type") or "text") != "text":
+            raise ValueError(f"{place}: parts must be of type 'text', got {kind!r}")
+        texts.append(text_field({"text": part.get("text")}, "text", place))
     return "".join(texts)
-
-
-def _is_parts(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(part, str) or (isinstance(part, dict) and ("text" in part or "type" in part)) for part in value
-    )
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
@@ -306,16 +318,18 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     calls = []
     for index, call in enumerate(value if isinstance(value, list) else [value]):
         place = f"{where}: tool_calls[{index}]"
-        call = {"function": call} if isinstance(call, dict) and "function" not in call else call
-        function = call["function"] if isinstance(call, dict) else None
+        # Without "function", its fields stand among the call's own.
+        function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f'{place} must be {{"function": {{"name", "arguments"}}}}, got {call!r:.80}')
         arguments = function.get("arguments", function.get("parameters"))
-        arguments = _from_json({} if arguments in (None, "") else arguments, "arguments", place)
+        arguments = _from_json({} if arguments in (None, "") else arguments, "arguments", place) or {}
         if not isinstance(arguments, dict):
             raise ValueError(f"{place}: 'arguments' must be an object or JSON text of one, got {arguments!r:.80}")
-        rest = {name: item for name, item in call.items() if name not in ("type", "function") and item is not None}
+        own = {"type", "function", "name", "arguments", "parameters"}
+        rest = {name: item for name, item in call.items() if name not in own and item is not None}
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}, **rest})
+    _as_json(calls, "tool_calls", where)
     return calls
 
 
@@ -331,6 +345,7 @@ def tools_of(record: dict, where: str) -> list[dict[str, Any]] | None:
     for index, tool in enumerate(tools):
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
             raise ValueError(f"{where}: {name}[{index}] must have a 'name', got {tool!r:.80}")
+    _as_json(tools, name, where)
     return tools or None
 
 
@@ -339,7 +354,13 @@ def template_kwargs_of(record: dict, where: str) -> dict[str, Any]:
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise ValueError(f"{where}: 'chat_template_kwargs' must be an object, got {kwargs!r:.80}")
+    if taken := sorted(_OWN_KWARGS & kwargs.keys()):
+        raise ValueError(f"{where}: 'chat_template_kwargs' must not have {', '.join(map(repr, taken))}")
     return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _as_json(value: Any, name: str, where: str) -> str:
+    return text_field({name: json.dumps(value, ensure_ascii=False)}, name, where)
 
 
 def _from_json(value: Any, name: str, where: str) -> Any:

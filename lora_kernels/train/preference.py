@@ -38,6 +38,7 @@ from lora_kernels.train.messages import (
     turns_of,
     user_turn,
     with_system,
+    without_flags,
 )
 from lora_kernels.train.records import Source, describe, load_records
 
@@ -97,7 +98,8 @@ def to_pair(record: Any, where: str) -> Pair:
     if whole:
         # Where the one goes on after the other ends, what ends last is its answer.
         most = min(map(len, answers)) - 1
-        shared = next((i for i in range(most) if answers[0][i] != answers[1][i]), most)
+        bare = [without_flags(answer) for answer in answers]
+        shared = next((i for i in range(most) if bare[0][i] != bare[1][i]), most)
         prompt = answers[0][:shared]
         answers = [answer[shared:] for answer in answers]
         if not prompt:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -188,7 +188,8 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     if config.date is None:
         # A run that goes on the next day has the same prompts as before.
         before = saved_run(Path(config.output_dir)).get("date") if config.resume else None
-        config.date = before or datetime.date.today().isoformat()
+        # All processes have the date of the first, also around midnight.
+        (config.date,) = broadcast_object_list([before or datetime.date.today().isoformat()])
     for name in ("data", "eval_data", "normalize_data"):
         if source := getattr(config, name, None):
             find_files(source, PROMPT_SUFFIXES)
