@@ -364,6 +364,9 @@ def test_a_reward_model_scores_and_starts_the_value_model(tmp_path, model_dir, d
             checked += 1
     assert checked >= 2
 
+    (reward_dir / "reward_normalization.json").unlink()
+    with pytest.raises(ValueError, match=r"made with reward normalisation = .*, this run has \[1.0, 0.0\]"):
+        run_ppo(settings(out, tmp_path / "model", data, **changes, resume=True), progress=False)
     an_sft_adapter(tmp_path / "sft")
     with pytest.raises(ValueError, match="has no 'score' among its modules_to_save"):
         changes["reward_adapter"] = str(tmp_path / "sft")

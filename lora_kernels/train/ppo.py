@@ -186,6 +186,7 @@ class PPOTrainer:
             "prompt tokens": sum(len(row.ids) for row in self.prompts),
             "prompt digest": digest_of([[np.array(row.ids, dtype=np.int64)] for row in self.prompts]),
             "reward function": (self.config.reward or "").rpartition(":")[2],
+            "reward normalisation": [self.roles.gain, self.roles.bias],
             "digest of the frozen weights": weights_digest(self.model),
         }
 
