@@ -137,6 +137,12 @@ def test_the_dry_forward_leaves_no_trace_and_needs_no_weights(device):
         assert grads[name] is None or (parameter.grad is grads[name][0] and parameter.grad._version == grads[name][1])
 
 
+def test_no_gpu_is_started_for_a_model_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asked {device}"))
+    assert ends(bypassed_layers(family("mamba"))) == {"dt_proj"}
+
+
 class Reader(nn.Module):
     """Reads the weight of `read`, calls `called`; `expert` is for other tokens."""
 
@@ -157,6 +163,20 @@ def test_what_is_neither_called_nor_read_counts_as_called_and_so_does_a_model_th
     assert bypassed_layers(Reader()) == ["read"]
     assert bypassed_layers(Reader(fails=True)) == []
     assert bypassed_layers(nn.Sequential(nn.Linear(8, 8))) == []
+
+
+@pytest.mark.parametrize("product", [torch.bmm, torch.Tensor.bmm])
+def test_experts_in_one_tensor_take_no_memory(product):
+    class Experts(Reader):
+        def __init__(self):
+            super().__init__()
+            # 2^51 bytes.
+            self.down = nn.Parameter(torch.empty(1, 2**46, 8, device="meta"))
+
+        def forward(self, input_ids):
+            return product(super().forward(input_ids)[:, :, :1].expand(1, -1, 2**46), self.down)
+
+    assert bypassed_layers(Experts()) == ["read"]
 
 
 def test_the_output_projection_of_torchs_attention_is_known():

@@ -73,11 +73,13 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> nn.Pa
 
 
 class _NoProducts(TorchFunctionMode):
-    """Inside it F.linear gives zeros, of which each expert's weights would otherwise be made in full."""
+    """Inside it F.linear and bmm give zeros; computing them would copy each expert's weights in full."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is functional.linear and len(args) > 1:
             return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
+        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:
+            return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -92,10 +94,12 @@ def _dry_forward(model: nn.Module, probes: dict[str, _Probe]) -> bool:
     stand_ins |= {id(getattr(module, name)): OrderedDict() for module in model.modules() for name in _HOOKS}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
+    # Without devices it would start every GPU.
+    random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     inputs = {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
     try:
         # With gradients, since without them torch's encoder layers take a way that training doesn't.
-        with warnings.catch_warnings(), torch.random.fork_rng(), torch.enable_grad():
+        with warnings.catch_warnings(), random, torch.enable_grad():
             warnings.simplefilter("ignore")
             twin = copy.deepcopy(model, stand_ins).eval()
             if hasattr(twin, "set_experts_implementation"):
