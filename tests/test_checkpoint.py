@@ -15,13 +15,14 @@ from test_ppo import model_dir as model_dir
 from test_ppo import run_for_resume
 from test_sft import read_metrics, train_tiny
 from tiny_chat import tiny_llama, tiny_tokenizer
+from tiny_models import tiny_model
 from torch import nn
 
 from lora_kernels import load_adapter, save_adapter
 from lora_kernels.io.files import append, new_directory, replacing_files, write_json
 from lora_kernels.methods import adalora, full, inject
 from lora_kernels.methods.lora import LoRAConfig
-from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_state, save_checkpoint
+from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_state, save_checkpoint, weights_digest
 from lora_kernels.train.loop import truncate_metrics
 
 
@@ -141,6 +142,16 @@ def test_where_another_process_fails_all_do_and_the_last_checkpoint_stays(tmp_pa
     with pytest.raises(OSError, match="another process could not write its part"):
         save(tmp_path, model, optimizer, 2, accelerator)
     assert calls == [0, 0] and everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_digest_tells_layers_apart_by_their_order_not_by_their_names(tied):
+    model = tiny_model("llama", tied).requires_grad_(False)
+    before = weights_digest(model)
+    assert weights_digest(nn.ModuleDict({"other": model, "head": model.lm_head})) == before
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    first.weight, second.weight = second.weight, first.weight
+    assert weights_digest(model) != before
 
 
 # A crash at any moment
