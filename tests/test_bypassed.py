@@ -201,6 +201,10 @@ def test_a_file_with_such_an_adapter_loads_and_the_adapter_stays_frozen(tmp_path
     assert trained and all(".x_proj." in name for name in trained)
     loss(model).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    before, kept = logits(model), model.backbone.layers[0].mixer.dt_proj.weight
+    merge(model)
+    assert torch.equal(model.backbone.layers[0].mixer.dt_proj.weight, kept) and not list(lora_modules(model))
+    assert torch.allclose(logits(model), before, atol=1e-5)
 
 
 def test_a_second_adapter_leaves_the_layers_out_as_well():

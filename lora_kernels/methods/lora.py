@@ -345,7 +345,7 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     Of several named adapters, the one in use is merged and the others are dropped.
 
     W + scaling · lora_b · lora_a, with DoRA's magnitudes where there are, is made in float32 and rounded once to the
-    weight's dtype. The trained
+    weight's dtype. An adapter on a layer that the model never calls has no effect, and none after merging. The trained
     modules_to_save stay. What comes back is a plain model, for save_pretrained or inference; its parameters remain
     frozen (`model.requires_grad_(True)` to train them).
 
@@ -363,6 +363,8 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     if not layers:
         raise ValueError("model carries no LoRA adapters; nothing to merge")
     for name, layer in layers.items():
+        if layer.bypassed:
+            continue
         try:
             layer.merged_weight()
         except ValueError as error:
@@ -373,7 +375,9 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     for name in list(layers):
         # pop: the replaced layer's weight is freed before the next one is merged
         layer = layers.pop(name)
-        if quantize:
+        if layer.bypassed:
+            linear = layer.base_layer()
+        elif quantize:
             linear, cost = _merge_to_nf4(layer)
             if cost is not None:
                 errors[name], survivals[name] = cost
