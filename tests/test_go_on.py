@@ -12,6 +12,7 @@ from test_sft import read_metrics
 from tiny_chat import CHATML, tiny_llama, tiny_records, tiny_tokenizer
 from tiny_models import perturb
 from tiny_pairs import tiny_pairs
+from transformers import MambaConfig, MambaForCausalLM
 
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.io.models import load_model
@@ -249,6 +250,22 @@ def test_settings_that_say_the_same_are_taken(files, tmp_path):
     run_sft(config, progress=False)
     again = SFTConfig.from_yaml(tmp_path / "out" / "config.yaml")
     assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_model_that_bypasses_layers_goes_on_with_its_own_config(method, files, tmp_path):
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 64, "intermediate_size": 128}
+    tokenizer = tiny_tokenizer()
+    MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = {"model": str(tmp_path / "model"), "method": method, "adapter": None, "max_steps": 1}
+    run_sft(settings(SFTConfig, files, tmp_path / "first", **changes), progress=False)
+    changes = {"adapter": str(tmp_path / "first"), "output_dir": str(tmp_path / "second")}
+    run_sft(SFTConfig.from_yaml(tmp_path / "first" / "config.yaml", **changes), progress=False)
+    assert tensors(tmp_path / "second").keys() == tensors(tmp_path / "first").keys()
+    with pytest.raises(ValueError, match="target is 'all-linear', but adapter .*x_proj"):
+        changes = {**changes, "exclude_modules": "x_proj", "output_dir": str(tmp_path / "third")}
+        run_sft(SFTConfig.from_yaml(tmp_path / "first" / "config.yaml", **changes), progress=False)
 
 
 @pytest.mark.parametrize("changes", [{"init": "gaussian"}, {"method": "full"}, {"method": "adalora"}])

@@ -64,10 +64,11 @@ def go_on(model: nn.Module, config: TrainConfig, targets: Any, excluded: Any, he
     """
     named = {"target_modules": targets, "exclude_modules": excluded}
     named = {name: value for name, value in named.items() if value is not None}
-    planned = set(plan(model, LoRAConfig(**named), bypassed=True).adapters) if named else None
+    planned = plan(model, LoRAConfig(**named), bypassed=True) if named else None
     load_adapter(model, config.adapter)
     adapted = {name for name, _ in lora_modules(model)}
-    if planned is not None and planned != adapted:
+    # Where an adapter has no effect, the file may have one or not.
+    if planned is not None and (planned.adapters.keys() ^ adapted) - planned.problems.keys():
         name = "exclude_modules" if targets is None else "target"
         raise _contradiction(config, name, ", ".join(sorted(adapted)))
     given = config.lora_dropout is not None and not config.describes_adapter
