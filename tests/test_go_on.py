@@ -275,6 +275,16 @@ def test_what_has_no_meaning_beside_an_adapter_is_refused(changes):
         SFTConfig(model="m", data="d", adapter="a", **changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"), [("init", {"init": "gaussian"}), ("mlp_hidden", {"method": "prefix", "mlp_hidden": 6})]
+)
+def test_the_config_of_the_first_run_goes_on_once_its_start_is_null(name, changes, tmp_path):
+    SFTConfig(model="m", data="d", **changes).save_yaml(tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=f"{name} must be left out, or null in a file, with adapter"):
+        SFTConfig.from_yaml(tmp_path / "config.yaml", adapter="a")
+    assert getattr(SFTConfig.from_yaml(tmp_path / "config.yaml", adapter="a", **{name: None}), name) is None
+
+
 def test_defaults_are_those_of_a_run_without_an_adapter():
     config = SFTConfig(model="m", data="d")
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (16, 32.0, 0.0, False)

@@ -243,7 +243,8 @@ class TrainConfig:
             # As the config.yaml of the run that made it says.
             self.init = None if self.init == _INITS[method] else self.init
             for name in ("init", "init_text", "mlp_hidden"):
-                self._check(name, getattr(self, name) is None, "left out with adapter, whose values are the start")
+                allowed = "left out, or null in a file, with adapter, whose values are the start"
+                self._check(name, getattr(self, name) is None, allowed)
         self._check("mlp_hidden", method == "prefix" or self.mlp_hidden is None, f"left out with method {method}")
         self._check(
             "init_text", method in ("prefix", "prompt") or self.init_text is None, f"left out with method {method}"
