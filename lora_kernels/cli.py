@@ -69,7 +69,7 @@ def _train(run: Callable[[Any], Any], settings: TrainConfig, written: str) -> No
     """run(settings), then say what it has written; a signal ends the process with 128 + its number, and says so."""
     from lora_kernels.train.stopping import ended_by_signals
 
-    with ended_by_signals(settings.output_dir):
+    with ended_by_signals(settings.output_dir, say=_rank() == 0):
         run(settings)
     if _rank() == 0:
         typer.echo(f"{written}: {settings.output_dir}")

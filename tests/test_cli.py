@@ -89,7 +89,7 @@ def test_sft_writes_its_run(trained, tiny):
     assert again.exit_code == 2 and "holds another run" in again.stderr
 
 
-def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch):
+def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch, capfd):
     def stopped(settings):
         signal.raise_signal(signal.SIGINT)
 
@@ -97,10 +97,10 @@ def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch):
     for command in ("sft", "reward", "dpo", "ppo"):
         monkeypatch.setattr(f"lora_kernels.train.{command}.run_{command}", stopped)
         result = run(command, *arguments, *(("--reward", "r.py:f") if command == "ppo" else ()))
-        assert result.exit_code == 130 and "nothing is saved yet" in result.stderr
+        assert result.exit_code == 130 and "nothing is saved yet" in capfd.readouterr().err
     (tmp_path / "checkpoint-last").mkdir()
     result = run("sft", *arguments)
-    assert result.exit_code == 130 and "with resume (--resume) goes on from" in result.stderr
+    assert result.exit_code == 130 and "with resume (--resume) goes on from" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"])

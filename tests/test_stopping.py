@@ -250,6 +250,13 @@ def test_a_command_ends_with_128_and_the_signal_before_its_first_step_too(tmp_pa
     assert raised.value.code == ends
 
 
+@pytest.mark.parametrize("rank, times", [(0, 1), (1, 0)])
+def test_of_several_processes_the_first_says_that_they_were_stopped(tmp_path, monkeypatch, rank, times):
+    monkeypatch.setenv("RANK", str(rank))
+    process = run_python(BEFORE_THE_FIRST_STEP, "SIGTERM", tmp_path)
+    assert process.returncode == 143 and process.stderr.count("stopped by SIGTERM") == times
+
+
 LAUNCHED = """
 import os, sys, time
 from lora_kernels.train.stopping import ended_by_signals

@@ -100,7 +100,8 @@ def end_run(number: int, output_dir: str | os.PathLike, say: bool = True) -> NoR
     how = f"the same run with resume (--resume) goes on from {checkpoint}" if checkpoint else "nothing is saved yet"
     text = f"stopped by {signal.Signals(number).name}; {how}"
     if say:
-        print(text, file=sys.stderr, flush=True)
+        # Not print(), which may be at work when the signal comes.
+        os.write(2, f"{text}\n".encode())
     if number == signal.SIGINT:
         raise KeyboardInterrupt(text)
     raise SystemExit(128 + number)
@@ -114,11 +115,14 @@ def _end_with_launcher() -> None:
 
 
 @contextmanager
-def ended_by_signals(output_dir: str | os.PathLike) -> Iterator[None]:
-    """For a program that is one run: it ends with 128 + the signal's number, before its first step and after too."""
+def ended_by_signals(output_dir: str | os.PathLike, say: bool = True) -> Iterator[None]:
+    """For a program that is one run: it ends with 128 + the signal's number, before its first step and after too.
+
+    say: whether to say so on stderr then, as the first of several processes should.
+    """
 
     def end(number: int, _: Any) -> None:
-        end_run(number, output_dir)
+        end_run(number, output_dir, say)
 
     try:
         with handling(end):
