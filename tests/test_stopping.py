@@ -13,7 +13,7 @@ from test_ppo import model_dir as model_dir
 from test_ppo import run_for_resume, steps_of
 from test_sft import TESTS, read_metrics, run_python, tiny_dataset, train_tiny
 
-from lora_kernels.train import loop, ppo, stopping
+from lora_kernels.train import compare, loop, ppo, stopping
 from lora_kernels.train.checkpoint import save_checkpoint
 from lora_kernels.train.stopping import Stopper, ended_by_signals, handling
 
@@ -255,6 +255,28 @@ def test_of_several_processes_the_first_says_that_they_were_stopped(tmp_path, mo
     monkeypatch.setenv("RANK", str(rank))
     process = run_python(BEFORE_THE_FIRST_STEP, "SIGTERM", tmp_path)
     assert process.returncode == 143 and process.stderr.count("stopped by SIGTERM") == times
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("child", ["import time; time.sleep(60)", ""])
+def test_a_signal_ends_compare_where_its_run_knows_nothing_of_it(tmp_path, monkeypatch, number, child):
+    """It comes while the run still imports, or when it has just ended."""
+    number = getattr(signal, number)
+
+    class Popen(subprocess.Popen):
+        def __init__(self, command):
+            super().__init__([sys.executable, "-c", child])
+
+        def wait(self):
+            if not child:
+                super().wait()
+            os.kill(os.getpid(), number)
+            return super().wait()
+
+    monkeypatch.setattr(compare.subprocess, "Popen", Popen)
+    with pytest.raises(SystemExit) as raised:
+        compare._run_in_process("lora", {"config": {"output_dir": str(tmp_path)}})
+    assert raised.value.code == 128 + number
 
 
 LAUNCHED = """

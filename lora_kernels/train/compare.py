@@ -133,9 +133,18 @@ def _known(job: Mapping[str, Any]) -> dict[str, Any] | None:
 def _run_in_process(name: str, job: Mapping[str, Any]) -> dict[str, Any]:
     print(f"{name}:", flush=True)
     process = subprocess.Popen([sys.executable, "-m", __name__, json.dumps(job)])
-    # A signal is for the run, which saves what it has.
-    with handling(lambda number, _: process.send_signal(number)):
+    signals = []
+
+    def pass_on(number: int, _: Any) -> None:
+        # It is for the run, which saves what it has.
+        signals.append(number)
+        process.send_signal(number)
+
+    with handling(pass_on):
         process.wait()
+    if signals:
+        # Whatever the run made of it: it may have come before the run could handle it, or after its end.
+        raise SystemExit(128 + signals[0])
     if process.returncode > 128:
         raise SystemExit(process.returncode)
     if process.returncode != 0:
