@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from test_ppo import data as data
 from test_ppo import model_dir as model_dir
 from test_ppo import run_for_resume
-from test_sft import read_metrics, train_tiny
+from test_sft import read_metrics, run_python, train_tiny
 from tiny_chat import tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model
 from torch import nn
@@ -142,6 +142,45 @@ def test_where_another_process_fails_all_do_and_the_last_checkpoint_stays(tmp_pa
     with pytest.raises(OSError, match="another process could not write its part"):
         save(tmp_path, model, optimizer, 2, accelerator)
     assert calls == [0, 0] and everything(tmp_path) == before
+
+
+FIRST_CANNOT_WRITE = """
+import os, sys
+from pathlib import Path
+from test_stopping import train_stoppable
+from lora_kernels.train import loop
+rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
+init, replace = loop.Loop.__init__, os.replace
+def fail(*_):
+    raise OSError("full")
+def without_adapter(self, *arguments, **options):
+    init(self, *arguments, **options)
+    self.save_adapter = fail
+def without_swap(source, target):
+    (fail if Path(target).name == "checkpoint-last" else replace)(source, target)
+def said(name, **changes):
+    try:
+        train_stoppable(out / name, gradient_accumulation_steps=1, batch_size=2, max_steps=2, **changes)
+    except OSError as error:
+        (out / f"{name}-{rank}").write_text(str(error))
+loop.Loop.__init__ = without_adapter
+said("best", eval_steps=1)
+said("last", eval_steps=2)
+loop.Loop.__init__, os.replace = init, without_swap
+said("swap")
+"""
+
+
+def test_where_the_first_process_cannot_write_none_waits_for_it(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(FIRST_CANNOT_WRITE)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = run_python(str(script), tmp_path, launcher=launcher)
+    assert process.returncode == 0, process.stderr
+    for name in ("best", "last", "swap"):
+        said = [(tmp_path / f"{name}-{rank}").read_text() for rank in (0, 1)]
+        assert said == ["full", "another process could not write its part"]
+        assert not (tmp_path / name / "checkpoint-last").exists()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -109,12 +109,12 @@ def save_checkpoint(
     `method_state`, if the method has any.
     """
     staged, last, replaced = (output_dir / name for name in (_WRITING, LAST, _REPLACED))
-    with _all_or_none(accelerator, staged):
+    with all_or_none(accelerator, staged):
         if accelerator.is_main_process:
             shutil.rmtree(staged, ignore_errors=True)
             with writing(staged):
                 staged.mkdir(parents=True)
-    with _all_or_none(accelerator, staged):
+    with all_or_none(accelerator, staged):
         path = staged / _rng(accelerator)
         with writing(path):
             path.write_text(json.dumps(_rng_state()), encoding="utf-8")
@@ -127,19 +127,19 @@ def save_checkpoint(
             if method_state:
                 _write_tensors(staged / METHOD_STATE, method_state)
             write_json(staged / _STATE, {**asdict(state), "run": run})
-    if accelerator.is_main_process:
-        # A directory can't be replaced in one step; find_checkpoint covers a death between these two.
-        if last.exists():
+    with all_or_none(accelerator, staged):
+        if accelerator.is_main_process:
+            # A directory can't be replaced in one step; find_checkpoint covers a death between these two.
+            if last.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(last, replaced)
+            os.replace(staged, last)
             shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(last, replaced)
-        os.replace(staged, last)
-        shutil.rmtree(replaced, ignore_errors=True)
-    wait_for_everyone(accelerator)
 
 
 @contextmanager
-def _all_or_none(accelerator: Accelerator, directory: Path) -> Iterator[None]:
-    """All processes leave this block together. Where it failed in any, `directory` is removed and all raise."""
+def all_or_none(accelerator: Accelerator, directory: Path | None = None) -> Iterator[None]:
+    """All processes leave this block together. Where it failed in any, all raise, and `directory` is removed."""
     error = None
     try:
         yield
@@ -149,9 +149,9 @@ def _all_or_none(accelerator: Accelerator, directory: Path) -> Iterator[None]:
     wait_for_everyone(accelerator)
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
     if failed.item():
-        if accelerator.is_main_process:
+        if directory is not None and accelerator.is_main_process:
             shutil.rmtree(directory, ignore_errors=True)
-        raise error or OSError(f"another process could not write its part of {directory}")
+        raise error or OSError("another process could not write its part")
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -25,6 +25,7 @@ from lora_kernels.optim import LoRAPlusAdamW
 from lora_kernels.train.checkpoint import (
     METHOD_STATE,
     LoopState,
+    all_or_none,
     find_checkpoint,
     load_checkpoint,
     load_state,
@@ -397,9 +398,7 @@ class Loop:
             # A signal may have come while it was written, and after the last one nobody asks again.
             stop = stop or self.stopper.agreed()[0]
         elif best:
-            if self.main:
-                self.save_adapter(self.output_dir)
-            wait_for_everyone(self.accelerator)
+            self._save_adapter()
         return stop
 
     def _add_extra_loss(self) -> torch.Tensor | None:
@@ -441,10 +440,15 @@ class Loop:
         self._log({"step": self.state.step, "epoch": self._epoch(), **means, "eval_seconds": seconds})
         return best
 
+    def _save_adapter(self) -> None:
+        with all_or_none(self.accelerator):
+            if self.main:
+                self.save_adapter(self.output_dir)
+
     def _checkpoint(self, best: bool) -> None:
         self.state.window = self._window_sums()
-        if best and self.main:
-            self.save_adapter(self.output_dir)
+        if best:
+            self._save_adapter()
         run = {**self.run_identity, **self.plan.identity}
         arguments = (self.state, run, self.accelerator, self.save_adapter)
         method_state = self.hook.state_dict() if self.hook else None
