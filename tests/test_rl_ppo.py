@@ -1,5 +1,6 @@
 """The mathematics of PPO against an oracle made with TRL's own functions, and against float64 loops."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,12 @@ from lora_kernels.train import rl
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "ppo_oracle.json").read_text())
 CONFIG, INPUTS, DERIVED = ORACLE["config"], ORACLE["inputs"], ORACLE["derived"]
+
+
+DPO_INPUTS = (
+    *("chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs"),
+    *("chosen_tokens", "rejected_tokens"),
+)
 
 
 def tensor(values):
@@ -203,3 +210,88 @@ def test_bad_arguments_are_named(call, match):
     mask = torch.tensor([[True, False, False], [False, False, False]])
     with pytest.raises(ValueError, match=match):
         call(torch.zeros(2, 3), mask)
+
+
+def test_defaults_are_those_of_the_field():
+    """OpenAI's and TRL's: gamma 1, lambda 0.95, both clips 0.2; Rafailov et al. 2023: beta 0.1, no smoothing."""
+    defaults = {
+        rl.gae: {"gamma": 1.0, "lam": 0.95},
+        rl.policy_loss: {"cliprange": 0.2, "dual_clip": None, "count": None},
+        rl.value_loss: {"cliprange": 0.2, "count": None},
+        rl.masked_whiten: {"shift_mean": True},
+        rl.reward_loss: {"margin": None, "center_coef": 0.0},
+        rl.dpo_loss: {
+            **{"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0},
+            **{"chosen_tokens": None, "rejected_tokens": None},
+        },
+        rl.kl_estimate: {"kind": "k1"},
+        rl.token_masks: {"position": "after"},
+        rl.token_rewards: {"position": "after"},
+    }
+    for function, wanted in defaults.items():
+        parameters = inspect.signature(function).parameters.items()
+        assert {name: p.default for name, p in parameters if p.default is not p.empty} == wanted, function
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (rl.gae, ("rewards", "values", "value_mask")),
+        (rl.policy_loss, ("logprobs", "old_logprobs", "advantages", "mask")),
+        (rl.value_loss, ("values", "old_values", "returns", "mask")),
+        (rl.kl_estimate, ("logprobs", "ref_logprobs")),
+        (rl.reward_loss, ("chosen", "rejected", "margin")),
+        (rl.dpo_loss, DPO_INPUTS),
+    ],
+)
+def test_every_argument_has_to_have_the_shape_of_the_others(function, names):
+    wide = (2, 3) if function not in (rl.reward_loss, rl.dpo_loss) else (2,)
+    for odd in names:
+        shapes = {name: (5, *wide[1:]) if name == odd else wide for name in names}
+        arguments = {
+            name: torch.ones(shape, dtype=torch.bool if "mask" in name else None) for name, shape in shapes.items()
+        }
+        with pytest.raises(ValueError, match=rf"\b{odd}\b"):
+            function(**arguments)
+
+
+def test_parts_of_a_minibatch_have_its_divisor():
+    """The loss, the clipped share and the KL of a micro-batch are sums over the count of the whole minibatch."""
+    mask = torch.tensor([[True, True, False]])
+    new, old = torch.log(tensor([[1.5, 1.0, 9.0]])), torch.zeros(1, 3, dtype=torch.float64)
+    found = rl.policy_loss(new, old, tensor([[1.0, 1.0, 1.0]]), mask, 0.2, count=8)
+    close(found.loss, -(1.2 + 1.0) / 8)
+    close(found.clip_fraction, 1 / 8)
+    close(found.approx_kl, math.log(1.5) ** 2 / 2 / 8)
+    # What lies off the mask has a ratio of one.
+    close(found.ratio, [[1.5, 1.0, 1.0]])
+    assert found.clip_fraction.dtype == torch.float64 and not found.ratio.requires_grad
+    loss, clipped = rl.value_loss(tensor([[2.0, 0.0, 9.0]]), old, old, mask, 0.2, count=8)
+    close(loss, 0.5 * 4.0 / 8)
+    # The clipped value is nearer to the return, so that the clip has no effect.
+    close(clipped, 0.0)
+    _, clipped = rl.value_loss(tensor([[2.0, 0.0, 9.0]]), old, tensor([[3.0, 0.0, 0.0]]), mask, 0.2, count=8)
+    close(clipped, 1 / 8)
+
+
+def test_advantages_off_the_mask_are_zero_and_one_token_is_enough():
+    mask = torch.tensor([[True], [False]])
+    advantages, returns = rl.gae(tensor([[2.0], [3.0]]), tensor([[0.5], [0.7]]), mask)
+    close(advantages, [[1.5], [0.0]])
+    close(returns[:1], [[2.0]])
+
+
+def test_sums_of_pairs():
+    chosen, rejected = tensor([1.0, 2.0, 0.0]), tensor([0.0, 2.0, 3.0])
+    sums = rl.pair_sums(tensor([0.5, 0.25, 1.0]), chosen, rejected)
+    wanted = {"loss": 1.75, "reward_chosen": 3.0, "reward_rejected": 5.0, "accuracy": 1.0, "margin": -2.0}
+    assert {name: value.item() for name, value in sums.items()} == wanted
+
+
+def test_bounds_of_the_adaptive_coefficient_and_of_the_variance():
+    assert rl.adaptive_kl_coef(1.0, 0.0, 6.0, 10, 100.0) == pytest.approx(1 - 0.2 * 10 / 100)
+    assert rl.adaptive_kl_coef(1.0, 60.0, 6.0, 10, 100.0) == pytest.approx(1 + 0.2 * 10 / 100)
+    # Of two values the biased and the unbiased variance differ twofold, and so would a floor of one.
+    mask = torch.tensor([[True, True]])
+    close(rl.explained_variance(tensor([[0.0, 0.0]]), tensor([[0.0, 0.1]]), mask), 0.0)
+    close(rl.explained_variance(tensor([[0.0, 0.05]]), tensor([[0.0, 0.1]]), mask), 0.75)

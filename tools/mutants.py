@@ -23,7 +23,8 @@ SAMPLE = {
     "lora_kernels/train/rl.py": ["*"],
     "lora_kernels/train/losses.py": ["*"],
 }
-TESTS = {"lora_kernels/train/rl.py": ["tests/test_rl_ppo.py"]}
+TESTS = {"lora_kernels/train/rl.py": ["tests/test_rl_ppo.py", "tests/test_trl.py"]}
+ARGUED = "\n## What is argued\n"
 OUTCOMES = {"🎉": "caught", "⏰": "caught", "🙁": "survived", "🫥": "survived"}
 
 
@@ -105,7 +106,9 @@ def main() -> None:
     lines += ["", "## Survivors", "", *(details or ["None."])]
     text = "# Mutants\n\nMade by `make mutants`; `tools/mutants.py` says how.\n\n" + "\n".join(lines) + "\n"
     if args.output:
-        args.output.write_text(text)
+        # What people have written about survivors stays.
+        before = args.output.read_text() if args.output.exists() else ""
+        args.output.write_text(text + "".join(before.partition(ARGUED)[1:]))
     else:
         print(text)
 
