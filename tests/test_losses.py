@@ -247,3 +247,27 @@ def test_logprobs_keep_no_logits_and_nothing_at_all_without_gradients():
     assert not logprobs.requires_grad
     with pytest.raises(ValueError, match="chunk_size must be >= 1, got 0"):
         chunked_logprobs(hidden, weight, labels, chunk_size=0)
+
+
+def test_shapes_are_named():
+    hidden, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match=r"labels must be \[2, 3\] like hidden without its last dim, got \[2, 2\]"):
+        chunked_cross_entropy(hidden, weight, torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"lm_head_weight must be \[V, 4\], got \[5, 6\]"):
+        chunked_logprobs(hidden, torch.zeros(5, 6), torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rows_of_very_different_size(backend):
+    """The largest logit is taken off each row by itself: with one for all rows the small ones would underflow."""
+    hidden = torch.tensor([[1e3, 0.0], [-1e3, 1.0], [0.0, 1.0]])
+    weight, labels = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), torch.tensor([0, 1, 2])
+    with use_backend(backend):
+        loss, count = chunked_cross_entropy(hidden, weight, labels, logit_softcap=1e4)
+        plain, _ = chunked_cross_entropy(hidden, weight, labels)
+    logits = hidden.double() @ weight.double().t()
+    wanted = F.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(plain.double(), wanted, rtol=1e-4, atol=1e-4)
+    capped = 1e4 * torch.tanh(logits / 1e4)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(capped, labels, reduction="sum"), rtol=2e-3, atol=2e-3)
+    assert count == 3
