@@ -62,9 +62,10 @@ def set_chat_template(tokenizer: Any, chat_template: str | None = None) -> None:
 class Renderer:
     """Conversations to text with the character spans of what is learned, and on to token ids with an answer mask.
 
-    The template is rendered once, with an invisible mark wherever one of its loops goes on to another message, so that
-    the text of each message is known by its position, whatever it says. What is learned of an assistant message begins
-    after the part of it that the generation prompt already holds, and ends with the turn.
+    The template is rendered with an invisible mark wherever one of its loops goes on to another message, so that the
+    text of each message is known by its position, whatever it says. A chat is rendered a few times, however many turns
+    it has. What is learned of an assistant message begins after the part of it that the generation prompt already
+    holds, and ends with the turn.
 
     chat_template: Jinja text, by default the tokenizer's own template. date: what templates take for today's date.
     vocab_size: rows of the model's embedding, beyond which no token may be. whole: leave out answers that the template
