@@ -21,7 +21,15 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] 
 
 
 def write_gguf(
-    path, pre="smollm", tied=True, architecture="llama", extra_tensor=None, pad=2, tokenizer_model="gpt2", add_bos=None
+    path,
+    pre="smollm",
+    tied=True,
+    architecture="llama",
+    extra_tensor=None,
+    pad=2,
+    tokenizer_model="gpt2",
+    add_bos=None,
+    rope=None,
 ):
     """A tiny Llama GGUF: byte-level vocabulary with two merges, matrices in Q8_0, norms in F32."""
     rng = np.random.default_rng(0)
@@ -50,6 +58,8 @@ def write_gguf(
     writer.add_chat_template(TEMPLATE)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
+    for key, value in (rope or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"llama.rope.{key}", value)
 
     def add(name, *shape):
         values = rng.standard_normal(shape).astype(np.float32)
@@ -156,7 +166,14 @@ def test_pad_token_is_never_the_end_token(tmp_path, pad_in_file, expected):
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"pre": "tekken"}, "pre-tokenizer 'tekken'.*smollm"),
         ({"tokenizer_model": "llama"}, "tokenizer model 'llama'"),
-        ({"extra_tensor": "rope_freqs.weight"}, "rope scaling"),
+        ({"extra_tensor": "rope_freqs.weight"}, "rope scaling is not supported .rope_freqs.weight"),
+        ({"rope": {"scaling.factor": 4.0}}, "rope scaling is not supported .llama.rope.scaling.factor = 4.0"),
+        ({"rope": {"scale_linear": 4.0}}, "llama.rope.scale_linear = 4.0"),
+        ({"rope": {"scaling.type": "linear", "scaling.factor": 4.0}}, "scaling.type = 'linear', .*factor = 4.0"),
+        ({"rope": {"scaling.type": "linear", "scale_linear": 4.0}}, "scale_linear = 4.0"),
+        ({"rope": {"scaling.type": "yarn", "scaling.factor": 1.0}}, "'yarn'"),
+        ({"rope": {"scaling.type": "longrope"}}, "'longrope'"),
+        ({"rope": {"scaling.type": "none", "scaling.attn_factor": 1.5}}, "attn_factor = 1.5"),
         ({"extra_tensor": "blk.0.attn_q.bias"}, "q_proj.bias"),
         ({"extra_tensor": "blk.0.ffn_gate_inp.weight"}, "ffn_gate_inp"),
     ],
@@ -166,6 +183,24 @@ def test_convert_gguf_refuses_what_it_does_not_know(tmp_path, arguments, message
     with pytest.raises(ValueError, match=message):
         convert_gguf(tmp_path / "t.gguf", tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["t.gguf"]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"scaling.type": "none", "scaling.factor": 4.0},
+        {"scaling.type": "linear"},
+        {"scaling.type": "linear", "scaling.factor": 1.0},
+        {"scaling.factor": 0.0},
+        {"scaling.factor": 1.0, "scale_linear": 4.0},
+        {"scale_linear": 1.0, "scaling.attn_factor": 1.0},
+    ],
+)
+def test_convert_gguf_takes_rope_scaling_that_changes_nothing(tmp_path, rope):
+    convert_gguf(write_gguf(tmp_path / "plain.gguf"), tmp_path / "plain")
+    convert_gguf(write_gguf(tmp_path / "t.gguf", rope=rope), tmp_path / "t")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "t" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_load_model_converts_a_gguf_file_once(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ SMOLLM2 = "smollm2-135m"
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 
 # Part of the cache key: raise it when a conversion would write something else than before.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 _GGUF_TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -122,9 +122,16 @@ def convert_gguf(path: str | Path, out_dir: str | Path) -> Path:
 def _gguf_config(meta: dict[str, Any], names: set[str], reader: Any, path: Path) -> Any:
     from transformers import LlamaConfig
 
-    scaling = meta.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in names:
-        raise ValueError(f"{path}: GGUF rope scaling is not supported (llama.rope.scaling.type = {scaling!r})")
+    # As llama.cpp reads it: a factor without a type is linear, 0 means none, and scale_linear is the factor's old name.
+    rope = {name: meta.get(f"llama.rope.{name}") for name in ("scaling.type", "scaling.factor", "scale_linear")}
+    factor = rope["scale_linear"] if rope["scaling.factor"] is None else rope["scaling.factor"]
+    unscaled = rope["scaling.type"] == "none" or (rope["scaling.type"] in (None, "linear") and factor in (None, 0, 1))
+    # This one scales the logits of attention, whatever the type.
+    rope["scaling.attn_factor"] = meta.get("llama.rope.scaling.attn_factor")
+    if not unscaled or rope["scaling.attn_factor"] not in (None, 1) or "rope_freqs.weight" in names:
+        given = [f"llama.rope.{name} = {value!r}" for name, value in rope.items() if value is not None]
+        given += ["rope_freqs.weight"] * ("rope_freqs.weight" in names)
+        raise ValueError(f"{path}: GGUF rope scaling is not supported ({', '.join(given)})")
     try:
         hidden_size = meta["llama.embedding_length"]
         heads = meta["llama.attention.head_count"]
