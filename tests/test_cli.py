@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,13 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 from lora_kernels import LoRAConfig, PromptConfig, inject, save_adapter
-from lora_kernels.cli import app
+from lora_kernels.cli import not_installed
 from lora_kernels.cli_flags import FIELD_HELP
+from lora_kernels.commands import app
 from lora_kernels.train.compare import plan
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.generate import generate, stop_tokens, turn_end
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -107,7 +110,7 @@ def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch, capfd):
 def test_only_the_first_process_says_what_all_have_to_say(tmp_path, monkeypatch, variable):
     import warnings
 
-    from lora_kernels import cli
+    from lora_kernels import commands
 
     def warned(settings):
         # pytest shows warnings itself; this is what Python would print.
@@ -116,7 +119,7 @@ def test_only_the_first_process_says_what_all_have_to_say(tmp_path, monkeypatch,
             raise ValueError("a bad one")
 
     waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(commands.time, "sleep", waited.append)
     monkeypatch.setattr("lora_kernels.train.sft.run_sft", warned)
     arguments = ("sft", "--model", "m", "--data", "d", "--output-dir", tmp_path)
     for rank in ("0", "1"):
@@ -128,7 +131,7 @@ def test_only_the_first_process_says_what_all_have_to_say(tmp_path, monkeypatch,
         assert failed.stdout == ("warning: something\n" if first else "")
         assert failed.exit_code == 2
     # A launcher ends the others when the first has failed.
-    assert waited == [cli._SAME_ERROR_SECONDS]
+    assert waited == [commands._SAME_ERROR_SECONDS]
 
 
 def test_an_output_directory_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
@@ -294,15 +297,78 @@ def test_doctor_shows_every_backend():
 
     result = run("doctor")
     assert result.exit_code == 0
+    lines = [line.split() for line in result.output.splitlines()]
     for name, reason in available().items():
-        line = next(line for line in result.output.splitlines() if f" {name} " in line)
-        assert ("yes" in line) == (reason is None)
+        assert [name, *(["yes"] if reason is None else ["no", *reason.split()])] in lines
     assert torch.__version__ in result.output
+
+
+INSTALL = "is not installed: pip install 'lora-kernels[train]'"
+
+
+def without(packages, *command):
+    """The command line's result in a process where `packages` can't be imported."""
+    code = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {set(packages)!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = {["lora-kernels", *map(str, command)]!r}
+runpy.run_module("lora_kernels.cli", run_name="__main__")
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def imported_as(requirement):
+    name = re.match(r"[\w-]+", requirement)[0]
+    return {"pyyaml": "yaml"}.get(name, name)
+
+
+@pytest.fixture(scope="module")
+def extra():
+    """The packages of the extra `train`, as Python imports them."""
+    requirements = re.search(r"^train = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M)[1]
+    return {imported_as(requirement) for requirement in re.findall(r'"(.+?)"', requirements)}
+
+
+def test_the_extra_is_known_by_its_packages(extra):
+    assert {"typer", "yaml", "transformers"} <= extra
+    for package in extra:
+        error = ModuleNotFoundError(f"No module named '{package}.part'", name=f"{package}.part")
+        assert not_installed(error) == f"the Python package {package} {INSTALL}"
+    assert not_installed(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+
+
+@pytest.mark.parametrize("command", [(), ("--help",), ("sft", "--model", "m", "--data", "d"), ("no-such-command",)])
+def test_one_line_says_what_to_install_where_the_extra_is_missing(extra, command):
+    result = without(extra, *command)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(
+        r"error: .*(typer|yaml) is not installed: pip install 'lora-kernels\[train\]'.*\n", result.stderr
+    )
+
+
+def test_doctor_needs_no_extra(extra):
+    result = without(extra | {"tokenizers", "huggingface_hub", "triton"}, "doctor")
+    assert result.returncode == 0 and result.stderr == ""
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["reference", "yes"] in lines and ["torch", torch.__version__] in lines
+
+
+def test_one_line_says_which_package_a_command_lacks(tmp_path, tiny):
+    arguments = ("sft", "--model", tiny / "model", "--data", tiny / "data.jsonl", "--output-dir", tmp_path / "out")
+    for package in ("transformers", "accelerate"):
+        result = without({package}, *arguments)
+        assert result.returncode == 2, result.stderr
+        assert f"error: the Python package {package} {INSTALL}" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys; from typer.testing import CliRunner; from lora_kernels.cli import app; "
+        "import sys; from typer.testing import CliRunner; from lora_kernels.commands import app; "
         "assert CliRunner().invoke(app, ['sft', '--help']).exit_code == 0; "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )

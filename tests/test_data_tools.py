@@ -16,7 +16,7 @@ from rich.console import Console
 from tiny_chat import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
-from lora_kernels.cli import app
+from lora_kernels.commands import app
 from lora_kernels.train.check import check_file, marked
 from lora_kernels.train.generate import read_prompts
 from lora_kernels.train.label import append, label, mend

@@ -22,7 +22,7 @@ from lora_kernels import (
     save_adapter,
     trainable_summary,
 )
-from lora_kernels.cli import app
+from lora_kernels.commands import app
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.data import build_dataset
 from lora_kernels.train.sft import run_sft, train_sft

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from lora_kernels import use_backend
-from lora_kernels.cli import app
+from lora_kernels.commands import app
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
 from lora_kernels.methods.named import adapter_names, use_adapter

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from lora_kernels import LoRAConfig, NF4Linear, NF4Weight, inject, load_adapter, merge, quantize_nf4, save_adapter
-from lora_kernels.cli import app
+from lora_kernels.commands import app
 from lora_kernels.io.models import load_model
 from lora_kernels.io.nf4 import save_nf4_model
 from lora_kernels.methods.lora import lora_modules, trainable_summary
