@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from test_sft import run_python
 from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from tiny_models import logits, perturb, tiny_batch, tiny_model
+from torch import nn
 from torch.nn import functional as F
 
 from lora_kernels import (
@@ -324,13 +326,30 @@ def test_peft_loads_ours_as_plain_lora(tmp_path):
     save_adapter(model, tmp_path, as_lora=True)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     assert raw["peft_type"] == "LORA"
-    assert raw["rank_pattern"] == {name: r for name, r in ranks_of(model).items() if r}
+    assert raw["rank_pattern"] == {f"^{re.escape(name)}": r for name, r in ranks_of(model).items() if r}
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
     assert isinstance(loaded.peft_config["default"], LoraConfig)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     ours = load_adapter(tiny_model("llama"), tmp_path)
     assert isinstance(ours.adapter_config, LoRAConfig)
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_as_lora_keeps_apart_paths_of_which_one_ends_in_another(tmp_path):
+    def model():
+        torch.manual_seed(3)
+        return nn.ModuleDict({"fc": nn.Linear(8, 8), "block": nn.ModuleDict({"fc": nn.Linear(8, 8)})})
+
+    adapted = cut(inject(model(), AdaLoRAConfig(init_r=4, target_r=2)), (1, 3))
+    save_adapter(adapted, tmp_path, as_lora=True)
+    want = {name: (layer.r, layer.scaling) for name, layer in lora_modules(adapted)}
+    assert {r for r, _ in want.values()} == {1, 3}
+    loaded = load_adapter(model(), tmp_path)
+    assert {name: (layer.r, layer.scaling) for name, layer in lora_modules(loaded)} == want
+    theirs = PeftModel.from_pretrained(model(), tmp_path).base_model.model
+    for name, (r, scaling) in want.items():
+        layer = theirs.get_submodule(name)
+        assert (layer.r["default"], layer.scaling["default"]) == (r, scaling)
 
 
 def test_as_lora_refuses_what_it_cannot_write(tmp_path):

@@ -1,13 +1,16 @@
 import json
 import os
+import random
 import warnings
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import logits, perturb, tiny_model
+from torch import nn
 from transformers import PretrainedConfig
 
 from lora_kernels.io.peft import load_adapter, save_adapter, task_type
@@ -92,6 +95,57 @@ def test_we_load_what_peft_saves(kind, name, tmp_path):
     save_adapter(model, tmp_path / "again")
     assert_same_logits(logits(load_with_peft(tiny_model(kind), tmp_path / "again")), want)
     torch.testing.assert_close(logits(merge(model)), want, rtol=1e-5, atol=3e-5)
+
+
+class Nested(nn.Module):
+    """Paths of which one ends in another, as "fc" and "block.fc"."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc, self.proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.block = nn.ModuleDict({"fc": nn.Linear(8, 8), "proj": nn.Linear(8, 8)})
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8), "fc_2": nn.Linear(8, 8)}) for _ in range(2))
+
+    def forward(self, x):
+        x = self.block["proj"](self.block["fc"](self.proj(self.fc(x))))
+        for layer in self.layers:
+            x = layer["fc_2"](layer["fc"](x))
+        return x
+
+
+PATTERNS = [
+    *("fc", "proj", "block.fc", "^fc", "fc|proj", "fc.*", ".*", "1.fc"),
+    *(r"layers\.1\..*", r".*\.fc", r"layers\.\d+\.fc_2"),
+]
+
+
+def scalings(model):
+    if isinstance(model, peft.PeftModel):
+        layers = [item for item in model.base_model.model.named_modules() if isinstance(item[1], LoraLayer)]
+        return {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers}
+    return {name: (layer.r, layer.scaling) for name, layer in lora_modules(model)}
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_first_pattern_that_matches_counts_in_the_file_too(seed, tmp_path):
+    draw = random.Random(seed)
+
+    def patterns(values):
+        return {pattern: draw.choice(values) for pattern in draw.sample(PATTERNS, draw.randint(1, 5))}
+
+    arguments = {"r": 3, "lora_alpha": 6, "use_rslora": seed % 5 == 0, "target_modules": r".*(fc|proj|fc_2)"}
+    arguments |= {"rank_pattern": patterns([1, 2, 4, 5]), "alpha_pattern": patterns([1, 8, 0.5, 20])}
+    model = inject(Nested(), LoRAConfig(**arguments))
+    perturb(model, 0.05)
+    save_adapter(model, tmp_path)
+    assert scalings(model) == scalings(peft.get_peft_model(Nested(), peft.LoraConfig(**arguments)))
+    theirs, ours = load_with_peft(Nested(), tmp_path), load_adapter(Nested(), tmp_path)
+    assert scalings(theirs) == scalings(ours) == scalings(model)
+    save_adapter(ours, tmp_path / "again")
+    assert scalings(load_adapter(model, tmp_path / "again")) == scalings(ours)
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_is_saved", [True, False])

@@ -113,7 +113,8 @@ def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """The two files of an adapter, each under a temporary name first."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    # Unsorted: in rank_pattern and alpha_pattern the first key that matches counts.
+    text = json.dumps(config, indent=2) + "\n"
     # The config goes last: a directory that has one for the first time is complete.
     with replacing(directory / WEIGHTS_NAME) as path:
         save_file(dict(tensors), path, metadata={"format": "pt"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,9 @@ def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
     lora_config = dataclasses.replace(config.lora_config(), r=config.target_r, init="default")
     raw = peft.peft_config(model, lora_config, layers)
-    raw["rank_pattern"] = {name: layer.r for name, layer in layers.items()}
-    raw["alpha_pattern"] = {name: layer.scaling * layer.r for name, layer in layers.items()}
+    # A path alone would also name the longer ones that end in it.
+    raw["rank_pattern"] = {f"^{re.escape(name)}": layer.r for name, layer in layers.items()}
+    raw["alpha_pattern"] = {f"^{re.escape(name)}": layer.scaling * layer.r for name, layer in layers.items()}
     peft.write_files(Path(directory), raw, peft.detached(model, tensors))
 
 
