@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from lora_kernels.io import peft, peft_adalora, peft_prompt
 from lora_kernels.io.files import replacing_files
 from lora_kernels.methods import adalora, adapter_config, full, lora, prefix, prompt
+from lora_kernels.nn.wrappers import bare, state_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool =
 
     Raises ValueError if nothing was injected, or nothing that as_lora could be written as LoRA.
     """
+    model = bare(model)
     config = adapter_config(model)
     if as_lora and not isinstance(config, lora.LoRAConfig):
         if not isinstance(config, adalora.AdaLoRAConfig):
@@ -60,7 +63,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     directory holds something else or doesn't fit the model.
     """
     directory = Path(directory)
+    given, model = model, bare(model)
     own = getattr(model, "adapter_config", None)
+    if own is None:
+        bare(given, adding=True)
     if is_model_directory(directory):
         kind, config_class = "model", full.FullConfig
     else:
@@ -73,8 +79,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     if own is not None and type(own) is not config_class:
         raise ValueError(f"{directory} holds a {kind}, but a {type(own).__name__} was injected into the model")
     if kind == "model":
-        return _load_model(model, directory, trainable)
-    return files.load_adapter(model, directory, trainable)
+        _load_model(model, directory, trainable)
+    else:
+        files.load_adapter(model, directory, trainable)
+    return given
 
 
 def is_model_directory(directory: Path) -> bool:
@@ -85,22 +93,23 @@ def is_model_directory(directory: Path) -> bool:
 def _save_model(model: PreTrainedModel, directory: Path) -> None:
     # The config goes last: a directory that has one for the first time is complete.
     with replacing_files(directory, last=_MODEL_CONFIG) as staged:
-        model.save_pretrained(staged)
+        model.save_pretrained(staged, state_dict=state_dict(model))
 
 
-def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> nn.Module:
+def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> None:
     loaded, info = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
     problems = [f"{kind}: {sorted(map(str, found))[:3]}" for kind, found in info.items() if found]
-    tensors, own = loaded.state_dict(), model.state_dict()
+    tensors, own = loaded.state_dict(), state_dict(model)
     for name in sorted(tensors.keys() | own.keys()):
         shapes = [list(side[name].shape) if name in side else "missing" for side in (own, tensors)]
         if shapes[0] != shapes[1]:
             problems.append(f"{name} is {shapes[0]} in the model, {shapes[1]} in the file")
     if problems:
         raise ValueError(f"{directory} doesn't fit the model, a {type(model).__name__}: {'; '.join(problems[:5])}")
-    model.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, target in own.items():
+            target.copy_(tensors[name])
     if getattr(model, "adapter_config", None) is None:
         full.inject(model, full.FullConfig())
     if not trainable:
         model.requires_grad_(False)
-    return model

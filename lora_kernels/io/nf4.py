@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_kernels.nn.bypassed import bypassed_layers
 from lora_kernels.nn.lora_linear import is_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
+from lora_kernels.nn.wrappers import bare, named_modules, state_dict
 from lora_kernels.ops.nf4 import QUANT_STATE, NF4Weight, from_bitsandbytes, quantize_nf4
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def save_nf4_model(
     from lora_kernels.io.files import new_directory
     from lora_kernels.methods.lora import is_injected
 
+    model = bare(model)
     if is_injected(model):
         raise ValueError("model carries LoRA adapters; save them with save_adapter, or merge(model, quantize='nf4')")
     weights = [module for module in model.modules() if isinstance(module, NF4Weight)]
@@ -145,7 +147,7 @@ def save_nf4_model(
         "bnb_4bit_use_double_quant": any(weight.double_quant for weight in weights),
         "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        "llm_int8_skip_modules": [name for name, module in named_modules(model) if isinstance(module, nn.Linear)],
     }
     with new_directory(directory) as staged:
         config.save_pretrained(staged)
@@ -153,7 +155,7 @@ def save_nf4_model(
             model.generation_config.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-        save_torch_state_dict(model.state_dict(), staged)
+        save_torch_state_dict(state_dict(model), staged)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

@@ -35,6 +35,7 @@ from lora_kernels.methods.lora import (
 )
 from lora_kernels.methods.named import add_adapter, use_adapter
 from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
+from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, state_dict, unwrapped
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -101,7 +102,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies as they are written: on the CPU, adapters of 16 bits as float32. RuntimeError inside adapters_disabled."""
     for name, original in model.lora_originals.items():
-        if model.get_submodule(name) is original:
+        if get_submodule(model, name) is original:
             raise RuntimeError("save_adapter was called inside adapters_disabled, where trained modules are set aside")
     saved = {}
     for key, tensor in tensors.items():
@@ -142,7 +143,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def saved_module_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of modules_to_save, by PEFT's key."""
-    states = {name: model.get_submodule(name).state_dict() for name in names}
+    states = {name: state_dict(get_submodule(model, name)) for name in names}
     return {f"{PREFIX}{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
 
 
@@ -150,7 +151,7 @@ def peft_config(
     model: nn.Module, config: LoRAConfig, layers: Mapping[str, FusedLoRALinear] | None = None
 ) -> dict[str, Any]:
     """PEFT's config of the LoRA adapters that `model` carries, or of those of them in `layers`, by path."""
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in named_modules(model) if name]
     layers = dict(lora_modules(model)) if layers is None else layers
     saved = list(model.lora_originals)
     # PEFT looks for targets outside of modules_to_save only, and for the latter by the end of the string.
@@ -215,7 +216,7 @@ def task_type(model: nn.Module, saved: list[str]) -> str | None:
         return "SEQ_CLS"
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         # For these PEFT takes the heads to be in the file, whatever modules_to_save says.
-        heads = {name for name, _ in model.named_modules() if name.endswith(("score", "classifier"))}
+        heads = {name for name, _ in named_modules(model) if name.endswith(("score", "classifier"))}
         return task if heads and heads <= set(saved) else None
     return task
 
@@ -264,6 +265,7 @@ def add_saved_adapter(model: nn.Module, name: str, directory: str | os.PathLike,
 
     Returns the model. Raises what add_adapter and load_adapter raise, with the model unchanged.
     """
+    given, model = model, bare(model, adding=True)
     directory = Path(directory)
     raw, tensors = read_config(directory / CONFIG_NAME), read_tensors(directory / WEIGHTS_NAME)
     config = lora_config(model, raw, tensors, directory / CONFIG_NAME)
@@ -275,7 +277,7 @@ def add_saved_adapter(model: nn.Module, name: str, directory: str | os.PathLike,
     except Exception:
         del model.parked_adapters[name]
         raise
-    return model
+    return given
 
 
 def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -285,7 +287,7 @@ def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         for parameter in (layer.lora_a, layer.lora_b, layer.lora_magnitude)
         if parameter is not None and not layer.bypassed
     ]
-    return parameters + [p for name in model.lora_originals for p in model.get_submodule(name).parameters()]
+    return parameters + [p for name in model.lora_originals for p in get_submodule(model, name).parameters()]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -334,7 +336,7 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
         if key not in _READ | _IGNORED and not unset:
             raise ValueError(f"{path}: {key} is {value!r}, which is not supported yet")
 
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in named_modules(model) if name]
     target_modules = raw.get("target_modules")
     if not target_modules:
         raise ValueError(f"{path}: target_modules is {target_modules!r}; expected a string or a list of names")
@@ -379,7 +381,7 @@ def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Si
     planned = plan(model, config, bypassed=True)
     shapes = {}
     for name, (r, _) in planned.adapters.items():
-        linear = model.get_submodule(name)
+        linear = unwrapped(get_submodule(model, name))
         N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
         shapes[f"{PREFIX}{name}.lora_A.weight"] = torch.Size((r, K))
         shapes[f"{PREFIX}{name}.lora_B.weight"] = torch.Size((N, r))
@@ -410,7 +412,7 @@ def without_base_copies(
 ) -> dict[str, Tensor]:
     """`tensors` but for those not `expected` that are the model's own: PEFT also writes the embeddings that an adapter
     stands on, changed or not."""
-    own = model.state_dict() if tensors.keys() - expected.keys() else {}
+    own = state_dict(model) if tensors.keys() - expected.keys() else {}
 
     def is_own(key: str) -> bool:
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -22,6 +22,7 @@ from lora_kernels.io.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lora_kernels.methods.adalora import AdaLoRAConfig, inject
 from lora_kernels.methods.lora import lora_modules, plan
 from lora_kernels.nn.lora_linear import is_conv1d
+from lora_kernels.nn.wrappers import get_submodule, unwrapped
 
 ADALORA = "ADALORA"
 # our field -> PEFT's
@@ -119,7 +120,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         for parameter in (layer.lora_a, layer.lora_b, layer.lora_e):
             parameter.requires_grad_(trainable and layer.r > 0 and not layer.bypassed)
     for name in model.lora_originals:
-        model.get_submodule(name).requires_grad_(trainable)
+        get_submodule(model, name).requires_grad_(trainable)
     return model
 
 
@@ -153,7 +154,7 @@ def _expected_shapes(model: nn.Module, config: AdaLoRAConfig, ranks: Mapping[str
     planned = plan(model, config.lora_config(), bypassed=True)
     shapes = {}
     for name in planned.adapters:
-        linear = model.get_submodule(name)
+        linear = unwrapped(get_submodule(model, name))
         N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
         r = ranks.get(f"{PREFIX}{name}.lora_E", config.init_r)
         for end, shape in (("lora_A", (r, K)), ("lora_B", (N, r)), ("lora_E", (r, 1))):

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lora_kernels.lazy import exports
+from lora_kernels.nn.wrappers import bare
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,12 +39,9 @@ def _module_of(config: Any) -> ModuleType:
 
 def adapter_config(model: nn.Module) -> Any:
     """The config that was injected into `model`. ValueError if there is none."""
-    config = getattr(model, "adapter_config", None)
+    config = getattr(bare(model), "adapter_config", None)
     if config is None:
-        raise ValueError(
-            "model has no adapter_config: it carries no adapters, or is wrapped (DistributedDataParallel, "
-            "torch.compile); pass the module that was given to inject"
-        )
+        raise ValueError("model has no adapter_config: it carries no adapters; call inject first")
     return config
 
 
@@ -55,8 +53,9 @@ def inject(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:
     config, and ValueError, with the model unchanged, if it already carries adapters or the config doesn't fit it.
     """
     method = _module_of(config)
-    if getattr(model, "adapter_config", None) is not None:
-        kind = type(model.adapter_config).__name__
+    inner = bare(model, adding=True)
+    if getattr(inner, "adapter_config", None) is not None:
+        kind = type(inner.adapter_config).__name__
         raise ValueError(f"model already carries what {kind} put in; merge(model) it first, or load the model anew")
     return method.inject(model, config, tokenizer)
 

@@ -19,6 +19,7 @@ from lora_kernels.arguments import check_integer, check_number
 from lora_kernels.methods import lora
 from lora_kernels.methods.lora import ALL_LINEAR, LoRAConfig, lora_modules
 from lora_kernels.nn.lora_linear import RANK_DIMENSION, FusedLoRALinear
+from lora_kernels.nn.wrappers import bare
 
 _STD = 0.02
 
@@ -104,7 +105,7 @@ def inject(model: nn.Module, config: AdaLoRAConfig, tokenizer: Any = None, bypas
         layer.scaling = config.scaling
         nn.init.normal_(layer.lora_a, std=_STD)
         nn.init.normal_(layer.lora_b, std=_STD)
-    model.adapter_config = config
+    bare(model).adapter_config = config
     return model
 
 
@@ -271,6 +272,7 @@ class TrainingHook:
     """
 
     def __init__(self, model: nn.Module, total_step: int) -> None:
+        model = bare(model)
         config = model.adapter_config
         if config.total_step not in (None, total_step):
             raise ValueError(f"total_step is {config.total_step} in the config; this training has {total_step} steps")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_kernels.methods.lora import named_by
+from lora_kernels.nn.wrappers import bare, named_modules
 from lora_kernels.ops.nf4 import NF4Weight
 
 ALL = "all"
@@ -50,6 +51,7 @@ def inject(model: nn.Module, config: FullConfig, tokenizer: Any = None) -> nn.Mo
     Returns the model. Raises ValueError, with the model unchanged, if a name matches no module, or a weight is
     quantized. Weights of 16 bits lose most updates to rounding: load the model in float32.
     """
+    given, model = model, bare(model, adding=True)
     chosen = [model] if config.modules == ALL else _chosen(model, "modules", config.modules)
     excluded = _chosen(model, "exclude_modules", config.exclude_modules) if config.exclude_modules else []
     parts = {part for module in chosen for part in module.modules()}
@@ -66,11 +68,11 @@ def inject(model: nn.Module, config: FullConfig, tokenizer: Any = None) -> nn.Mo
     for parameter in parameters:
         parameter.requires_grad_(True)
     model.adapter_config = config
-    return model
+    return given
 
 
 def _chosen(model: nn.Module, argument: str, names: str | Sequence[str]) -> list[nn.Module]:
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_modules(model) if name}
     if isinstance(names, str):
         chosen = [module for name, module in modules.items() if re.fullmatch(names, name)]
         missing = [] if any(next(module.parameters(), None) is not None for module in chosen) else [names]
@@ -84,7 +86,7 @@ def _chosen(model: nn.Module, argument: str, names: str | Sequence[str]) -> list
 
 def merge(model: nn.Module) -> nn.Module:
     """The model as it is: its weights are the trained ones. They are frozen, as after every merge."""
-    del model.adapter_config
+    del bare(model).adapter_config
     return model.requires_grad_(False)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from lora_kernels.nn.bypassed import bypassed_layers
 from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear, not_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
+from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, replace_module, unwrapped
 from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
 
 ALL_LINEAR = "all-linear"
@@ -136,9 +137,10 @@ class Plan:
 
 def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
     """What `inject` of the same arguments would do; changes nothing. Raises what inject raises."""
+    model = bare(model, adding=True)
     if is_injected(model):
         raise ValueError("model already carries LoRA adapters; merge(model) them first, or load the base model anew")
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_modules(model) if name}
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_linear(module)]
     for argument in ("target_modules", "exclude_modules", "modules_to_save"):
         _check_names_exist(argument, getattr(config, argument), modules, linears)
@@ -224,8 +226,8 @@ def inside(name: str, outer: Iterable[str]) -> bool:
 
 def _heads(model: nn.Module) -> list[str]:
     getter = getattr(model, "get_output_embeddings", None)
-    output = getter() if getter is not None else None
-    heads = [name for name, module in model.named_modules() if output is not None and module is output]
+    output = unwrapped(getter()) if getter is not None and getter() is not None else None
+    heads = [name for name, module in named_modules(model) if output is not None and module is output]
     return heads + [name for name in _CLASSIFICATION_HEADS if isinstance(getattr(model, name, None), nn.Module)]
 
 
@@ -247,6 +249,7 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
     Returns the model. Raises ValueError, with the model unchanged, if it already carries adapters, or if the config
     names a module that isn't there or can't have an adapter. "all-linear" leaves such modules out, with a warning.
     """
+    given, model = model, bare(model, adding=True)
     planned = plan(model, config, bypassed)
     for reason in dict.fromkeys(planned.problems.values()):
         names = [name for name, problem in planned.problems.items() if problem == reason]
@@ -255,7 +258,7 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (r, lora_alpha) in planned.adapters.items():
-        linear, how = model.get_submodule(name), (config.lora_dropout, config.use_rslora, config.init)
+        linear, how = unwrapped(get_submodule(model, name)), (config.lora_dropout, config.use_rslora, config.init)
         layer = FusedLoRALinear.from_linear(linear, r, lora_alpha, *how, use_dora=config.use_dora)
         if name in planned.problems:
             layer.bypassed = True
@@ -266,28 +269,20 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
         _train_copy(model, name)
     model.adapter_config = config
     _note_untied_embeddings(model)
-    return model
+    return given
 
 
 def _train_copy(model: nn.Module, name: str) -> None:
-    original = model.lora_originals[name] = model.get_submodule(name)
-    replace_module(model, name, copy.deepcopy(original).requires_grad_(True))
+    original = model.lora_originals[name] = get_submodule(model, name)
+    replace_module(model, name, copy.deepcopy(unwrapped(original)).requires_grad_(True))
 
 
 def train_in_full(model: nn.Module, name: str) -> None:
     """Makes the module at the path `name`, which has no adapter, one of the modules_to_save of an injected model."""
+    model = bare(model, adding=True)
     _train_copy(model, name)
     config = model.adapter_config
     model.adapter_config = replace(config, modules_to_save=(*config.modules_to_save, name))
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place of the one at the path `name`, and into the mode (training or not) of that one."""
-    training = model.get_submodule(name).training
-    if module.training is not training:
-        module.train(training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _note_untied_embeddings(model: nn.Module) -> None:
@@ -307,7 +302,7 @@ def _note_untied_embeddings(model: nn.Module) -> None:
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
     """(path, module) of each FusedLoRALinear in use in the model, those of other named adapters left out."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, FusedLoRALinear) and not name.startswith("parked_adapters."):
             yield name, module
 
@@ -359,6 +354,7 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
+    given, model = model, bare(model)
     layers = dict(lora_modules(model))
     if not layers:
         raise ValueError("model carries no LoRA adapters; nothing to merge")
@@ -387,14 +383,14 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     if quantize:
         model.merge_cost = MergeCost(errors, survivals)
     else:
-        for name, layer in [item for item in model.named_modules() if isinstance(item[1], NF4Linear)]:
+        for name, layer in [item for item in named_modules(model) if isinstance(item[1], NF4Linear)]:
             replace_module(model, name, layer.to_linear())
     model.requires_grad_(False)
     for attribute in ("adapter_config", "lora_originals", "parked_adapters", "adapter_name"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     _note_untied_embeddings(model)
-    return model
+    return given
 
 
 def _merge_to_nf4(layer: FusedLoRALinear) -> tuple[NF4Linear, tuple[float, float] | None]:
@@ -420,9 +416,10 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Serves as the reference policy of DPO and PPO without a second copy of the weights.
     """
+    given, model = model, bare(model)
     layers = [(layer, layer.adapters_enabled) for _, layer in lora_modules(model)]
     originals: Mapping[str, nn.Module] = getattr(model, "lora_originals", {})
-    trained = {name: model.get_submodule(name) for name in originals}
+    trained = {name: get_submodule(model, name) for name in originals}
     try:
         for layer, _ in layers:
             layer.adapters_enabled = False
@@ -430,7 +427,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
             # The originals aren't submodules, so a model.to() after inject hasn't reached them.
             like = next(trained[name].parameters())
             replace_module(model, name, original.to(device=like.device, dtype=like.dtype))
-        yield model
+        yield given
     finally:
         for layer, enabled in layers:
             layer.adapters_enabled = enabled

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 
 from lora_kernels.methods import adapters_disabled
-from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules, replace_module
+from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
+from lora_kernels.nn.wrappers import bare, get_submodule, replace_module, unwrapped
 
 FIRST, REFERENCE = "default", "reference"
 
@@ -37,6 +38,7 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, bypassed: bool 
     Returns the model. Raises ValueError, with the model unchanged, if it carries no LoRA adapter, `name` is taken or
     not an identifier, or config doesn't fit the model.
     """
+    given, model = model, bare(model, adding=True)
     if not isinstance(config, LoRAConfig) or not isinstance(getattr(model, "adapter_config", None), LoRAConfig):
         kind = type(getattr(model, "adapter_config", None)).__name__
         raise ValueError(f"config is a {type(config).__name__}, the model's is a {kind}; allowed: LoRAConfig for both")
@@ -55,11 +57,12 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, bypassed: bool 
         _put_in(model, current)
         model.parked_adapters = parked
     model.adapter_name = getattr(model, "adapter_name", FIRST)
-    return model
+    return given
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the model's LoRA adapters, the one in use first."""
+    model = unwrapped(model)
     return [getattr(model, "adapter_name", FIRST), *getattr(model, "parked_adapters", ())]
 
 
@@ -70,12 +73,13 @@ def use_adapter(model: nn.Module, name: str) -> Iterator[nn.Module]:
     With activation checkpointing the backward pass computes layers anew, so it has to run inside the block too. Raises
     ValueError if there is no such adapter, RuntimeError inside `adapters_disabled` where modules_to_save are set aside.
     """
+    given, model = model, bare(model)
     if name not in adapter_names(model):
         raise ValueError(f"name is {name!r}; the model has {', '.join(adapter_names(model))}")
     before = adapter_names(model)[0]
     _switch(model, name)
     try:
-        yield model
+        yield given
     finally:
         _switch(model, before)
 
@@ -96,7 +100,7 @@ def _switch(model: nn.Module, name: str) -> None:
 def _take_out(model: nn.Module) -> ParkedAdapter:
     """Makes `model` the base model; returns the adapter that was in use."""
     originals = model.lora_originals
-    modules = dict(lora_modules(model)) | {path: model.get_submodule(path) for path in originals}
+    modules = dict(lora_modules(model)) | {path: get_submodule(model, path) for path in originals}
     if any(modules[path] is original for path, original in originals.items()):
         raise RuntimeError("adapters can't be switched inside adapters_disabled, where trained modules are set aside")
     for path, module in modules.items():

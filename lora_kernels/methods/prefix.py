@@ -20,6 +20,7 @@ from lora_kernels.methods.virtual_tokens import (
     disabled,
     initial_ids,
 )
+from lora_kernels.nn.wrappers import bare
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicCache
@@ -185,6 +186,7 @@ def inject(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> nn.
     `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a causal
     LM of transformers whose layers have keys and values of one shape, or config doesn't fit it.
     """
+    given, model = model, bare(model, adding=True)
     decoder = decoder_of(model, config.num_virtual_tokens)
     from_tokens = config.init in ("vocab", "text")
     ids = initial_ids(config, model, tokenizer) if from_tokens else None
@@ -196,7 +198,7 @@ def inject(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> nn.
         start = torch.zeros_like(start)
     PrefixKeyValues(start, layers, heads, config.mlp_hidden).attach(model, decoder)
     model.adapter_config = config
-    return model
+    return given
 
 
 @torch.no_grad()

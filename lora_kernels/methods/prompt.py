@@ -16,6 +16,7 @@ from lora_kernels.methods.virtual_tokens import (
     disabled,
     initial_ids,
 )
+from lora_kernels.nn.wrappers import bare
 
 adapters_disabled = disabled
 
@@ -78,6 +79,7 @@ def inject(model: nn.Module, config: PromptConfig, tokenizer: Any = None) -> nn.
     `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a causal
     LM of transformers, or config doesn't fit it.
     """
+    given, model = model, bare(model, adding=True)
     decoder = decoder_of(model, config.num_virtual_tokens)
     embed = model.get_input_embeddings()
     with torch.no_grad():
@@ -88,7 +90,7 @@ def inject(model: nn.Module, config: PromptConfig, tokenizer: Any = None) -> nn.
             start = embed(initial_ids(config, model, tokenizer).to(embed.weight.device))
     attach(model, decoder, start)
     model.adapter_config = config
-    return model
+    return given
 
 
 def attach(model: nn.Module, decoder: nn.Module, start: Tensor) -> None:

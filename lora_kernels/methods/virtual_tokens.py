@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.arguments import check_integer
+from lora_kernels.nn.wrappers import bare
 
 # Lester et al. sample the initial tokens among their 5000 most common ones; vocabularies are sorted about that way.
 COMMON_TOKENS = 5000
@@ -179,7 +180,8 @@ class VirtualTokens(nn.Module):
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the `with` block the model has no virtual tokens. Nests."""
-    tokens, enabled = model.virtual_tokens, model.virtual_tokens.enabled
+    tokens = bare(model).virtual_tokens
+    enabled = tokens.enabled
     try:
         tokens.enabled = False
         yield model

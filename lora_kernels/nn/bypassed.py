@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lora_kernels.nn.lora_linear import is_conv1d, is_linear
+from lora_kernels.nn.wrappers import named_modules, unwrapped
 
 _TOKENS = 2
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,12 +34,12 @@ def bypassed_layers(model: nn.Module) -> list[str]:
     """
     found = {
         f"{name}.out_proj".lstrip(".")
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
     }
-    probes = {name: _Probe(module) for name, module in model.named_modules() if is_linear(module)}
-    if probes and _dry_forward(model, probes):
-        found |= {name for name, probe in probes.items() if probe.read and not probe.called}
+    probes = {name: (module, _Probe(module)) for name, module in named_modules(model) if is_linear(module)}
+    if probes and _dry_forward(model, probes.values()):
+        found |= {name for name, (_, probe) in probes.items() if probe.read and not probe.called}
     return [name for name in probes if name in found]
 
 
@@ -83,13 +85,13 @@ class _NoProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _dry_forward(model: nn.Module, probes: dict[str, _Probe]) -> bool:
-    """Runs a copy of `model` in which `probes` stand for the layers at their paths; whether it could run."""
+def _dry_forward(model: nn.Module, probes: Iterable[tuple[nn.Module, _Probe]]) -> bool:
+    """Runs a copy of `model` in which probes stand for their layers; whether it could run."""
     arguments = inspect.signature(model.forward).parameters
     if "input_ids" not in arguments:
         return False
     # What deepcopy takes in place of copying.
-    stand_ins: dict[int, Any] = {id(model.get_submodule(name)): probe for name, probe in probes.items()}
+    stand_ins: dict[int, Any] = {id(layer): probe for layer, probe in probes}
     stand_ins |= {id(parameter): _zeros(*_kind(parameter)) for parameter in model.parameters()}
     stand_ins |= {id(getattr(module, name)): OrderedDict() for module in model.modules() for name in _HOOKS}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -101,6 +103,10 @@ def _dry_forward(model: nn.Module, probes: dict[str, _Probe]) -> bool:
         # With gradients, since without them torch's encoder layers take a way that training doesn't.
         with warnings.catch_warnings(), random, torch.enable_grad():
             warnings.simplefilter("ignore")
+            # Nothing is compiled for this. The innermost come first: torch.compile's wrapper may hold another one.
+            for part in reversed(list(model.modules())):
+                if unwrapped(part) is not part:
+                    stand_ins[id(part)] = copy.deepcopy(unwrapped(part), stand_ins)
             twin = copy.deepcopy(model, stand_ins).eval()
             if hasattr(twin, "set_experts_implementation"):
                 # Grouped products take no weight that repeats one zero.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_kernels import cpu, reference
 from lora_kernels.nn.lora_linear import is_linear, open_group
+from lora_kernels.nn.wrappers import unwrapped
 from lora_kernels.ops import decoder
 from lora_kernels.ops.attention import MAX_HEAD_DIM, causal_attention
 from lora_kernels.ops.lora_linear import frozen_linear
@@ -57,6 +58,7 @@ def fuse_decoder(model: nn.Module) -> int:
 
     Returns how many modules it has changed.
     """
+    model = unwrapped(model)
     own = [module for module in model.modules() if _has_own_forward(module)]
     count = 0
     for module in own:

@@ -1,0 +1,104 @@
+"""Models inside wrappers (torch.compile, DistributedDataParallel, DataParallel), around the whole or single parts.
+
+Paths here are those of the model without wrappers, as adapter files have them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+# The attribute that holds the wrapped module, by the name of the class, which may belong to a package that isn't there.
+_WRAPPERS = {
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",  # of torch.compile
+}
+# Those that can't be seen through: the way out.
+_PEFT = "PEFT's model.unload() gives the base model, and load_adapter loads what PEFT has saved"
+_OPAQUE = {
+    "BaseTuner": _PEFT,
+    "BaseTunerLayer": _PEFT,
+    "PeftMixedModel": _PEFT,
+    "PeftModel": _PEFT,
+    "DeepSpeedEngine": "pass the model that was given to DeepSpeed, on one device",
+    "FullyShardedDataParallel": "its parameters are flat shards; shard the model with torch's fully_shard instead",
+}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside the wrappers around `module`; itself without any."""
+    while (name := _WRAPPERS.get(type(module).__name__)) is not None:
+        module = getattr(module, name)
+    return module
+
+
+def bare(model: nn.Module, adding: bool = False) -> nn.Module:
+    """`unwrapped(model)`, to be looked at or changed. adding: whether it gets new parameters to train.
+
+    Raises ValueError for a model that is, or contains, a wrapper that can't be seen through: a PEFT model, torch's
+    FullyShardedDataParallel, DeepSpeed's engine; and with `adding` DistributedDataParallel, which would leave the
+    gradients of parameters that it doesn't know different in each process.
+    """
+    for part in model.modules():
+        kind = type(part).__name__
+        if (way_out := _opaque(type(part))) is not None:
+            raise ValueError(f"model {_is_or_has(model, part)} a {kind}, which can't be seen through: {way_out}")
+        if adding and kind == "DistributedDataParallel":
+            raise ValueError(
+                f"model {_is_or_has(model, part)} a {kind}, which does not synchronise parameters that are added later:"
+                " inject or load adapters into the model first, then wrap it"
+            )
+    return unwrapped(model)
+
+
+@functools.cache
+def _opaque(kind: type) -> str | None:
+    return next((_OPAQUE[base.__name__] for base in kind.__mro__ if base.__name__ in _OPAQUE), None)
+
+
+def _is_or_has(model: nn.Module, part: nn.Module) -> str:
+    return "is" if part is model else "contains"
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) as `model.named_modules()`, without the wrappers."""
+    model = unwrapped(model)
+    for path, module in model.named_modules():
+        if type(module).__name__ not in _WRAPPERS:
+            yield _path(model, path), module
+
+
+def get_submodule(model: nn.Module, path: str) -> nn.Module:
+    """What stands at the path, with the wrappers around it."""
+    for name in path.split(".") if path else ():
+        model = getattr(unwrapped(model), name)
+    return model
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place of what stands at the path, and into its mode (training or not)."""
+    training = get_submodule(model, path).training
+    if module.training is not training:
+        module.train(training)
+    parent, _, child = path.rpartition(".")
+    setattr(unwrapped(get_submodule(model, parent)), child, module)
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` without the wrappers."""
+    model = unwrapped(model)
+    return {_path(model, key): tensor for key, tensor in model.state_dict().items()}
+
+
+def _path(model: nn.Module, path: str) -> str:
+    """A path of `model` without the wrappers on the way."""
+    names, module = [], model
+    for name in path.split("."):
+        if _WRAPPERS.get(type(module).__name__) != name:
+            names.append(name)
+        module = getattr(module, name, None)
+    return ".".join(names)
