@@ -4,8 +4,11 @@ Compared with bitsandbytes, transformers and PEFT, and with the dense model that
 """
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_chat import tiny_llama, tiny_records, tiny_tokenizer
 from tiny_models import tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig, GPTNeoForCausalLM
 from typer.testing import CliRunner
 
 from lora_kernels import LoRAConfig, NF4Linear, NF4Weight, inject, load_adapter, merge, quantize_nf4, save_adapter
@@ -185,7 +188,7 @@ def drop(tensors, name):
     [
         (set_nan, r"model\.safetensors: tensor {} *: weight has an element that is not finite"),
         (cut, r"model\.safetensors: tensor {}: shape is \[127, 64\], the model needs \[128, 64\]"),
-        (drop, r"tensor {} is missing"),
+        (drop, r"don't fit LlamaForCausalLM: {} missing"),
     ],
 )
 def test_a_bad_tensor_is_refused_by_name(tmp_path, change, message):
@@ -197,16 +200,6 @@ def test_a_bad_tensor_is_refused_by_name(tmp_path, change, message):
 
 
 def test_a_bad_file_is_refused_by_name(tmp_path, model_dir):
-    write_model(tmp_path / "more")
-    damage(tmp_path / "more", "extra.weight", lambda tensors, name: tensors.update({name: torch.ones(2)}))
-    with pytest.raises(ValueError, match="model.safetensors has an unexpected tensor extra.weight"):
-        load_model(tmp_path / "more", "float32", quantize="nf4")
-
-    write_model(tmp_path / "untied", tiny_llama(**HIDDEN, tie_word_embeddings=False))
-    edit_config(tmp_path / "untied", tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="config.json ties .*lm_head.weight.* differ; set tie_word_embeddings"):
-        load_model(tmp_path / "untied", "float32", quantize="nf4")
-
     write_model(tmp_path / "short")
     path = tmp_path / "short" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -231,6 +224,91 @@ def test_a_bad_file_is_refused_by_name(tmp_path, model_dir):
         load_model(tmp_path / "gpt2", "float32", quantize="nf4")
     with pytest.raises(ValueError, match="quantize is 'int4'; allowed: None, 'nf4'"):
         load_model(model_dir, "float32", quantize="int4")
+
+
+def add(**tensors):
+    return lambda found: found.update({name.replace("__", "."): tensor for name, tensor in tensors.items()})
+
+
+def without_prefix(tensors):
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def gpt_neo():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 4, "intermediate_size": 128}
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=300, max_position_embeddings=32, attention_types=[[["global", "local"], 1]], **sizes)
+    )
+
+
+OLD_BUFFERS = add(
+    transformer__h__0__attn__attention__bias=torch.ones(1, 1, 32, 32, dtype=torch.bool),
+    transformer__h__0__attn__attention__masked_bias=torch.tensor(-1e9),
+)
+# name: (model, change of its tensors, change of its config, warning)
+FILES = {
+    "old buffers": (
+        gpt_neo,
+        OLD_BUFFERS,
+        {},
+        "GPTNeoForCausalLM has no place for .*attention.bias, .*masked_bias, left",
+    ),
+    "old rotary": (tiny_llama, add(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8)), {}, None),
+    "old positions": (tiny_llama, add(model__embeddings__position_ids=torch.arange(9)), {}, None),
+    "another head": (tiny_llama, add(score__weight=torch.ones(2, 64)), {}, "no place for score.weight, left out"),
+    "more layers": (tiny_llama, add(), {"num_hidden_layers": 1, "layer_types": None}, "no place for model.layers.1.* and 4 more, left out"),
+    "names of the base model": (tiny_llama, without_prefix, {}, None),
+    "a head of its own": (
+        *(tiny_llama, add(lm_head__weight=torch.linspace(-1, 1, 340 * 64).view(340, 64)), {}),
+        "ties .*lm_head.weight.*stays apart; set tie_word_embeddings to false",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_what_transformers_loads_is_loaded_with_the_same_values(tmp_path, case):
+    build, change, config, message = FILES[case]
+    write_model(tmp_path, build(**HIDDEN) if build is tiny_llama else build())
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    edit_config(tmp_path, **config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, _ = load_model(tmp_path, "float32", quantize="nf4")
+    found = [str(each.message) for each in caught if re.search("no place for|config.json ties", str(each.message))]
+    assert len(found) == (message is not None)
+    assert all(re.search(message, text) for text in found)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {name for name, _ in model.named_parameters()} <= {name for name, _ in theirs.named_parameters()}
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (case != "a head of its own")
+    torch.testing.assert_close(logits(model), logits(rounded_to_nf4(theirs)))
+
+
+def test_bitsandbytes_files_with_the_names_of_the_base_model(tmp_path, model_dir):
+    whole, _ = load_model(model_dir, "float32", quantize="nf4")
+    save_nf4_model(whole, tmp_path / "base", tiny_tokenizer())
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    without_prefix(tensors)
+    tensors["layers.7.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"] = torch.ones(3, dtype=torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="no place for layers.7.mlp.up_proj.weight.quant_state"):
+        model, _ = load_model(tmp_path / "base", "float32")
+    assert nf4_layers(model).keys() == nf4_layers(whole).keys()
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_one_file_comes_before_shards(tmp_path):
+    write_model(tmp_path, max_shard_size="60KB")
+    tiny_llama(**HIDDEN, initializer_range=0.5).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    model, _ = load_model(tmp_path, "float32", quantize="nf4")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(rounded_to_nf4(theirs)))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Written by old versions of transformers; computed, not read.
-_OBSOLETE = r"rotary_emb\.inv_freq$"
+# Written by old versions of transformers, and left out by today's without a word: computed, not read.
+_OBSOLETE = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -66,8 +67,11 @@ def load_nf4_model(
         skip_modules: linear layers that stay dense, by their path or its last components ("v_proj").
         progress: show a bar on a terminal.
 
-    Raises ValueError naming the file and tensor if the files are damaged, don't fit the architecture, or hold a weight
-    that is not finite; and for a model that is quantised in another way or has no linear layer to quantise.
+    As in transformers, tensors that the model has no place for are left out, and two that config.json ties but that
+    differ stay apart, each with a warning. A tensor that is missing is an error, where transformers takes a random one.
+
+    Raises ValueError naming the file and tensor if the files are damaged, lack a tensor, have another shape, or hold a
+    weight that is not finite; and for a model that is quantised in another way or has no linear layer to quantise.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -96,8 +100,7 @@ def load_nf4_model(
             raise ValueError(f"model {directory} ({type(model).__name__}) has no torch.nn.Linear to quantise")
     else:
         layers = _quantised_layers(model, where)
-    ignored = "|".join([_OBSOLETE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())])
-    _check_names(slots, where, layers, directory, ignored)
+    _check_names(model, slots, where, layers, directory)
     for name in _track([name for name in where if name in slots], progress):
         try:
             if name in layers:
@@ -110,7 +113,7 @@ def load_nf4_model(
                 _check_shape(weight.shape, linear.weight.shape)
                 model.set_submodule(name.removesuffix(".weight"), NF4Linear(weight, linear.bias).train(linear.training))
             else:
-                _set_dense(model, slots[name], _read(where[name]))
+                _set_dense(model, name, slots[name], _read(where[name]))
         except ValueError as error:
             raise ValueError(f"{where[name].file}: tensor {where[name].key}: {error}") from None
     if (directory / "generation_config.json").is_file():
@@ -162,7 +165,8 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """The file of each tensor, file by file."""
     index = directory / _INDEX
     files = [directory / _WEIGHTS]
-    if index.is_file():
+    # As in transformers, one whole file comes before shards.
+    if index.is_file() and not files[0].is_file():
         try:
             files = [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -202,9 +206,13 @@ def _places(model: PreTrainedModel, files: Mapping[str, Path], slots: Mapping[st
     converters = [each for each in transforms if not isinstance(each, WeightRenaming)]
     named = {}
     for key, place in places.items():
-        name, converter = key, None
-        if key not in slots:
-            name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, slots)
+        # What belongs to a quantised weight is renamed with it.
+        weight = key[: key.rfind(".weight.") + len(".weight")]
+        stem = weight if weight in places else key
+        name, converter = stem, None
+        if stem not in slots:
+            name, converter = rename_source_key(stem, renamings, converters, model.base_model_prefix, slots)
+        name += key[len(stem) :]
         if converter is not None:
             raise ValueError(
                 f"{place.file}: {key} is to be merged with others into {name}, which can't be read in 4 bits; load the "
@@ -258,6 +266,8 @@ def _quantised_layers(model: nn.Module, where: Mapping[str, _Place]) -> dict[str
     layers: dict[str, list[str]] = {}
     for name in (name.removesuffix(end) for name in where if name.endswith(end)):
         module = modules.get(name.removesuffix(".weight"))
+        if module is None:
+            continue
         if not _is_linear(module) or not name.endswith(".weight"):
             raise ValueError(
                 f"{where[name + end].file}: {name} is quantised, but is no weight of a torch.nn.Linear here"
@@ -267,22 +277,35 @@ def _quantised_layers(model: nn.Module, where: Mapping[str, _Place]) -> dict[str
 
 
 def _check_names(
+    model: PreTrainedModel,
     slots: Mapping[str, list[str]],
     where: Mapping[str, _Place],
     layers: Mapping[str, list[str]],
     directory: Path,
-    ignored: str,
 ) -> None:
+    """Warns of tensors that the model has no place for; ValueError for those that it needs and no file has."""
+    ignored = "|".join([_OBSOLETE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())])
     entries = {name + key for name, keys in layers.items() for key in keys}
-    problems = [
-        f"{place.file.name} has an unexpected tensor {place.key}"
+    if unexpected := [
+        place.key
         for name, place in where.items()
         if name not in slots and name not in entries and not re.search(ignored, name)
-    ]
-    problems += [f"tensor {name} is missing" for name, same in slots.items() if not any(n in where for n in same)]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the weights in {directory} don't fit the model: {'; '.join(problems[:5])}{more}")
+    ]:
+        warnings.warn(
+            f"{directory}: {type(model).__name__} has no place for {_some(unexpected)}, left out", stacklevel=3
+        )
+    # Buffers that the model computes where a file lacks them; a parameter would be random.
+    computed = "|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    buffers = {name for name, _ in model.named_buffers() if computed and re.search(computed, name)}
+    if missing := [
+        name for name, same in slots.items() if name not in buffers and not any(other in where for other in same)
+    ]:
+        raise ValueError(f"the weights in {directory} don't fit {type(model).__name__}: {_some(missing)} missing")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _check_shape(found: torch.Size, expected: torch.Size) -> None:
@@ -295,16 +318,21 @@ def _adopt(entries: Mapping[str, Tensor], dtype: torch.dtype) -> NF4Weight:
     return NF4Weight(from_bitsandbytes({key: entry.clone() for key, entry in entries.items()})[0], dtype)
 
 
-def _set_dense(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
-    """Gives all `names`, which are one tensor of the model, a copy of the values of `tensor`."""
+def _set_dense(model: PreTrainedModel, name: str, names: Sequence[str], tensor: Tensor) -> None:
+    """Gives all `names`, which are one tensor of the model, a copy of the values that the files have for `name`."""
     owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     current = getattr(*owners[0])
     _check_shape(tensor.shape, current.shape)
     if len(names) > 1 and not current.is_meta:
-        if not torch.equal(current, tensor.to(current.dtype)):
-            same = " and ".join(names)
-            raise ValueError(f"config.json ties {same}, but they differ; set tie_word_embeddings to false there")
-        return
+        if torch.equal(current, tensor.to(current.dtype)):
+            return
+        warnings.warn(
+            f"config.json ties {' and '.join(names)}, but they differ in the files, so {name} stays apart; set "
+            "tie_word_embeddings to false there",
+            stacklevel=3,
+        )
+        getattr(model, "all_tied_weights_keys", {}).pop(name, None)
+        owners = [owners[names.index(name)]]
     value = torch.empty(tensor.shape, dtype=current.dtype).copy_(tensor)
     if isinstance(current, nn.Parameter):
         value = nn.Parameter(value, requires_grad=current.requires_grad)
