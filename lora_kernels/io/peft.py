@@ -84,7 +84,10 @@ _TASK_TYPES = (
     (r"For(CausalLM)$|LMHeadModel$", "CAUSAL_LM"),
     (r"ForSequenceClassification$", "SEQ_CLS"),
     (r"ForTokenClassification$", "TOKEN_CLS"),
+    (r"ForQuestionAnswering$", "QUESTION_ANS"),
 )
+# The heads that PEFT takes to be in the files of such a task.
+_HEADS = {"SEQ_CLS": ("score", "classifier"), "TOKEN_CLS": ("score", "classifier"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -214,10 +217,11 @@ def task_type(model: nn.Module, saved: list[str]) -> str | None:
     if task == "CAUSAL_LM" and "score" in saved:
         # A reward model: the head that a sequence classifier has, on the decoder of a causal LM.
         return "SEQ_CLS"
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
-        # For these PEFT takes the heads to be in the file, whatever modules_to_save says.
-        heads = {name for name, _ in named_modules(model) if name.endswith(("score", "classifier"))}
-        return task if heads and heads <= set(saved) else None
+    if task in _HEADS:
+        # For these PEFT takes the heads to be in the file, whatever modules_to_save says, and passes token ids.
+        heads = {name for name, _ in named_modules(model) if name.endswith(_HEADS[task])}
+        reads_tokens = getattr(model, "main_input_name", "input_ids") == "input_ids"
+        return task if heads and heads <= set(saved) and reads_tokens else None
     return task
 
 

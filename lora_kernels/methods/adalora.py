@@ -55,7 +55,7 @@ class AdaLoRAConfig:
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] = ()
     total_step: int | None = None
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.methods.heads import CLASSIFIERS, task_heads
 from lora_kernels.nn.bypassed import bypassed_layers
 from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear, not_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
@@ -26,7 +27,6 @@ from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
 
 ALL_LINEAR = "all-linear"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CLASSIFICATION_HEADS = ("score", "classifier")
 
 
 @dataclass
@@ -47,7 +47,9 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: {pattern: r}, {pattern: lora_alpha} for single modules. A pattern is a regular
             expression for the end of the path, after a dot or the whole of it; the first one that matches counts.
         modules_to_save: modules, named as in a list of target_modules, that are trained in full on a copy, and saved
-            with the adapter. They get no adapter. A copy of a tied weight is no longer tied.
+            with the adapter. They get no adapter. A copy of a tied weight is no longer tied. None (default): the heads
+            of a model for classification, question answering and the like (`methods.heads.task_heads`), and nothing of
+            a language model; () leaves a head as it is.
         exclude_modules: modules that get no adapter: a regular expression or a list, as in target_modules.
         use_dora: weight-decomposed LoRA (Liu et al. 2024), see FusedLoRALinear.
 
@@ -62,7 +64,7 @@ class LoRAConfig:
     init: str = "default"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] = ()
     use_dora: bool = False
 
@@ -70,7 +72,8 @@ class LoRAConfig:
         check_lora_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init)
         self.target_modules = _names("target_modules", self.target_modules, may_be_regex=True)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules, may_be_regex=True)
-        self.modules_to_save = _names("modules_to_save", self.modules_to_save, may_be_regex=False)
+        if self.modules_to_save is not None:
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save, may_be_regex=False)
         if not self.target_modules:
             raise ValueError('target_modules is empty; allowed: "all-linear", a regular expression, a list of names')
         for argument in ("rank_pattern", "alpha_pattern"):
@@ -127,12 +130,13 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config means on one model: {path: (r, lora_alpha)} of the adapters, the paths trained in full, and
-    {path: why} of the layers where an adapter can't work."""
+    """What a config means on one model: {path: (r, lora_alpha)} of the adapters, the paths trained in full, {path: why}
+    of the layers where an adapter can't work, and what on top of the base model stays frozen, perhaps random."""
 
     adapters: dict[str, tuple[int, float]]
     modules_to_save: tuple[str, ...]
     problems: dict[str, str]
+    frozen_heads: tuple[str, ...] = ()
 
 
 def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
@@ -143,9 +147,13 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
     modules = {name: module for name, module in named_modules(model) if name}
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_linear(module)]
     for argument in ("target_modules", "exclude_modules", "modules_to_save"):
-        _check_names_exist(argument, getattr(config, argument), modules, linears)
+        _check_names_exist(argument, getattr(config, argument) or (), modules, linears)
 
-    saved = tuple(name for name in modules if _matches(name, config.modules_to_save))
+    heads, others = task_heads(model)
+    by_default = config.modules_to_save is None
+    saved = heads if by_default else tuple(name for name in modules if _matches(name, config.modules_to_save))
+    # An empty modules_to_save says that nothing but adapters is wanted.
+    frozen = tuple(name for name in (*heads, *others) if not inside(name, saved)) if by_default or saved else ()
     nested = [name for name in saved if any(name.startswith(outer + ".") for outer in saved)]
     if nested:
         raise ValueError(f"modules_to_save names {nested[0]!r} as well as a module that contains it; name one of them")
@@ -196,7 +204,7 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
         )
         for name in chosen
     }
-    return Plan(adapters, saved, problems)
+    return Plan(adapters, saved, problems, frozen)
 
 
 def _check_names_exist(
@@ -228,7 +236,7 @@ def _heads(model: nn.Module) -> list[str]:
     getter = getattr(model, "get_output_embeddings", None)
     output = unwrapped(getter()) if getter is not None and getter() is not None else None
     heads = [name for name, module in named_modules(model) if output is not None and module is output]
-    return heads + [name for name in _CLASSIFICATION_HEADS if isinstance(getattr(model, name, None), nn.Module)]
+    return heads + [name for name in CLASSIFIERS if isinstance(getattr(model, name, None), nn.Module)]
 
 
 def is_injected(model: nn.Module) -> bool:
@@ -255,6 +263,12 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
         names = [name for name, problem in planned.problems.items() if problem == reason]
         what = "LoRA adapters without effect, which stay frozen" if names[0] in planned.adapters else "no LoRA adapter"
         warnings.warn(f"{shorten(names)}: {what}, since {reason}", stacklevel=3)
+    if planned.frozen_heads:
+        warnings.warn(
+            f"{', '.join(planned.frozen_heads)} of {type(model).__name__}: neither trained nor in the adapter's files, "
+            "so a head with new weights stays random; modules_to_save names what is trained in full",
+            stacklevel=3,
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (r, lora_alpha) in planned.adapters.items():
@@ -281,8 +295,7 @@ def train_in_full(model: nn.Module, name: str) -> None:
     """Makes the module at the path `name`, which has no adapter, one of the modules_to_save of an injected model."""
     model = bare(model, adding=True)
     _train_copy(model, name)
-    config = model.adapter_config
-    model.adapter_config = replace(config, modules_to_save=(*config.modules_to_save, name))
+    model.adapter_config = replace(model.adapter_config, modules_to_save=tuple(model.lora_originals))
 
 
 def _note_untied_embeddings(model: nn.Module) -> None:
@@ -437,16 +450,19 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class TrainableSummary:
-    """Numbers of parameters, each tied one counted once, 4-bit ones too, and of the modules with an adapter."""
+    """Numbers of parameters, each tied one counted once, 4-bit ones too, of the modules with an adapter, and the paths
+    of those that are trained in full beside it."""
 
     trainable: int
     total: int
     adapted_modules: int
+    modules_to_save: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
         adapted = f"; {self.adapted_modules} modules with an adapter" if self.adapted_modules else ""
-        return f"trainable parameters: {self.trainable:,} of {self.total:,} ({share:.2f} %){adapted}"
+        in_full = f"; trained in full: {', '.join(self.modules_to_save)}" if self.modules_to_save else ""
+        return f"trainable parameters: {self.trainable:,} of {self.total:,} ({share:.2f} %){adapted}{in_full}"
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
@@ -457,4 +473,5 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         total=sum(parameter.numel() for parameter in parameters)
         + sum(module.shape.numel() for module in model.modules() if isinstance(module, NF4Weight)),
         adapted_modules=sum(1 for _ in lora_modules(model)),
+        modules_to_save=tuple(getattr(unwrapped(model), "lora_originals", ())),
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.arguments import check_integer
+from lora_kernels.methods.heads import task_heads
 from lora_kernels.nn.wrappers import bare
 
 # Lester et al. sample the initial tokens among their 5000 most common ones; vocabularies are sorted about that way.
@@ -63,7 +64,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
     """The decoder of a Hugging Face causal LM; ValueError if it isn't one or the tokens don't fit its context."""
-    decoder = find_decoder(model) if hasattr(model, "get_decoder") else None
+    decoder = find_decoder(model) if hasattr(model, "get_decoder") and not any(task_heads(model)) else None
     config = getattr(model, "config", None)
     if decoder is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(f"model is a {type(model).__name__}; allowed: a Hugging Face causal language model")
