@@ -34,6 +34,7 @@ from lora_kernels.methods.lora import (
     plan,
 )
 from lora_kernels.methods.named import add_adapter, use_adapter
+from lora_kernels.methods.ties import settle, tied_copies
 from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
 from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, state_dict, unwrapped
 
@@ -252,6 +253,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         expected = _expected_shapes(model, config)
     tensors = without_base_copies(model, tensors, expected)
     check_tensors(tensors, expected, directory / WEIGHTS_NAME)
+    check_ties(model, tensors, directory / WEIGHTS_NAME)
     if not injected:
         # The values come from the file: with zeros, loading leaves torch's random state alone.
         inject(model, dataclasses.replace(config, init="both_zero"), bypassed=True)
@@ -259,6 +261,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
             target.copy_(tensors[key])
+    if not injected:
+        settle(model)
     for parameter in _adapter_parameters(model):
         parameter.requires_grad_(trainable)
     return model
@@ -277,6 +281,7 @@ def add_saved_adapter(model: nn.Module, name: str, directory: str | os.PathLike,
     try:
         with use_adapter(model, name):
             load_adapter(model, directory, trainable)
+            settle(model)
             model.adapter_config = config
     except Exception:
         del model.parked_adapters[name]
@@ -436,3 +441,12 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{path} doesn't fit the model: {'; '.join(problems[:5])}{more}")
+
+
+def check_ties(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """That the file has one value for what an injected model trains as one weight."""
+    for names in tied_copies(model):
+        first, *others = [f"{PREFIX}{name}" for name in names]
+        for other in others:
+            if not torch.equal(tensors[first], tensors[other]):
+                raise ValueError(f"{path} doesn't fit the model: {first} and {other} differ, and are one weight there")

@@ -21,6 +21,7 @@ from lora_kernels.io import peft
 from lora_kernels.io.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lora_kernels.methods.adalora import AdaLoRAConfig, inject
 from lora_kernels.methods.lora import lora_modules, plan
+from lora_kernels.methods.ties import settle
 from lora_kernels.nn.lora_linear import is_conv1d
 from lora_kernels.nn.wrappers import get_submodule, unwrapped
 
@@ -107,6 +108,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         expected = _expected_shapes(model, config, ranks)
     tensors = peft.without_base_copies(model, tensors, expected)
     peft.check_tensors(tensors, expected, directory / WEIGHTS_NAME)
+    peft.check_ties(model, tensors, directory / WEIGHTS_NAME)
     if not injected:
         # The values come from the file, so that torch's random state is left alone.
         with torch.random.fork_rng(devices=[]):
@@ -116,6 +118,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
             target.copy_(tensors[key])
+    if not injected:
+        settle(model)
     for _, layer in lora_modules(model):
         for parameter in (layer.lora_a, layer.lora_b, layer.lora_e):
             parameter.requires_grad_(trainable and layer.r > 0 and not layer.bypassed)

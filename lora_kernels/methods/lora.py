@@ -10,6 +10,7 @@ import copy
 import difflib
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from lora_kernels.methods.heads import CLASSIFIERS, task_heads
+from lora_kernels.methods.ties import note_untied, settle, split, tied_weights, untied, users
 from lora_kernels.nn.bypassed import bypassed_layers
 from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear, not_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
@@ -47,9 +49,10 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: {pattern: r}, {pattern: lora_alpha} for single modules. A pattern is a regular
             expression for the end of the path, after a dot or the whole of it; the first one that matches counts.
         modules_to_save: modules, named as in a list of target_modules, that are trained in full on a copy, and saved
-            with the adapter. They get no adapter. A copy of a tied weight is no longer tied. None (default): the heads
-            of a model for classification, question answering and the like (`methods.heads.task_heads`), and nothing of
-            a language model; () leaves a head as it is.
+            with the adapter. They get no adapter. A copy of a tied weight is no longer tied, but for an embedding that
+            only holds the weight of others (T5's `shared`): these are trained and saved with it, as one weight. None
+            (default): the heads of a model for classification, question answering and the like
+            (`methods.heads.task_heads`), and nothing of a language model; () leaves a head as it is.
         exclude_modules: modules that get no adapter: a regular expression or a list, as in target_modules.
         use_dora: weight-decomposed LoRA (Liu et al. 2024), see FusedLoRALinear.
 
@@ -163,6 +166,8 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
             raise ValueError(
                 f"modules_to_save names {name!r}, a {kind.__name__}; allowed: a module with parameters and a forward"
             )
+    if not bypassed:
+        saved += users(model, saved)
 
     if config.target_modules == ALL_LINEAR:
         skipped = _heads(model)
@@ -251,8 +256,8 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
     stay as they were. The config is kept as `model.adapter_config`, and the untrained originals of the modules_to_save
     as `model.lora_originals`. Adapters are float32 whatever the model's dtype.
 
-    bypassed: put adapters on layers that the model never calls too, frozen and without effect, for files that hold
-        such.
+    bypassed: for files, whose values come later: put adapters on layers that the model never calls too, frozen and
+        without effect, and take the modules_to_save as they are named. `ties.settle(model)` follows.
 
     Returns the model. Raises ValueError, with the model unchanged, if it already carries adapters, or if the config
     names a module that isn't there or can't have an adapter. "all-linear" leaves such modules out, with a warning.
@@ -269,6 +274,9 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
             "so a head with new weights stays random; modules_to_save names what is trained in full",
             stacklevel=3,
         )
+    for name, others in _other_places(model, (*planned.adapters, *planned.modules_to_save)).items():
+        there = f"the same layer is used at {shorten(others)} too, where it stays as it is and is not trained"
+        warnings.warn(f"{name}: {there}", stacklevel=2)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, (r, lora_alpha) in planned.adapters.items():
@@ -282,8 +290,19 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
     for name in planned.modules_to_save:
         _train_copy(model, name)
     model.adapter_config = config
-    _note_untied_embeddings(model)
+    if not bypassed:
+        settle(model)
     return given
+
+
+def _other_places(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
+    """{path: its other paths} of those modules in `names` that the model has in several places, but for other names."""
+    places = defaultdict(list)
+    for path, parent in named_modules(model):
+        for child, module in parent._modules.items():
+            places[id(module)].append(f"{path}.{child}".lstrip("."))
+    found = {name: [p for p in places[id(get_submodule(model, name))] if p not in names] for name in names}
+    return {name: others for name, others in found.items() if others}
 
 
 def _train_copy(model: nn.Module, name: str) -> None:
@@ -296,21 +315,6 @@ def train_in_full(model: nn.Module, name: str) -> None:
     model = bare(model, adding=True)
     _train_copy(model, name)
     model.adapter_config = replace(model.adapter_config, modules_to_save=tuple(model.lora_originals))
-
-
-def _note_untied_embeddings(model: nn.Module) -> None:
-    """A config that says "tied" would have save_pretrained or tie_weights throw the trained copy away."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
-    if None not in embeddings and embeddings[0].weight is not embeddings[1].weight:
-        config.tie_word_embeddings = False
-        warnings.warn(
-            "the input and output embeddings are no longer the same weight, since one of them was trained apart; "
-            "model.config.tie_word_embeddings is now False",
-            stacklevel=3,
-        )
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
@@ -354,8 +358,9 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
 
     W + scaling · lora_b · lora_a, with DoRA's magnitudes where there are, is made in float32 and rounded once to the
     weight's dtype. An adapter on a layer that the model never calls has no effect, and none after merging. The trained
-    modules_to_save stay. What comes back is a plain model, for save_pretrained or inference; its parameters remain
-    frozen (`model.requires_grad_(True)` to train them).
+    modules_to_save stay. Where that leaves tied weights unequal, all tied weights become parameters of their own and
+    the config says so, for save_pretrained to write each of them. What comes back is a plain model, for that or for
+    inference; its parameters remain frozen (`model.requires_grad_(True)` to train them).
 
     NF4 weights, those without an adapter too, are dequantised: the merged model is dense. With quantize="nf4" they stay
     in NF4 instead, and each adapted layer's sum is quantised anew, as its weight was (in blocks of 64 where that was
@@ -380,6 +385,8 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
             raise ValueError(f"{name}: {error}") from None
         if quantize and layer.fan_in_fan_out:
             raise ValueError(f"{name} is a Conv1D; quantize='nf4' takes torch.nn.Linear only")
+    tied = tied_weights(model)
+    together = [names for names in tied if names not in untied(model, tied)]
     errors, survivals = {}, {}
     for name in list(layers):
         # pop: the replaced layer's weight is freed before the next one is merged
@@ -402,7 +409,9 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     for attribute in ("adapter_config", "lora_originals", "parked_adapters", "adapter_name"):
         if hasattr(model, attribute):
             delattr(model, attribute)
-    _note_untied_embeddings(model)
+    note_untied(model, together)
+    if untied(model, tied) and hasattr(model, "config"):
+        split(model, tied)
     return given
 
 

@@ -72,6 +72,12 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield _path(model, path), module
 
 
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(path, parameter) of each place that has one, without the wrappers: a tied one comes several times."""
+    model = unwrapped(model)
+    return [(_path(model, path), parameter) for path, parameter in model.named_parameters(remove_duplicate=False)]
+
+
 def get_submodule(model: nn.Module, path: str) -> nn.Module:
     """What stands at the path, with the wrappers around it."""
     for name in path.split(".") if path else ():
