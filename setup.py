@@ -2,21 +2,21 @@
 
 _C: the CPU kernels, compiled once per instruction set and chosen at run time, so that a wheel runs on every processor
 of its architecture. _cuda: the CUDA kernels, where nvcc is found. _simt: the CUDA kernels as host code, for tests, in
-development builds only. Only what changed is compiled again.
+development builds only. ninja compiles them, and only what changed again.
 """
 
 import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ninja import ninja_syntax
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -118,20 +118,10 @@ def nvcc_library_dirs(nvcc: str) -> list[str]:
     return [f"-L{library}"] if (library / "libcudart_static.a").exists() else []
 
 
-def run(command: list[str]) -> None:
-    print(" ".join(command), flush=True)
-    subprocess.run(command, check=True)
-
-
-def is_stale(object_file: Path) -> bool:
-    """Whether the object is missing or older than a file that its compiler read."""
-    dependencies = object_file.with_suffix(".d")
-    if not object_file.exists() or not dependencies.exists():
-        return True
-    # "object: source header header \\" and so on.
-    read = dependencies.read_text().replace("\\\n", " ").split(": ", 1)[1].split()
-    built = object_file.stat().st_mtime
-    return any(not Path(path).exists() or Path(path).stat().st_mtime > built for path in read)
+def object_name(command: list[str]) -> str:
+    """The name of what a command compiles: a source may be compiled once for each instruction set."""
+    isa = [flag.removeprefix("-DLK_ISA=") for flag in command if flag.startswith("-DLK_ISA=")]
+    return ".".join([Path(command[-1]).stem, *isa, "o"])
 
 
 class BuildExt(build_ext):
@@ -173,27 +163,31 @@ class BuildExt(build_ext):
             print(f"lora_kernels is built without its CUDA C++ kernels: {self.without_cuda}", flush=True)
         super().run()
 
-    def build_extension(self, ext: Extension) -> None:
-        name = ext.name.rpartition(".")[2]
-        build_dir = Path(self.build_temp) / name
-        build_dir.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def build_extensions(self) -> None:
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = [self.get_ext_fullpath(extension.name) for extension in self.extensions]
+        with open(folder / "build.ninja", "w") as file:
+            self.write_ninja(ninja_syntax.Writer(file), folder, targets)
+        ninja = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja")]
+        if self.force:
+            subprocess.run([*ninja, "-t", "clean"], check=True)
+        subprocess.run([*ninja, *targets], check=True)
+        # For clangd and clang-tidy, which look into build/.
+        with open(folder.parent / "compile_commands.json", "w") as file:
+            subprocess.run([*ninja, "-t", "compdb", "compile"], check=True, stdout=file)
 
-        commands, linker = self.units[name]
-        objects, stale = [], []
-        for command in commands:
-            # The command is in the name: other flags make another object.
-            suffix = f"{zlib.crc32(' '.join(command).encode()):08x}"
-            objects.append(build_dir / f"{Path(command[-1]).stem}-{suffix}.o")
-            if self.force or is_stale(objects[-1]):
-                dependencies = ["-MMD", "-MF", str(objects[-1].with_suffix(".d"))]
-                stale.append([*command, "-o", str(objects[-1]), *dependencies])
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, stale))
-        newest = max(path.stat().st_mtime for path in objects)
-        if not target.exists() or target.stat().st_mtime < newest:
-            run([*linker, *map(str, objects), "-o", str(target)])
+    def write_ninja(self, ninja: ninja_syntax.Writer, folder: Path, targets: list[str]) -> None:
+        ninja.variable("builddir", str(folder))
+        ninja.rule("compile", "$compiler $in -o $out -MMD -MF $out.d", description="$out", depfile="$out.d", deps="gcc")
+        ninja.rule("link", "$linker $in -o $out", description="$out")
+        for extension, target in zip(self.extensions, targets, strict=True):
+            name = extension.name.rpartition(".")[2]
+            commands, linker = self.units[name]
+            objects = [str(folder / name / object_name(command)) for command in commands]
+            for built, (*compiler, source) in zip(objects, commands, strict=True):
+                ninja.build(built, "compile", source, variables={"compiler": ninja_syntax.escape(shlex.join(compiler))})
+            ninja.build(target, "link", objects, variables={"linker": ninja_syntax.escape(shlex.join(linker))})
 
 
 if __name__ == "__main__":
