@@ -1,5 +1,6 @@
 """Several processes: what launchers and the environment may ask for, waiting for one another, sharing work."""
 
+import atexit
 import itertools
 import os
 import time
@@ -38,9 +39,18 @@ def make_accelerator() -> Accelerator:
     check_launcher()
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     cpu = not torch.accelerator.is_available()
+    grouped = torch.distributed.is_initialized()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
+    if torch.distributed.is_initialized() and not grouped:
+        atexit.register(_end_threads_of_gloo)
     check_launcher(accelerator)
     return accelerator
+
+
+def _end_threads_of_gloo() -> None:
+    """gloo's threads free tensors, which the interpreter's end would turn into an abort of a process that is done."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def wait_for_everyone(accelerator: Accelerator) -> None:

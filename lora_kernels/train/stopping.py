@@ -63,6 +63,14 @@ class Stopper:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._end_handling()
+        if self.group is not None:
+            import torch
+
+            torch.distributed.destroy_process_group(self.group)
+            self.group = None
+
+    def _end_handling(self) -> None:
         handlers, self.handlers = self.handlers, nullcontext()
         handlers.__exit__(None, None, None)
 
@@ -75,7 +83,7 @@ class Stopper:
                 # Not print(), which may be at work when the signal comes.
                 os.write(2, text.encode())
         elif now - self.noted_at > _SAME_REQUEST_SECONDS:
-            self.__exit__()
+            self._end_handling()
             signal.raise_signal(number)
 
     def saved(self) -> None:
