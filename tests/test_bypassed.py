@@ -21,15 +21,18 @@ from transformers import (
     MambaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from lora_kernels import fuse_decoder, load_adapter
-from lora_kernels.io.nf4 import load_nf4_model
-from lora_kernels.methods import inject, merge
+from lora_kernels.io.nf4 import load_nf4_model, save_nf4_model
+from lora_kernels.methods import adapters_disabled, inject, merge
 from lora_kernels.methods.adalora import AdaLoRAConfig
 from lora_kernels.methods.lora import LoRAConfig, lora_modules
 from lora_kernels.methods.named import add_adapter, use_adapter
-from lora_kernels.nn.bypassed import bypassed_layers
+from lora_kernels.nn.bypassed import NEVER_CALLED, bypassed_layers, layers_read
+from lora_kernels.nn.hooks import FAST_PATHS
 from lora_kernels.nn.lora_linear import FusedLoRALinear, not_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.train.sft import AnswerLoss
@@ -112,7 +115,7 @@ def test_layers_that_are_called_are_found_so(kind):
     for name, module in model.named_modules():
         if not_linear(module) is None:
             module.register_forward_hook(lambda *_, name=name: called.add(name))
-    assert bypassed_layers(model) == [] and not called
+    assert bypassed_layers(model) == {} and not called
     logits(model)
     assert called == {name for name, module in model.named_modules() if not_linear(module) is None}
 
@@ -160,9 +163,9 @@ class Reader(nn.Module):
 
 
 def test_what_is_neither_called_nor_read_counts_as_called_and_so_does_a_model_that_cannot_run():
-    assert bypassed_layers(Reader()) == ["read"]
-    assert bypassed_layers(Reader(fails=True)) == []
-    assert bypassed_layers(nn.Sequential(nn.Linear(8, 8))) == []
+    assert list(bypassed_layers(Reader())) == ["read"]
+    assert bypassed_layers(Reader(fails=True)) == {}
+    assert bypassed_layers(nn.Sequential(nn.Linear(8, 8))) == {}
 
 
 @pytest.mark.parametrize("product", [torch.bmm, torch.Tensor.bmm])
@@ -176,7 +179,7 @@ def test_experts_in_one_tensor_take_no_memory(product):
         def forward(self, input_ids):
             return product(super().forward(input_ids)[:, :, :1].expand(1, -1, 2**46), self.down)
 
-    assert bypassed_layers(Experts()) == ["read"]
+    assert list(bypassed_layers(Experts())) == ["read"]
 
 
 def test_the_output_projection_of_torchs_attention_is_known():
@@ -322,3 +325,120 @@ def test_a_subclass_that_computes_something_else_is_refused_by_name(kind):
 def test_a_subclass_with_tensors_of_its_own_is_refused():
     with pytest.raises(TypeError, match="a Buffered has scale beside its weight and bias"):
         FusedLoRALinear.from_linear(Buffered(6, 4), r=2, lora_alpha=4)
+
+
+def encoder(layers=2, **how):
+    torch.manual_seed(7)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **how)
+    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(8)).eval()
+
+
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["layers.1.linear2"]])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_torchs_encoders_use_the_adapters_in_evaluation_and_are_fast_again_without(targets, padded, gradients):
+    base, model = encoder(), encoder()
+    inject(model, LoRAConfig(r=2, init="both_gaussian", target_modules=targets))
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]])
+    mask, kept = (padding, ~padding) if padded else (None, torch.ones(2, 4, dtype=torch.bool))
+    dense = copy.deepcopy(base)
+    for name, layer in lora_modules(model):
+        dense.get_submodule(name).weight.data += layer.scaling * layer.lora_b @ layer.lora_a
+    with torch.set_grad_enabled(gradients):
+        wanted = dense.train()(x, src_key_padding_mask=mask)[kept]
+        assert torch.allclose(model(x, src_key_padding_mask=mask)[kept], wanted, atol=1e-5)
+        with adapters_disabled(model):
+            plain = model(x, src_key_padding_mask=mask)[kept]
+        assert torch.allclose(plain, base(x, src_key_padding_mask=mask)[kept], atol=1e-5)
+        assert not torch.allclose(plain, wanted, atol=1e-3)
+        assert torch.allclose(merge(model)(x, src_key_padding_mask=mask)[kept], wanted, atol=1e-5)
+    for (name, module), (_, before) in zip(model.named_modules(), base.named_modules(), strict=True):
+        for switch in FAST_PATHS.values():
+            assert getattr(module, switch, None) == getattr(before, switch, None), name
+        assert vars(module).keys() == vars(before).keys()
+
+
+class ReadsAtTimes(Reader):
+    """Reads the weight of `called` in the mode `training`, with gradients on or off as `gradients` says."""
+
+    def __init__(self, training, gradients):
+        super().__init__()
+        self.mode = (training, gradients)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        if (self.training, torch.is_grad_enabled()) == self.mode:
+            return nn.functional.linear(x, self.called.weight, self.called.bias)
+        return self.called(x)
+
+
+@pytest.mark.parametrize("mode", [(False, True), (False, False), (True, True)])
+def test_a_layer_that_is_called_in_one_mode_and_read_in_another_is_left_out(mode):
+    model = ReadsAtTimes(*mode)
+    assert bypassed_layers(model) == {"called": NEVER_CALLED}
+    assert model.training
+
+
+class NoIds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.read, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x, residual, scale=1.0):
+        y = torch.conv1d((self.first(x) + self.first(residual)).mT, self.read.weight[:, :, None])
+        return self.last(y.mT) * scale
+
+
+def test_a_model_that_takes_other_tensors_than_ids_is_tried_with_them():
+    assert bypassed_layers(NoIds()) == {"read": NEVER_CALLED}
+
+
+def rwkv():
+    torch.manual_seed(5)
+    return RwkvForCausalLM(RwkvConfig(**_SMALL, num_hidden_layers=2, attention_hidden_size=32, rescale_every=1)).eval()
+
+
+def test_a_weight_that_the_model_changes_gets_no_adapter_and_stays_dense(tmp_path):
+    base = rwkv()
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"attention\.output'.*changes its weight from call to call"):
+        inject(rwkv(), LoRAConfig(target_modules=["output"]))
+    model = rwkv()
+    with pytest.warns(UserWarning, match=r"attention\.output, .*feed_forward\.value: no LoRA adapter"):
+        inject(model, LoRAConfig(r=2, init="both_gaussian"))
+    assert ends(name for name, _ in lora_modules(model)) == {"key", "receptance", "value"}
+    trained = model.train()(input_ids=tiny_batch(), use_cache=False).logits
+    assert torch.allclose(logits(model.eval()), trained, atol=1e-5)
+    assert torch.allclose(logits(merge(model)), trained, atol=1e-4)
+    quantised, dense = load_nf4_model(tmp_path, torch.float32, progress=False), rwkv()
+    assert type(quantised.rwkv.blocks[0].attention.output) is nn.Linear
+    for name, module in list(quantised.named_modules()):
+        if isinstance(module, NF4Linear):
+            dense.set_submodule(name, module.to_linear())
+    assert torch.allclose(logits(quantised), logits(dense), atol=1e-5)
+
+
+def test_a_four_bit_file_of_a_layer_that_the_model_reads_loads_dense(tmp_path, monkeypatch):
+    family("mamba").save_pretrained(tmp_path / "dense")
+    with monkeypatch.context() as patched:
+        patched.setattr("lora_kernels.io.nf4.layers_read", lambda model: set())
+        quantised = load_nf4_model(tmp_path / "dense", torch.float32, progress=False)
+    weight = quantised.backbone.layers[0].mixer.dt_proj.weight.dequantize()
+    save_nf4_model(quantised, tmp_path / "nf4")
+    model = load_nf4_model(tmp_path / "nf4", torch.float32, progress=False)
+    layer = model.backbone.layers[0].mixer
+    assert type(layer.dt_proj) is nn.Linear and torch.equal(layer.dt_proj.weight, weight)
+    assert type(layer.x_proj) is NF4Linear and torch.isfinite(logits(model)).all()
+
+
+class Reads(Reader):
+    """Asks the weights of all its layers what an NF4 weight knows, and one of them for its values."""
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids).to(self.called.weight.dtype)
+        assert self.expert.weight.shape == (8, 8) and self.expert.weight.device == x.device
+        return self.expert(self.called(self.read(x) + self.read.weight.sum()))
+
+
+def test_only_a_weight_whose_values_are_read_stays_dense():
+    assert layers_read(Reads()) == {"read"} and bypassed_layers(Reads()) == {}

@@ -10,7 +10,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_kernels.nn.bypassed import bypassed_layers
+from lora_kernels.nn.bypassed import layers_read
 from lora_kernels.nn.lora_linear import is_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.nn.wrappers import bare, named_modules, state_dict
@@ -57,9 +57,10 @@ def load_nf4_model(
 
     The model is made without weights; each tensor is then read, cast to `dtype`, quantised and freed before the next,
     so memory peaks at the 4-bit model plus its largest tensor. Every nn.Linear becomes an NF4Linear but the output
-    embedding (as in transformers and bitsandbytes), layers with a tied weight, those that the model never calls (see
-    `lora_kernels.nn.bypassed`) and `skip_modules`; the other tensors are in `dtype`. A bitsandbytes NF4 checkpoint
-    keeps its layers, bits, block sizes and double quantisation; the arguments on those are then not used.
+    embedding (as in transformers and bitsandbytes), layers with a tied weight, those whose weight the model itself uses
+    (see `lora_kernels.nn.bypassed`) and `skip_modules`; the other tensors are in `dtype`. A bitsandbytes NF4 checkpoint
+    keeps its layers, bits, block sizes and double quantisation; the arguments on those are then not used. Its layers
+    whose weight the model itself uses become dense.
 
     Args:
         dtype: a torch dtype, or "auto": that of config.json.
@@ -94,8 +95,9 @@ def load_nf4_model(
     model.tie_weights()
     slots = _slots(model)
     where = _places(model, files, slots)
+    read = layers_read(model)
     if quantization is None:
-        layers = {f"{name}.weight": [""] for name in _layers_to_quantise(model, slots, skip_modules)}
+        layers = {f"{name}.weight": [""] for name in _layers_to_quantise(model, slots, skip_modules, read)}
         if not layers:
             raise ValueError(f"model {directory} ({type(model).__name__}) has no torch.nn.Linear to quantise")
     else:
@@ -104,14 +106,18 @@ def load_nf4_model(
     for name in _track([name for name in where if name in slots], progress):
         try:
             if name in layers:
-                linear = model.get_submodule(name.removesuffix(".weight"))
+                path = name.removesuffix(".weight")
+                linear = model.get_submodule(path)
                 entries = {key: _read(where[name + key]) for key in layers[name]}
                 if quantization is None:
                     weight = quantize_nf4(entries[""].to(dtype), block_size, double_quant)
                 else:
                     weight = _adopt(entries, dtype)
                 _check_shape(weight.shape, linear.weight.shape)
-                model.set_submodule(name.removesuffix(".weight"), NF4Linear(weight, linear.bias).train(linear.training))
+                if path in read:
+                    _set_dense(model, name, slots[name], weight.dequantize())
+                else:
+                    model.set_submodule(path, NF4Linear(weight, linear.bias).train(linear.training))
             else:
                 _set_dense(model, name, slots[name], _read(where[name]))
         except ValueError as error:
@@ -241,19 +247,21 @@ def _is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) and is_linear(module)
 
 
-def _layers_to_quantise(model: PreTrainedModel, slots: Mapping[str, list[str]], skip: Sequence[str]) -> list[str]:
+def _layers_to_quantise(
+    model: PreTrainedModel, slots: Mapping[str, list[str]], skip: Sequence[str], read: Collection[str]
+) -> list[str]:
     from lora_kernels.methods.lora import named_by
 
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     for suffix in skip:
         if not any(named_by(name, suffix) for name in linears):
             raise ValueError(f"skip_modules: the model has no linear layer {suffix!r}")
-    head, bypassed = model.get_output_embeddings(), bypassed_layers(model)
+    head = model.get_output_embeddings()
     return [
         name
         for name, linear in linears.items()
         if linear is not head
-        and name not in bypassed
+        and name not in read
         and len(slots[f"{name}.weight"]) == 1
         and not any(named_by(name, suffix) for suffix in skip)
     ]

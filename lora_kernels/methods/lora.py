@@ -16,19 +16,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_kernels.methods.heads import CLASSIFIERS, task_heads
 from lora_kernels.methods.ties import note_untied, settle, split, tied_weights, untied, users
-from lora_kernels.nn.bypassed import bypassed_layers
-from lora_kernels.nn.lora_linear import FusedLoRALinear, check_lora_arguments, is_linear, not_linear
+from lora_kernels.nn.bypassed import CHANGED, bypassed_layers
+from lora_kernels.nn.hooks import is_offloaded
+from lora_kernels.nn.lora_linear import (
+    WEIGHT_DTYPES,
+    FusedLoRALinear,
+    check_lora_arguments,
+    foreign_weight,
+    is_linear,
+    not_linear,
+)
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, replace_module, unwrapped
 from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
 
 ALL_LINEAR = "all-linear"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -148,7 +154,12 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
     if is_injected(model):
         raise ValueError("model already carries LoRA adapters; merge(model) them first, or load the base model anew")
     modules = {name: module for name, module in named_modules(model) if name}
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_linear(module)]
+    foreign = {name: what for name, module in modules.items() if (what := foreign_weight(module))}
+    linears = [
+        name
+        for name, module in modules.items()
+        if name in foreign or isinstance(module, nn.Linear) or is_linear(module)
+    ]
     for argument in ("target_modules", "exclude_modules", "modules_to_save"):
         _check_names_exist(argument, getattr(config, argument) or (), modules, linears)
 
@@ -176,10 +187,24 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
         chosen = [name for name in modules if _matches(name, config.target_modules)]
     excluded = config.exclude_modules
     chosen = [name for name in chosen if not inside(name, saved) and not (excluded and _matches(name, excluded))]
+    if name := next((name for name in chosen if name in foreign), None):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} includes {name!r}, where an adapter can't work: "
+            f"{foreign[name]}. Adapters go on dense weights ({', '.join(map(str, WEIGHT_DTYPES))}) and on the NF4 "
+            'weights of load_model(quantize="nf4"); load a model in one of these, and inject before it is sharded'
+        )
+    for name in (*chosen, *saved):
+        if is_offloaded(modules[name], (model, *(outer for path, outer in modules.items() if inside(name, [path])))):
+            raise ValueError(
+                f"accelerate has offloaded the weights of {name!r}, which is to be trained; load the model without "
+                'offloading (device_map, cpu_offload, disk_offload), in 4 bits with load_model(quantize="nf4") '
+                "where it is too large"
+            )
     problems = {name: problem for name in chosen if (problem := not_linear(modules[name]))}
     if len(problems) < len(chosen):
-        idle = dict.fromkeys(bypassed_layers(model), "the model uses its weight and never calls the layer itself")
-        problems |= {name: problem for name, problem in idle.items() if name in chosen}
+        # In a file such an adapter was trained beside the changes.
+        idle = {name: why for name, why in bypassed_layers(model).items() if not (bypassed and why == CHANGED)}
+        problems |= {name: why for name, why in idle.items() if name in chosen}
     refused = [name for name in problems if not (bypassed and is_linear(modules[name]))]
     if refused and config.target_modules != ALL_LINEAR:
         raise ValueError(
@@ -193,11 +218,6 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
             f"target_modules={config.target_modules!r} leaves no module for an adapter; linear layers of the model: "
             f"{shorten(linears)}{''.join(f'; {reason}' for reason in dict.fromkeys(problems.values()))}"
         )
-    for name in chosen:
-        dtype = modules[name].weight.dtype
-        if dtype not in _DTYPES:
-            allowed = ", ".join(str(allowed) for allowed in _DTYPES)
-            raise ValueError(f"target_modules includes {name!r}, whose weight is {dtype}; allowed: {allowed}")
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, argument):
             if not any(pattern_matches(pattern, name) for name in chosen):

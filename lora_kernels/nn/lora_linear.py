@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from lora_kernels import cpu
 from lora_kernels.arguments import check_integer, check_number
@@ -28,6 +30,7 @@ from lora_kernels.ops.lora_linear import (
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 from lora_kernels.reference import Projection
 
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 # Along which dimension of the adapter's tensors the rank runs.
 RANK_DIMENSION = {"lora_a": 0, "lora_b": 1, "lora_e": 0}
@@ -51,23 +54,60 @@ def not_linear(module: nn.Module) -> str | None:
     So for a subclass of nn.Linear that computes the same, as Falcon's does, and has nothing but a weight and a bias.
     """
     kind = type(module)
-    if kind in (nn.Linear, NF4Linear) or is_conv1d(module):
-        return None
-    if not isinstance(module, nn.Linear):
+    plain = kind in (nn.Linear, NF4Linear) or is_conv1d(module)
+    if not plain and not isinstance(module, nn.Linear):
         return f"a {kind.__qualname__} is no linear layer"
-    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())}
-    if own - {"weight", "bias"}:
-        return f"a {kind.__qualname__} has {', '.join(sorted(own - {'weight', 'bias'}))} beside its weight and bias"
-    if type(module.weight) is not nn.Parameter:
-        return f"the weight of a {kind.__qualname__} is a {type(module.weight).__qualname__}"
-    if kind.forward is not nn.Linear.forward and not _computes_linear(module):
-        return f"the forward of a {kind.__qualname__} computes something else than that of torch.nn.Linear"
+    if found := foreign_weight(module):
+        return found
+    own = {*module._parameters, *module._buffers, *module._modules}
+    if "weight" not in own:
+        return (
+            f"the weight of this {kind.__qualname__} is made anew for every call from {', '.join(sorted(own))}; end "
+            "its pruning, weight norm or parametrization first"
+        )
+    own = {name for name in own - {"weight", "bias"} if getattr(module, name) is not None}
+    if own:
+        return f"a {kind.__qualname__} has {', '.join(sorted(own))} beside its weight and bias"
+    if is_lazy(module.weight):
+        return f"the weight of a {kind.__qualname__} has no shape before its first call"
+    forward, which = kind.forward, "a"
+    # The one that accelerate puts there is carried over with its hook.
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        forward, which = getattr(module.forward, "__func__", None), "this"
+    if forward is not (kind if plain else nn.Linear).forward and not _computes_linear(module, forward):
+        return f"the forward of {which} {kind.__qualname__} computes something else than that of torch.nn.Linear"
+    return None
+
+
+def foreign_weight(module: nn.Module) -> str | None:
+    """What the weight of a linear layer is that another package quantised, sharded or wrapped; None where none did.
+
+    A linear layer is here whatever has in_features and out_features and, if it isn't an nn.Linear, tensors of its own.
+    """
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes) or isinstance(module, (NF4Linear, FusedLoRALinear)):
+        return None
+    kind, weight = type(module).__qualname__, getattr(module, "weight", None)
+    tensors = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+    if isinstance(weight, Tensor):
+        if is_lazy(weight):
+            return None
+        # A subclass of Parameter with the values of its base, in a layer that reads them as torch's does, is plain.
+        own_kind = type(weight).__torch_dispatch__ if type(module) is nn.Linear else type(weight)
+        plain = own_kind in (Tensor.__torch_dispatch__, Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
+        if plain and weight.dim() >= 2 and weight.layout is torch.strided and weight.dtype in WEIGHT_DTYPES:
+            return None
+        what = weight.dtype if weight.layout is torch.strided else weight.layout
+        return f"the weight of this {kind} is a {type(weight).__qualname__} of {what}, {list(weight.shape)}"
+    odd = any(tensor.dtype not in (*WEIGHT_DTYPES, torch.bool) for tensor in tensors.values())
+    if odd or callable(weight) or isinstance(module, nn.Linear):
+        return f"this {kind} keeps its weight as {', '.join(tensors) or 'something else than a tensor'}"
     return None
 
 
 @torch.no_grad()
-def _computes_linear(module: nn.Linear) -> bool:
-    """Whether the forward of a subclass is x Wᵀ + bias, by a small layer with the module's other attributes."""
+def _computes_linear(module: nn.Linear, forward: Callable[..., Tensor] | None) -> bool:
+    """Whether this forward of its own is x Wᵀ + bias, by a small layer with the module's other attributes."""
     twin, draw = copy.copy(module), {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
     twin.out_features, twin.in_features = N, K = 3, 5
     x, weight = torch.randn(2, 4, K, **draw, device="cpu"), nn.Parameter(torch.randn(N, K, **draw, device="cpu"))
@@ -77,9 +117,7 @@ def _computes_linear(module: nn.Linear) -> bool:
     try:
         with torch.random.fork_rng(devices=[]):
             return all(
-                torch.allclose(
-                    type(module).forward(twin.train(training), each), F.linear(each, weight, bias), rtol=1e-9
-                )
+                torch.allclose(forward(twin.train(training), each), F.linear(each, weight, bias), rtol=1e-9)
                 for training in (True, False)
                 for each in (x, 1e4 * x)
             )
@@ -326,7 +364,6 @@ class FusedLoRALinear(nn.Module):
             magnitude = torch.empty(self.out_features, dtype=norm_dtype(weight), device=weight.device)
             self.lora_magnitude = nn.Parameter(magnitude)
             self._weight_was_set()
-            self.register_load_state_dict_post_hook(FusedLoRALinear._weight_was_set)
         self.reset_lora_parameters(init)
 
     @torch.no_grad()
@@ -352,7 +389,7 @@ class FusedLoRALinear(nn.Module):
         weight = self._unmerged_weight if self.merged else self.weight
         return weight.t() if self.fan_in_fan_out else weight
 
-    def _weight_was_set(self, *_: object) -> None:
+    def _weight_was_set(self) -> None:
         self._weight_squares = row_squares(self._base())
         self._eval_norms: tuple[tuple, Tensor] | None = None
 
@@ -361,6 +398,8 @@ class FusedLoRALinear(nn.Module):
 
         Kept from call to call where gradients are off, as in generation: for one token it costs as much as the layer.
         """
+        if self._weight_squares is None:
+            self._weight_was_set()
         lora_b = self.lora_b if self.lora_e is None else self.lora_b * self.lora_e
         args = (self._base(), self._weight_squares, self.lora_a, lora_b, self.scaling)
         if torch.compiler.is_compiling():
@@ -568,6 +607,12 @@ class FusedLoRALinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self.lora_magnitude is not None:
+            if isinstance(self.weight, NF4Weight):
+                # It is loaded after this.
+                self._weight_squares = None
+            else:
+                self._weight_was_set()
 
     def extra_repr(self) -> str:
         return (

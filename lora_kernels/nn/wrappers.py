@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from lora_kernels.nn.hooks import FAST_PATHS, carry_hooks, set_fast_path
+from lora_kernels.nn.lora_linear import FusedLoRALinear
+
 # The attribute that holds the wrapped module, by the name of the class, which may belong to a package that isn't there.
 _WRAPPERS = {
     "AveragedModel": "module",
@@ -86,12 +89,20 @@ def get_submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` in the place of what stands at the path, and into its mode (training or not)."""
-    training = get_submodule(model, path).training
-    if module.training is not training:
-        module.train(training)
-    parent, _, child = path.rpartition(".")
-    setattr(unwrapped(get_submodule(model, parent)), child, module)
+    """Puts `module` in the place of what stands at the path, with its hooks and in its mode (training or not).
+
+    torch's encoders around it call their layers where these have adapters, see `hooks.set_fast_path`.
+    """
+    replaced = get_submodule(model, path)
+    if module.training is not replaced.training:
+        module.train(replaced.training)
+    carry_hooks(unwrapped(replaced), unwrapped(module))
+    names = path.split(".")
+    outer = [unwrapped(get_submodule(model, ".".join(names[:depth]))) for depth in range(len(names))]
+    setattr(outer[-1], names[-1], module)
+    for encoder in outer:
+        if isinstance(encoder, tuple(FAST_PATHS)):
+            set_fast_path(encoder, not any(isinstance(part, FusedLoRALinear) for part in encoder.modules()))
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
