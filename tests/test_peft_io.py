@@ -400,6 +400,10 @@ def test_a_decoder_that_is_called_conditional_generation_is_a_causal_lm():
             super().__init__()
             self.config = PretrainedConfig(is_encoder_decoder=encoder)
 
+        prepare_inputs_for_generation = None
+
+        def forward(self, input_ids, inputs_embeds, labels, decoder_input_ids, decoder_inputs_embeds): ...
+
     assert task_type(TinyForConditionalGeneration(False), []) == "CAUSAL_LM"
     assert task_type(TinyForConditionalGeneration(False), ["score"]) == "SEQ_CLS"
     assert task_type(TinyForConditionalGeneration(True), []) == "SEQ_2_SEQ_LM"

@@ -8,10 +8,12 @@ writes is read here and the other way round, with the same logits. PEFT's spelli
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from lora_kernels.methods.lora import (
     named_by,
     pattern_matches,
     plan,
+    shorten,
 )
 from lora_kernels.methods.named import add_adapter, use_adapter
 from lora_kernels.methods.ties import settle, tied_copies
@@ -89,17 +92,21 @@ _TASK_TYPES = (
 )
 # The heads that PEFT takes to be in the files of such a task.
 _HEADS = {"SEQ_CLS": ("score", "classifier"), "TOKEN_CLS": ("score", "classifier"), "QUESTION_ANS": ("qa_outputs",)}
+# What PEFT 0.21 takes for the names of a mixture's experts in files from transformers 4, by the kind of mixture.
+_EXPERTS = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes the adapter of an injected model to `directory` as PEFT would, for `PeftModel.from_pretrained`.
 
     The config names the very modules that carry an adapter. LoRA tensors of 16 bits are written as float32, exactly;
-    modules_to_save keep their dtype. Each file is written under a temporary name and then moved into place.
+    modules_to_save keep their dtype. Each file is written under a temporary name and then moved into place. Warns of
+    adapters that PEFT would put elsewhere.
 
     Raises ValueError if the model carries no adapters, RuntimeError inside `adapters_disabled`.
     """
     config = _config_of(model)
+    warn_of_misread(model, [name for name, _ in lora_modules(model)])
     write_files(Path(directory), peft_config(model, config), detached(model, _adapter_tensors(model)))
 
 
@@ -158,6 +165,9 @@ def peft_config(
     names = [name for name, _ in named_modules(model) if name]
     layers = dict(lora_modules(model)) if layers is None else layers
     saved = list(model.lora_originals)
+    task, kind = task_type(model, saved), type(unwrapped(model))
+    # What AutoPeftModel goes by where there is no task.
+    auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__} if task is None else None
     # PEFT looks for targets outside of modules_to_save only, and for the latter by the end of the string.
     targets = _suffixes(layers, [name for name in names if not inside(name, saved)])
     taken = [name for name in names if any(name.endswith(suffix) for suffix in saved)]
@@ -166,7 +176,8 @@ def peft_config(
         raise ValueError(f"PEFT's format can't name the modules_to_save {saved} without {other!r}; save it as well")
     return {
         "peft_type": "LORA",
-        "task_type": task_type(model, saved),
+        "task_type": task,
+        "auto_mapping": auto_mapping,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": config.r,
@@ -217,13 +228,40 @@ def task_type(model: nn.Module, saved: list[str]) -> str | None:
         task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
     if task == "CAUSAL_LM" and "score" in saved:
         # A reward model: the head that a sequence classifier has, on the decoder of a causal LM.
-        return "SEQ_CLS"
-    if task in _HEADS:
-        # For these PEFT takes the heads to be in the file, whatever modules_to_save says, and passes token ids.
+        task = "SEQ_CLS"
+    elif task in _HEADS:
+        # For these PEFT takes the heads to be in the file, whatever modules_to_save says.
         heads = {name for name, _ in named_modules(model) if name.endswith(_HEADS[task])}
-        reads_tokens = getattr(model, "main_input_name", "input_ids") == "input_ids"
-        return task if heads and heads <= set(saved) and reads_tokens else None
-    return task
+        task = task if heads and heads <= set(saved) else None
+    return task if _takes(model, task) else None
+
+
+def _takes(model: nn.Module, task: str | None) -> bool:
+    """Whether the model can be called as PEFT's model of the task calls it: with all of these by name, if only None.
+    Without a task PEFT passes on what it is given."""
+    passed = {"input_ids", "inputs_embeds", "start_positions" if task == "QUESTION_ANS" else "labels"}
+    if task == "SEQ_2_SEQ_LM":
+        passed |= {"decoder_input_ids", "decoder_inputs_embeds"}
+    generates = task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or hasattr(model, "prepare_inputs_for_generation")
+    # A model that takes one of them in its **kwargs passes it on to parts that get their own.
+    return generates and passed <= inspect.signature(model.forward).parameters.keys()
+
+
+def warn_of_misread(model: nn.Module, layers: Iterable[str]) -> None:
+    """Names those of the adapted `layers` that PEFT takes for experts, as shared experts and first dense layers are."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    try:
+        # The table that PEFT looks into.
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as mixtures
+    except ImportError:
+        return
+    experts = _EXPERTS.get(mixtures.get(kind), ())
+    if misread := [name for name in layers if name.rpartition(".")[2] in experts]:
+        warnings.warn(
+            f"PEFT 0.21 takes the adapters on {shorten(misread)} of a {kind} for those of its experts and computes "
+            "something else (peft#3711); load_adapter reads them as they are",
+            stacklevel=2,
+        )
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:

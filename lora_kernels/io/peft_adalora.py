@@ -70,6 +70,7 @@ def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a * layer.lora_e[:, None]
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    peft.warn_of_misread(model, layers)
     lora_config = dataclasses.replace(config.lora_config(), r=config.target_r, init="default")
     raw = peft.peft_config(model, lora_config, layers)
     # A path alone would also name the longer ones that end in it.
