@@ -13,16 +13,22 @@ from lora_kernels.arguments import check_integer
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import (
     CACHE_ARGUMENTS,
+    Place,
     VirtualTokens,
     VirtualTokensConfig,
     cache_argument,
     decoder_of,
     disabled,
+    dynamic_cache,
     initial_ids,
+    map_output,
+    map_tokens,
+    roll,
 )
 from lora_kernels.nn.wrappers import bare
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import Cache, DynamicCache
 
 adapters_disabled = disabled
@@ -80,43 +86,54 @@ class PrefixKeyValues(VirtualTokens):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self.mlp = nn.Sequential(nn.Linear(width, mlp_hidden, **like), nn.Tanh(), last)
-        self._read_only = None
+        self._read_only = self._filled = self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last forward pass computed can't be copied, and isn't part of the state.
-        return self.__dict__ | {"_read_only": None}
+        return self.__dict__ | {"_read_only": None, "_filled": None, "_kept": None}
 
     def saved(self) -> Tensor:
         return self.key_values if self.mlp is None else self.start + self.mlp(self.embeddings)
 
     def attach(self, model: nn.Module, decoder: nn.Module) -> None:
-        attentions = _attention_modules(decoder)
-        if not attentions:
+        if not _attention_modules(decoder):
             raise ValueError(f"model is a {type(model).__name__}; allowed: one whose attention layers take a cache")
-        self._attention_argument = next(iter(attentions.values()))
-        for attention in attentions:
-            attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
         super().attach(model, decoder)
 
-    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], batch: int, first: bool) -> None:
-        if not first:
-            return
+    def _hooks(self, decoder: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
+        attentions = _attention_modules(decoder)
+        self._attention_argument = next(iter(attentions.values()))
+        hooks = [
+            (module, module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+            for module in attentions
+        ]
+        return super()._hooks(decoder) + hooks
+
+    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], place: Place) -> None:
+        """Lets the rows begin at column 0, behind the prefix; `_after` puts rows and cache back behind the padding."""
+        from transformers import DynamicCache
+
         dtype = decoder.get_input_embeddings().weight.dtype
         # [n, 2 layers, heads, head_dim] -> a [1, heads, n, head_dim] for each key and value
         states = self.saved().to(dtype).unflatten(1, (2 * self.layers, self.heads, self.head_dim))
         states = states.permute(1, 2, 0, 3).unsqueeze(1).unbind()
         pairs = list(zip(states[::2], states[1::2], strict=True))
-        self._read_only = _fill(_read_only_cache()(config=decoder.config), pairs, batch=1)
-        cache = kwargs[self.cache_argument]
+        self._read_only = _fill(_read_only_cache()(), pairs)
+        self._kept = kwargs[self.cache_argument]
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = decoder.config.use_cache and not decoder.training
-        if cache is not None:
-            _fill(cache, pairs, batch)
-        elif use_cache:
-            kwargs[self.cache_argument] = _fill(_dynamic_cache(decoder), pairs, batch)
-        else:
-            kwargs |= {self.cache_argument: self._read_only, "use_cache": False}
+        if self._kept is None and use_cache:
+            self._kept = dynamic_cache(decoder)
+        self._filled = self._read_only
+        if self._kept is not None:
+            rows = [[state.expand(place.batch, -1, -1, -1) for state in pair] for pair in pairs]
+            self._filled = _fill(DynamicCache(), rows)
+        kwargs |= {self.cache_argument: self._filled, "use_cache": self._kept is not None}
+        if place.starts is not None:
+            for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask"):
+                if (value := kwargs.get(name)) is not None:
+                    kwargs[name] = roll(value.expand(place.batch, *value.shape[1:]), -place.starts)
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         # Under activation checkpointing transformers takes the cache away from the layers, lest the recomputation
@@ -126,12 +143,24 @@ class PrefixKeyValues(VirtualTokens):
         return args, kwargs
 
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
-        """Keeps the read-only cache from the caller."""
-        if self._read_only is None:
+        """Moves the rows back behind their padding, there and in the cache that the caller keeps."""
+        if not self.enabled or not self._place.first:
             return output
-        if isinstance(output, tuple):
-            return tuple(item for item in output if item is not self._read_only)
-        return type(output)(**{name: value for name, value in output.items() if value is not self._read_only})
+        batch, starts, filled, kept = self._place.batch, self._place.starts, self._filled, self._kept
+        self._filled = self._kept = None
+
+        def back(states: Tensor, dim: int) -> Tensor:
+            return states if starts is None else roll(states, starts, dim)
+
+        def changed(item: Any) -> Any:
+            if item is filled:
+                return kept
+            item = map_tokens(item, batch, back)
+            return back(item, 3) if isinstance(item, Tensor) and item.ndim == 4 else item  # columns of attentions
+
+        if kept is not None:
+            _fill(kept, [(back(layer.keys, 2), back(layer.values, 2)) for layer in filled.layers])
+        return map_output(output, changed)
 
 
 def _attention_modules(decoder: nn.Module) -> dict[nn.Module, str]:
@@ -143,12 +172,6 @@ def _attention_modules(decoder: nn.Module) -> dict[nn.Module, str]:
             found[module] = name
     outer = {module for module in found if any(inner in found for inner in module.modules() if inner is not module)}
     return {module: name for module, name in found.items() if module not in outer}
-
-
-def _dynamic_cache(decoder: nn.Module) -> DynamicCache:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=decoder.config)
 
 
 @functools.cache
@@ -171,12 +194,12 @@ def _read_only_cache() -> type[DynamicCache]:
     return ReadOnlyCache
 
 
-def _fill(cache: Cache, pairs: list[tuple[Tensor, Tensor]], batch: int) -> Cache:
+def _fill(cache: Cache, pairs: list[tuple[Tensor, Tensor]]) -> Cache:
     from transformers import Cache
 
     for index, (key, value) in enumerate(pairs):
         # Not the update of ReadOnlyCache, which would forget them.
-        Cache.update(cache, key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), index)
+        Cache.update(cache, key, value, index)
     return cache
 
 
@@ -208,7 +231,7 @@ def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tenso
     Asking the model is the way to know their shapes that doesn't depend on how its config names things.
     """
     ids = torch.zeros(n, dtype=torch.long) if ids is None else ids
-    cache = _dynamic_cache(decoder)
+    cache = dynamic_cache(decoder)
     with_cache = {cache_argument(decoder.forward): cache, "use_cache": True}
     with eval_mode(decoder):
         decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), **with_cache)

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from lora_kernels.methods.virtual_tokens import (
     COMMON_TOKENS,
+    Place,
     VirtualTokens,
     VirtualTokensConfig,
     decoder_of,
     disabled,
     initial_ids,
+    insert,
+    map_output,
+    map_tokens,
+    take,
 )
 from lora_kernels.nn.wrappers import bare
 
@@ -42,35 +47,35 @@ class PromptEmbeddings(VirtualTokens):
     def __init__(self, start: Tensor) -> None:
         super().__init__(start.shape[0])
         self.embeddings = nn.Parameter(start)
-        self._added = False
 
     def saved(self) -> Tensor:
         return self.embeddings
 
-    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], batch: int, first: bool) -> None:
-        self._added = first
-        if not first:
-            return
+    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], place: Place) -> None:
         ids = kwargs.pop("input_ids", None)
         tokens = kwargs["inputs_embeds"] if ids is None else decoder.get_input_embeddings()(ids)
-        prompt = self.embeddings.to(tokens.dtype).expand(batch, -1, -1)
-        kwargs["inputs_embeds"] = torch.cat([prompt, tokens], dim=1)
+        prompt = self.embeddings.to(tokens.dtype).expand(place.batch, -1, -1)
+        kwargs["inputs_embeds"] = insert(prompt, tokens, place.starts)
         own = torch.arange(self.num_virtual_tokens, device=tokens.device)
-        for name in ("position_ids", "cache_position"):
-            if (positions := kwargs.get(name)) is not None:
-                kwargs[name] = torch.cat([own.expand(*positions.shape[:-1], -1), positions], dim=-1)
+        if (positions := kwargs.get("position_ids")) is not None:
+            positions = positions.expand(place.batch, -1)
+            kwargs["position_ids"] = insert(own.expand(place.batch, -1), positions, place.starts)
+        if (positions := kwargs.get("cache_position")) is not None:
+            kwargs["cache_position"] = torch.cat([own, positions])
 
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         """Drops the hidden states of the virtual tokens, so that there is one for each real token."""
-        if not self.enabled or not self._added:
+        if not self.enabled or not self._place.first:
             return output
-        n = self.num_virtual_tokens
-        if isinstance(output, tuple):
-            return (output[0][:, n:], *output[1:])
-        output["last_hidden_state"] = output["last_hidden_state"][:, n:]
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(states[:, n:] for states in output["hidden_states"])
-        return output
+        n, length, starts = self.num_virtual_tokens, self._place.length, self._place.starts
+
+        def real(states: Tensor, dim: int) -> Tensor:
+            if starts is None:
+                return states.narrow(dim, n, length)
+            column = torch.arange(length, device=states.device)
+            return take(states, torch.where(column < starts[:, None], column, column + n), dim)
+
+        return map_output(output, lambda item: map_tokens(item, self._place.batch, real))
 
 
 def inject(model: nn.Module, config: PromptConfig, tokenizer: Any = None) -> nn.Module:
@@ -95,6 +100,11 @@ def inject(model: nn.Module, config: PromptConfig, tokenizer: Any = None) -> nn.
 
 def attach(model: nn.Module, decoder: nn.Module, start: Tensor) -> None:
     """PromptEmbeddings with the values `start` [n, hidden] at `model`."""
+    if getattr(decoder.config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"model is a {type(model).__name__} with hidden_size_per_layer_input, whose layers look tokens up by id, and "
+            "a virtual token has none; allowed: a model without"
+        )
     dtype = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
     PromptEmbeddings(start.to(dtype, copy=True)).attach(model, decoder)
 

@@ -3,24 +3,32 @@
 The learned tensor is a submodule of the model, and hooks on the decoder (the part that makes hidden states of token
 ids) put it in front. So the model keeps its class, `generate` and trainers call it as before, and its outputs have one
 position for each real token. The virtual tokens are seen by every real one, and real tokens are numbered from
-num_virtual_tokens on, without counting the padding where an attention mask shows it. A row is one sequence: packed rows
-are not supported. In layers with a sliding window the virtual tokens are the oldest, and leave the window first.
+num_virtual_tokens on, without counting the padding where an attention mask shows it. In a row with padding on the left
+the virtual tokens stand between the padding and the text, so that padding changes no distance between tokens, which
+sliding windows and biases by distance look at. A row is one sequence: packed rows are not supported. In layers with a
+sliding window the virtual tokens are the oldest, and leave the window first.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.arguments import check_integer
 from lora_kernels.methods.heads import task_heads
+from lora_kernels.methods.modes import eval_mode
 from lora_kernels.nn.wrappers import bare
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import DynamicCache
 
 # Lester et al. sample the initial tokens among their 5000 most common ones; vocabularies are sorted about that way.
 COMMON_TOKENS = 5000
@@ -93,6 +101,12 @@ def learned_positions(model: nn.Module) -> int | None:
     return context_length(model) if names & {"wpe", "embed_positions", "position_embeddings"} else None
 
 
+def dynamic_cache(decoder: nn.Module) -> DynamicCache:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=decoder.config)
+
+
 def initial_ids(config: VirtualTokensConfig, model: nn.Module, tokenizer: Any) -> Tensor:
     """Token ids [n] of init "vocab" (drawn from torch's generator) or "text" (repeated or cut to n)."""
     n = config.num_virtual_tokens
@@ -120,14 +134,44 @@ class VirtualTokens(nn.Module):
         raise NotImplementedError
 
     def attach(self, model: nn.Module, decoder: nn.Module) -> None:
-        """Freezes the model but for this module, makes this `model.virtual_tokens`, and hooks it to the decoder."""
-        model.requires_grad_(False)
+        """Freezes the model but for this module, makes this `model.virtual_tokens`, and hooks it to the decoder.
+
+        Raises ValueError, with the model unchanged, if the decoder can't work with the virtual tokens.
+        """
         self._arguments = tuple(inspect.signature(decoder.forward).parameters)
         self.cache_argument = cache_argument(decoder.forward)
-        decoder.register_forward_pre_hook(self._before, with_kwargs=True)
-        decoder.register_forward_hook(self._after)
+        hooks = self._hooks(decoder)
+        try:
+            self._try(decoder)
+        except Exception as error:
+            for _, handle in hooks:
+                handle.remove()
+            raise ValueError(
+                f"model is a {type(model).__name__}, whose decoder doesn't run with virtual tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        for module, _ in hooks:
+            mark_hooked(module, type(self))
+        model.requires_grad_(False)
         self.train(model.training)
         model.virtual_tokens = self
+
+    def _hooks(self, decoder: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
+        """Registers the hooks; the modules that have them and the handles to remove them."""
+        return [
+            (decoder, decoder.register_forward_pre_hook(self._before, with_kwargs=True)),
+            (decoder, decoder.register_forward_hook(self._after)),
+        ]
+
+    @torch.no_grad()
+    def _try(self, decoder: nn.Module) -> None:
+        """Runs the decoder on rows with padding, then on one token more with the cache: what it refuses shows here."""
+        mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=decoder.get_input_embeddings().weight.device)
+        ids, cache = torch.zeros_like(mask), dynamic_cache(decoder)
+        arguments = {self.cache_argument: cache, "use_cache": True}
+        with eval_mode(decoder):
+            decoder(input_ids=ids[:, :2], attention_mask=mask[:, :2], **arguments)
+            decoder(input_ids=ids[:, 2:], attention_mask=mask, **arguments)
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self.enabled:
@@ -142,40 +186,134 @@ class VirtualTokens(nn.Module):
                 f"{self.cache_argument} is a {type(cache).__name__}; with virtual tokens allowed: DynamicCache"
             )
         seen = 0 if cache is None else int(cache.get_seq_length())
-        self._make_room(kwargs, length, seen)
-        self._put_in_front(decoder, kwargs, batch, first=seen == 0)
+        self._place = self._placed(kwargs, batch, length, seen)
+        if self._place.first:
+            self._put_in_front(decoder, kwargs, self._place)
         return (), kwargs
 
-    def _make_room(self, kwargs: dict[str, Any], length: int, seen: int) -> None:
+    def _placed(self, kwargs: dict[str, Any], batch: int, length: int, seen: int) -> Place:
         """Widens the attention mask and moves the positions of `length` new tokens behind `seen` cached ones."""
         n = self.num_virtual_tokens
         if 0 < seen < n:
             raise ValueError(
                 f"{self.cache_argument} holds {seen} tokens, fewer than the {n} virtual ones: it isn't ours"
             )
+        before = max(seen - n, 0)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        starts = None
         if mask is not None:
-            tokens = length + max(seen - n, 0)
-            if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != tokens:
+            if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != before + length:
                 found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(
-                    f"attention_mask is {found}; allowed with virtual tokens: [batch, {tokens}], one column for each "
-                    "real token so far"
+                    f"attention_mask is {found}; allowed with virtual tokens: [batch, {before + length}], one column "
+                    "for each real token so far"
                 )
             if positions is None and "position_ids" in self._arguments:
                 positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], n), mask], dim=1)
+            starts = (mask.cumsum(1) == 0).sum(1)
+            # Single tokens, those of generation, need no look at the mask's values, for which a GPU would be waited.
+            if before and length > 1 and (starts > before).any():
+                raise ValueError(
+                    f"attention_mask has a row with nothing but padding in its first {before} tokens, which are in the "
+                    f"{self.cache_argument}; allowed with virtual tokens: a token of each row in the first call"
+                )
+            kwargs["attention_mask"] = insert(mask.new_ones(len(mask), n), mask, starts)
         if positions is not None:
             kwargs["position_ids"] = positions + n
         if kwargs.get("cache_position") is not None:  # transformers 4 also counts the cached tokens
             kwargs["cache_position"] = kwargs["cache_position"] + n
+        return Place(batch, length, seen == 0, starts)
 
-    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], batch: int, first: bool) -> None:
-        """Adds the virtual tokens to a call of the decoder; `first` where nothing is cached yet."""
+    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], place: Place) -> None:
+        """Adds the virtual tokens to the first call of the decoder, when nothing is cached yet."""
         raise NotImplementedError
 
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         raise NotImplementedError
+
+
+@dataclass
+class Place:
+    """Where a call of `length` tokens in `batch` rows has its virtual tokens: before column starts[b] of row b.
+
+    starts: int64 [batch], how many columns of padding a row has on its left; None for a call without a mask.
+    """
+
+    batch: int
+    length: int
+    first: bool
+    starts: Tensor | None
+
+
+def take(tensor: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
+    """tensor [B, ..] with columns[b, i] as column i, along `dim`, of row b."""
+    shape = [1] * tensor.ndim
+    shape[0], shape[dim] = columns.shape
+    return tensor.take_along_dim(columns.view(shape), dim)
+
+
+def roll(tensor: Tensor, shifts: Tensor, dim: int = 1) -> Tensor:
+    """tensor [B, ..] with row b moved shifts[b] columns to the right along `dim`, the last columns to the front."""
+    width = tensor.shape[dim]
+    return take(tensor, (torch.arange(width, device=tensor.device) - shifts[:, None]) % width, dim)
+
+
+def insert(front: Tensor, rest: Tensor, starts: Tensor | None) -> Tensor:
+    """`rest` [B, T, ..] with `front` [B, n, ..] before column starts[b] of row b; None means 0."""
+    both = torch.cat([front, rest], 1)
+    if starts is None:
+        return both
+    n, column = front.shape[1], torch.arange(both.shape[1], device=both.device)
+    inside = column - starts[:, None]
+    return take(both, torch.where(inside < 0, column + n, torch.where(inside < n, inside, column)))
+
+
+def map_output(output: Any, change: Callable[[Any], Any]) -> Any:
+    """A decoder's output with change(item) for each tensor and cache in it; without those that become None."""
+
+    def changed(item: Any) -> Any:
+        return tuple(map(changed, item)) if isinstance(item, tuple) else change(item)
+
+    if isinstance(output, tuple):
+        return tuple(item for item in changed(output) if item is not None)
+    return type(output)(**{name: changed(value) for name, value in output.items()})
+
+
+def map_tokens(item: Any, batch: int, change: Callable[[Tensor, int], Tensor]) -> Any:
+    """change(item, the dimension of tokens), where item is a tensor.
+
+    Hidden states are [batch, T, hidden], attentions [batch, heads, T, columns], router logits [batch · T, experts].
+    """
+    if not isinstance(item, Tensor) or item.ndim < 2 or item.shape[:-1] == (batch,):
+        return item
+    if item.ndim == 2:
+        return change(item.unflatten(0, (batch, -1)), 1).flatten(0, 1)
+    return change(item, item.ndim - 2)
+
+
+def mark_hooked(module: nn.Module, by: type) -> None:
+    """Gives `module` a class for those with hooks, which differs from the present one in nothing.
+
+    torch.compile runs what it compiled for a module of the same class without looking at hooks, but looks at the class.
+    """
+    if type(module).__dict__.get("hooked_by") is not by:
+        module.__class__ = _hooked_class(type(module), by)
+
+
+@functools.cache
+def _hooked_class(kind: type, by: type) -> type:
+    """A subclass of `kind` with its names; one that is copied and pickled by the two arguments."""
+
+    def reduce(self: nn.Module, protocol: int) -> tuple:
+        return _new_hooked, (kind, by), *kind.__reduce_ex__(self, protocol)[2:]
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), names | {"__reduce_ex__": reduce, "hooked_by": by})
+
+
+def _new_hooked(kind: type, by: type) -> nn.Module:
+    cls = _hooked_class(kind, by)
+    return cls.__new__(cls)
 
 
 @contextmanager
