@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import pickle
 import warnings
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -279,6 +281,260 @@ def test_other_architectures(config_class, kind):
     torch.testing.assert_close(gradients(model, ids[:1]), want, rtol=1e-5, atol=1e-8)
 
 
+_WINDOWED = _LLAMA_LIKE | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}
+# Layers that see few tokens back, or weigh them by their distance: what stands between virtual tokens and text counts.
+NEAR_SIGHTED = {
+    "mistral": lambda: transformers.MistralConfig(**_WINDOWED),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_WINDOWED, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, window_size=6,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=64,
+    ),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **_LLAMA_LIKE, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=48, attention_chunk_size=6,
+        num_local_experts=2, layer_types=["chunked_attention", "full_attention"],
+    ),
+    "mpt": lambda: transformers.MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+}  # fmt: skip
+LONG_ROWS = [ROWS[0] + ROWS[2], ROWS[1], ROWS[2] + ROWS[1]]
+
+
+def read_numbers(text, add_special_tokens):
+    """A tokenizer of texts that are token ids."""
+    return SimpleNamespace(input_ids=list(map(int, text.split())))
+
+
+def near_sighted(kind):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(NEAR_SIGHTED[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.mark.parametrize("kind", NEAR_SIGHTED)
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_padding_is_not_between_virtual_tokens_and_text(config_class, kind):
+    """Rows of a padded batch, and what follows them, are those of the base model on all tokens one after another."""
+    base, ids = near_sighted(kind), [7, 12, 44, 40, 9]
+    config = config_class(num_virtual_tokens=N, init="text", init_text=" ".join(map(str, ids)))
+    model = inject(near_sighted(kind), config, read_numbers)
+    with torch.no_grad():
+        want = [base(input_ids=torch.tensor([ids + row])).logits[0, N:] for row in LONG_ROWS]
+    for side in ("left", "right"):
+        for use_cache in (False, True):
+            for got, row in zip(real_logits(model, side, LONG_ROWS, use_cache=use_cache), want, strict=True):
+                torch.testing.assert_close(got, row, rtol=1e-4, atol=1e-4)
+
+    arguments = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    inputs, mask = padded(LONG_ROWS, "left")
+    for use_cache in (False, True):
+        got = model.generate(input_ids=inputs, attention_mask=mask, use_cache=use_cache, **arguments)
+        for answer, row in zip(got[:, inputs.shape[1] :].tolist(), LONG_ROWS, strict=True):
+            alone = base.generate(input_ids=torch.tensor([ids + row]), **arguments)
+            assert answer == alone[0, N + len(row) :].tolist()
+
+    # Fed in two parts that both have text of each row.
+    with torch.no_grad():
+        first = model(input_ids=inputs[:, :10], attention_mask=mask[:, :10], use_cache=True)
+        second = model(input_ids=inputs[:, 10:], attention_mask=mask, past_key_values=first.past_key_values)
+        for index, row in enumerate(want):
+            torch.testing.assert_close(second.logits[index], row[10 - inputs.shape[1] :], rtol=1e-4, atol=1e-4)
+        early = model(input_ids=inputs[:, :4], attention_mask=mask[:, :4], use_cache=True)
+        with pytest.raises(ValueError, match="a row with nothing but padding in its first 4 tokens"):
+            model(input_ids=inputs[:, 4:], attention_mask=mask, past_key_values=early.past_key_values)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.filterwarnings("ignore:.*checkpointing")
+def test_gradients_of_a_batch_padded_on_the_left(config_class, kind):
+    """The sum over the rows alone, with checkpointing and without, and two batches before one backward pass."""
+    model = with_tokens(config_class) if kind == "llama" else inject(near_sighted(kind), config_class(N))
+
+    def loss(rows):
+        ids, mask = padded(rows, "left")
+        logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.log_softmax(-1)[:, :-1]
+        chosen = logprobs.gather(2, ids[:, 1:, None])[..., 0]
+        return (chosen * mask[:, :-1]).sum()
+
+    def gradient(*batches):
+        model.zero_grad()
+        sum(loss(rows) for rows in batches).backward()
+        (parameter,) = [p for p in model.parameters() if p.requires_grad]
+        return parameter.grad.clone()
+
+    want = sum(gradient([row]) for row in LONG_ROWS)
+    scale = {"rtol": 1e-4, "atol": 1e-5 * want.abs().max().item()}
+    torch.testing.assert_close(gradient(LONG_ROWS), want, **scale)
+    torch.testing.assert_close(gradient(LONG_ROWS[:2], LONG_ROWS[2:]), want, **scale)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(gradient(LONG_ROWS), want, **scale)
+    torch.testing.assert_close(gradient(LONG_ROWS[:2], LONG_ROWS[2:]), want, **scale)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_a_prefix_longer_than_the_window(config_class):
+    base, ids = near_sighted("gemma3"), [7, 12, 44, 40, 9, 15, 28, 3, 50]
+    config = config_class(num_virtual_tokens=9, init="text", init_text=" ".join(map(str, ids)))
+    model = inject(near_sighted("gemma3"), config, read_numbers)
+    with torch.no_grad():
+        want = [base(input_ids=torch.tensor([ids + row])).logits[0, 9:] for row in LONG_ROWS]
+    for use_cache in (False, True):
+        for got, row in zip(real_logits(model, "left", LONG_ROWS, use_cache=use_cache), want, strict=True):
+            torch.testing.assert_close(got, row, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_hidden_states_attentions_and_router_logits_are_the_real_tokens(config_class):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **_LLAMA_LIKE, num_key_value_heads=2, head_dim=8, num_local_experts=4, attn_implementation="eager"
+    )
+    model = inject(transformers.MixtralForCausalLM(config).eval(), config_class(N))
+    perturb(model, 0.5)
+
+    def outputs(rows, side):
+        ids, mask = padded(rows, side)
+        with torch.no_grad():
+            return model(
+                input_ids=ids, attention_mask=mask, labels=ids, output_hidden_states=True, output_attentions=True,
+                output_router_logits=True,
+            )  # fmt: skip
+
+    batch = outputs(ROWS, "left")
+    width = max(map(len, ROWS))
+    for index, row in enumerate(ROWS):
+        alone = outputs([row], "left")
+        for got, want in zip(batch.hidden_states, alone.hidden_states, strict=True):
+            torch.testing.assert_close(got[index, -len(row) :], want[0], rtol=0, atol=1e-5)
+        for got, want in zip(batch.attentions, alone.attentions, strict=True):
+            assert got.shape[2:] == (width, N + width)
+            got = got[index, :, -len(row) :, -len(row) - N :]
+            torch.testing.assert_close(got, want[0], rtol=0, atol=1e-6)
+        for got, want in zip(batch.router_logits, alone.router_logits, strict=True):
+            torch.testing.assert_close(got.view(3, width, -1)[index, -len(row) :], want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.aux_loss, outputs(ROWS, "right").aux_loss)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_compiled_it_is_the_same(config_class):
+    """torch.compile looks at no hook when it asks whether what it has compiled fits a model."""
+
+    def compiled(model, **arguments):
+        return torch.compile(model, backend="eager", **arguments)
+
+    def tuned(model):
+        torch.manual_seed(3)
+        inject(model, config_class(num_virtual_tokens=N))
+        perturb(model, 0.5)
+        return model
+
+    def frozen():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**_LLAMA_LIKE | {"num_hidden_layers": 1})
+        return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+    base, want = logits(frozen()), logits(tuned(frozen()))
+    assert (want - base).abs().max() > 0.01
+
+    torch._dynamo.reset()
+    other = compiled(frozen())
+    assert torch.equal(logits(other), base)
+    model = tuned(frozen())
+    assert torch.equal(logits(compiled(model)), want)
+    assert torch.equal(logits(other), base)
+    assert torch.equal(logits(compiled(copy.deepcopy(model), fullgraph=True)), want)
+    with adapters_disabled(model):
+        assert torch.equal(logits(compiled(model)), base)
+    with torch.no_grad():
+        model.virtual_tokens.saved().neg_()
+    assert torch.equal(logits(compiled(model)), logits(model)) and not torch.equal(logits(model), want)
+
+    torch._dynamo.reset()
+    model = frozen()
+    whole = compiled(model)
+    assert torch.equal(logits(whole), base)
+    assert torch.equal(logits(tuned(model)), want) and torch.equal(logits(whole), want)
+
+    torch._dynamo.reset()
+    model = frozen()
+    for part in (model.model, model.model.layers[0].self_attn):
+        part.compile(backend="eager")
+    assert torch.equal(logits(model), base) and torch.equal(logits(tuned(model)), want)
+    torch._dynamo.reset()
+
+
+REFUSED = {
+    "cpmant": (
+        lambda: transformers.CpmAntConfig(
+            vocab_size=VOCAB, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=1,
+            prompt_length=4, prompt_types=4, segment_types=4,
+        ),
+        "CpmAntForCausalLM, which caches 9 keys for 5 tokens",
+        "CpmAntForCausalLM, whose decoder doesn't run with virtual tokens: AttributeError",
+    ),
+    "bart": (
+        lambda: transformers.BartConfig(
+            vocab_size=VOCAB, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48
+        ),
+        "BartForCausalLM, the decoder of an encoder-decoder",
+        "BartForCausalLM, the decoder of an encoder-decoder",
+    ),
+    "roberta": (
+        lambda: transformers.RobertaConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_decoder=True
+        ),
+        "RobertaForCausalLM, whose positions depend on the padding token",
+        "RobertaForCausalLM, whose positions depend on the padding token",
+    ),
+    "gemma3n": (
+        lambda: transformers.Gemma3nTextConfig(
+            **_LLAMA_LIKE, num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=VOCAB, laurel_rank=4,
+            hidden_size_per_layer_input=8, altup_num_inputs=2, activation_sparsity_pattern=[0.0, 0.0],
+            num_kv_shared_layers=1, layer_types=["full_attention", "full_attention"],
+        ),
+        None,  # as its keys and values are of one shape
+        "Gemma3nForCausalLM with hidden_size_per_layer_input",
+    ),
+    "deepseek_v3": (
+        lambda: transformers.DeepseekV3Config(
+            **_LLAMA_LIKE, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+            v_head_dim=8, first_k_dense_replace=2,
+        ),
+        "DeepseekV3ForCausalLM whose layers cache .* one shape in every layer",
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_cannot_are_refused_and_left_as_they_are(kind):
+    config, *messages = REFUSED[kind]
+    model = transformers.AutoModelForCausalLM.from_config(config()).eval()
+    modules, classes = dict(model.named_modules()), [type(module) for module in model.modules()]
+    for config_class, message in zip(CONFIGS, messages, strict=True):
+        if message is None:
+            assert logits(inject(copy.deepcopy(model), config_class(num_virtual_tokens=N))).isfinite().all()
+            continue
+        with pytest.raises(ValueError, match=f"model is a {message}"):
+            inject(model, config_class(num_virtual_tokens=N))
+        assert dict(model.named_modules()) == modules and [type(module) for module in model.modules()] == classes
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in modules.values())
+        assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "adapter_config")
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_a_model_can_be_pickled_as_before(config_class):
+    model = with_tokens(config_class)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), logits(model)) and repr(again) == repr(model)
+
+
 def peft_config(config_class, **arguments):
     kind = peft.PrefixTuningConfig if config_class is PrefixConfig else peft.PromptTuningConfig
     return kind(task_type="CAUSAL_LM", num_virtual_tokens=N, **arguments)
@@ -493,15 +749,11 @@ def test_what_does_not_fit_is_refused_by_name(config_class, tmp_path):
             load_adapter(tiny_model("llama"), tmp_path / "a")
 
 
-def test_a_prefix_for_a_classifier_reaches_its_last_token():
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_a_classifier_whose_head_would_stay_as_it_is_is_refused(config_class):
     model = LlamaForSequenceClassification(tiny_model("llama_classifier").config).eval()
-    ids, mask = padded(ROWS, "right")
-    inject(model, PromptConfig(num_virtual_tokens=N))
-    perturb(model, 0.5)
-    with torch.no_grad():
-        batch = model(input_ids=ids, attention_mask=mask).logits
-        alone = torch.cat([model(input_ids=torch.tensor([row])).logits for row in ROWS])
-    torch.testing.assert_close(batch, alone, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification; allowed: a Hugging Face causal language"):
+        inject(model, config_class(num_virtual_tokens=N))
 
 
 TINY_RUN = {"model": "tiny", "data": "tiny", "max_steps": 6, "batch_size": 4, "save_steps": 2, "num_virtual_tokens": 4}

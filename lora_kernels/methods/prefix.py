@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,14 @@ from lora_kernels.methods.virtual_tokens import (
     initial_ids,
     map_output,
     map_tokens,
+    refusing,
     roll,
 )
-from lora_kernels.nn.wrappers import bare
+from lora_kernels.nn.wrappers import bare, named_modules
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-    from transformers import Cache, DynamicCache
+    from transformers import Cache
 
 adapters_disabled = disabled
 _RANDOM_STD = 0.02
@@ -113,12 +113,14 @@ class PrefixKeyValues(VirtualTokens):
         """Lets the rows begin at column 0, behind the prefix; `_after` puts rows and cache back behind the padding."""
         from transformers import DynamicCache
 
+        from lora_kernels.methods.read_only_cache import ReadOnlyCache
+
         dtype = decoder.get_input_embeddings().weight.dtype
         # [n, 2 layers, heads, head_dim] -> a [1, heads, n, head_dim] for each key and value
         states = self.saved().to(dtype).unflatten(1, (2 * self.layers, self.heads, self.head_dim))
         states = states.permute(1, 2, 0, 3).unsqueeze(1).unbind()
         pairs = list(zip(states[::2], states[1::2], strict=True))
-        self._read_only = _fill(_read_only_cache()(), pairs)
+        self._read_only = _fill(ReadOnlyCache(), pairs)
         self._kept = kwargs[self.cache_argument]
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -166,32 +168,12 @@ class PrefixKeyValues(VirtualTokens):
 def _attention_modules(decoder: nn.Module) -> dict[nn.Module, str]:
     """The innermost modules of layers whose forward takes a cache, and the argument's name."""
     found = {}
-    for module in decoder.modules():
+    for _, module in named_modules(decoder):
         name = cache_argument(module.forward, (*CACHE_ARGUMENTS, "layer_past"))
-        if name and hasattr(module, "layer_idx"):
+        if name:
             found[module] = name
     outer = {module for module in found if any(inner in found for inner in module.modules() if inner is not module)}
     return {module: name for module, name in found.items() if module not in outer}
-
-
-@functools.cache
-def _read_only_cache() -> type[DynamicCache]:
-    from transformers import DynamicCache
-
-    class ReadOnlyCache(DynamicCache):
-        """Layers that hold one row, serve any batch, and forget what an update adds."""
-
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            layer = self.layers[layer_idx]
-            held = vars(layer).copy()
-            layer.keys = layer.keys.expand(key_states.shape[0], -1, -1, -1)
-            layer.values = layer.values.expand(key_states.shape[0], -1, -1, -1)
-            try:
-                return layer.update(key_states, value_states, *args, **kwargs)
-            finally:
-                vars(layer).update(held)
-
-    return ReadOnlyCache
 
 
 def _fill(cache: Cache, pairs: list[tuple[Tensor, Tensor]]) -> Cache:
@@ -206,8 +188,9 @@ def _fill(cache: Cache, pairs: list[tuple[Tensor, Tensor]]) -> Cache:
 def inject(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> nn.Module:
     """Puts PrefixKeyValues before the keys and values of `model`, a causal LM, and freezes everything else.
 
-    `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a causal
-    LM of transformers whose layers have keys and values of one shape, or config doesn't fit it.
+    `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a
+    decoder-only LM of transformers whose layers cache keys and values of one shape, or if config doesn't fit it; a
+    short run of the decoder at the end shows the rest.
     """
     given, model = model, bare(model, adding=True)
     decoder = decoder_of(model, config.num_virtual_tokens)
@@ -230,10 +213,12 @@ def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tenso
 
     Asking the model is the way to know their shapes that doesn't depend on how its config names things.
     """
+    from transformers import DynamicCache
+
     ids = torch.zeros(n, dtype=torch.long) if ids is None else ids
-    cache = dynamic_cache(decoder)
+    cache = DynamicCache()  # without the model's config it keeps what a sliding window would drop
     with_cache = {cache_argument(decoder.forward): cache, "use_cache": True}
-    with eval_mode(decoder):
+    with refusing(model), eval_mode(decoder):
         decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), **with_cache)
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     shapes = {None if state is None else tuple(state.shape) for state in states}
@@ -244,7 +229,8 @@ def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tenso
         )
     if states[0].shape[2] != n:
         raise ValueError(
-            f"num_virtual_tokens is {n}; allowed: at most {states[0].shape[2]}, what the model's sliding window keeps"
+            f"model is a {type(model).__name__}, which caches {states[0].shape[2]} keys for {n} tokens; allowed: "
+            "one for each"
         )
     return states
 

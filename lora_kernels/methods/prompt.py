@@ -81,8 +81,9 @@ class PromptEmbeddings(VirtualTokens):
 def inject(model: nn.Module, config: PromptConfig, tokenizer: Any = None) -> nn.Module:
     """Puts PromptEmbeddings before the inputs of `model`, a causal LM, and freezes everything else.
 
-    `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a causal
-    LM of transformers, or config doesn't fit it.
+    `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a
+    decoder-only LM of transformers with a key-value cache, if its layers look tokens up by id, or if config doesn't fit
+    it; a short run of the decoder at the end shows the rest.
     """
     given, model = model, bare(model, adding=True)
     decoder = decoder_of(model, config.num_virtual_tokens)
@@ -102,8 +103,8 @@ def attach(model: nn.Module, decoder: nn.Module, start: Tensor) -> None:
     """PromptEmbeddings with the values `start` [n, hidden] at `model`."""
     if getattr(decoder.config, "hidden_size_per_layer_input", None):
         raise ValueError(
-            f"model is a {type(model).__name__} with hidden_size_per_layer_input, whose layers look tokens up by id, and "
-            "a virtual token has none; allowed: a model without"
+            f"model is a {type(model).__name__} with hidden_size_per_layer_input, whose layers look tokens up by id, "
+            "and a virtual token has none; allowed: a model without"
         )
     dtype = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
     PromptEmbeddings(start.to(dtype, copy=True)).attach(model, decoder)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_kernels.arguments import check_integer
 from lora_kernels.methods.heads import task_heads
 from lora_kernels.methods.modes import eval_mode
-from lora_kernels.nn.wrappers import bare
+from lora_kernels.nn.wrappers import bare, named_modules, unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -72,13 +72,29 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
     """The decoder of a Hugging Face causal LM; ValueError if it isn't one or the tokens don't fit its context."""
-    decoder = find_decoder(model) if hasattr(model, "get_decoder") and not any(task_heads(model)) else None
+    fits = hasattr(model, "get_decoder") and not any(task_heads(model))
+    decoder = unwrapped(find_decoder(model)) if fits else None
     config = getattr(model, "config", None)
     if decoder is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(f"model is a {type(model).__name__}; allowed: a Hugging Face causal language model")
     # Mamba and its like keep a state, not keys and values.
     if cache_argument(decoder.forward) is None or getattr(model, "_is_stateful", False):
-        raise ValueError(f"model is a {type(model).__name__}, which takes no key-value cache; allowed: one that does")
+        raise ValueError(
+            f"model is a {type(model).__name__}, which takes no key-value cache for all of its layers; allowed: one "
+            "that does"
+        )
+    parts = {name.rpartition(".")[2]: part for name, part in named_modules(decoder)}
+    if "encoder_attn" in parts:
+        raise ValueError(
+            f"model is a {type(model).__name__}, the decoder of an encoder-decoder model, whose positions count "
+            "padding; allowed: a decoder-only model"
+        )
+    # RoBERTa and its like number their tokens from the padding token's id on, by rules of their own.
+    if getattr(parts.get("position_embeddings"), "padding_idx", None) is not None:
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose positions depend on the padding token; allowed: one whose first "
+            "token has position 0"
+        )
     context = context_length(model)
     if context is not None and num_virtual_tokens >= context:
         raise ValueError(
@@ -142,14 +158,12 @@ class VirtualTokens(nn.Module):
         self.cache_argument = cache_argument(decoder.forward)
         hooks = self._hooks(decoder)
         try:
-            self._try(decoder)
-        except Exception as error:
+            with refusing(model):
+                self._try(decoder)
+        except ValueError:
             for _, handle in hooks:
                 handle.remove()
-            raise ValueError(
-                f"model is a {type(model).__name__}, whose decoder doesn't run with virtual tokens: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise
         for module, _ in hooks:
             mark_hooked(module, type(self))
         model.requires_grad_(False)
@@ -230,6 +244,18 @@ class VirtualTokens(nn.Module):
 
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         raise NotImplementedError
+
+
+@contextmanager
+def refusing(model: nn.Module) -> Iterator[None]:
+    """Makes whatever the model raises a ValueError that says that it is the model's."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose decoder doesn't run with virtual tokens: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 @dataclass
