@@ -137,7 +137,13 @@ def test_training_agrees_with_peft_until_the_cut(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load_adapter(tiny_model("llama"), tmp_path).train()
     assert ours.adapter_config == AdaLoRAConfig(
-        init_r=4, target_r=2, lora_alpha=8, target_modules=ours.adapter_config.target_modules, delta_t=2, **schedule
+        init_r=4,
+        target_r=2,
+        lora_alpha=8,
+        target_modules=ours.adapter_config.target_modules,
+        delta_t=2,
+        modules_to_save=(),
+        **schedule,
     )
     hook = training_hook(ours, 12)
     optimizers = [

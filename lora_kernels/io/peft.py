@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_kernels.io.files import replacing
+from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
 from lora_kernels.methods import adapter_config
 from lora_kernels.methods.lora import (
     LoRAConfig,
@@ -107,7 +108,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """
     config = _config_of(model)
     warn_of_misread(model, [name for name, _ in lora_modules(model)])
-    write_files(Path(directory), peft_config(model, config), detached(model, _adapter_tensors(model)))
+    tensors = saved_embeddings(model, PREFIX) | _adapter_tensors(model)
+    write_files(Path(directory), peft_config(model, config), detached(model, tensors))
 
 
 def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,9 +291,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
     else:
         expected = _expected_shapes(model, config)
-    tensors = without_base_copies(model, tensors, expected)
+    found = take_embeddings(model, tensors, expected, directory / WEIGHTS_NAME, PREFIX, config.modules_to_save)
+    tensors, embeddings = found
     check_tensors(tensors, expected, directory / WEIGHTS_NAME)
     check_ties(model, tensors, directory / WEIGHTS_NAME)
+    load_embeddings(model, embeddings)
     if not injected:
         # The values come from the file: with zeros, loading leaves torch's random state alone.
         inject(model, dataclasses.replace(config, init="both_zero"), bypassed=True)
@@ -452,22 +456,6 @@ def _check_same_adapters(model: nn.Module, config: LoRAConfig) -> None:
                 f"use_rslora={config.use_rslora}), the model {layer.scaling:g} (r={layer.r}, "
                 f"lora_alpha={layer.lora_alpha:g}, use_rslora={layer.use_rslora})"
             )
-
-
-def without_base_copies(
-    model: nn.Module, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
-    """`tensors` but for those not `expected` that are the model's own: PEFT also writes the embeddings that an adapter
-    stands on, changed or not."""
-    own = state_dict(model) if tensors.keys() - expected.keys() else {}
-
-    def is_own(key: str) -> bool:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if key in expected or name not in own or own[name].shape != tensors[key].shape:
-            return False
-        return torch.equal(own[name].cpu(), tensors[key].to(own[name].dtype))
-
-    return {key: tensor for key, tensor in tensors.items() if not is_own(key)}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], path: Path) -> None:

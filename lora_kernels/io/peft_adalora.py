@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_kernels.io import peft
 from lora_kernels.io.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
 from lora_kernels.methods.adalora import AdaLoRAConfig, inject
 from lora_kernels.methods.lora import lora_modules, plan
 from lora_kernels.methods.ties import settle
@@ -53,7 +54,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     # r has no meaning here, and PEFT warns of any but its default.
     raw |= {"peft_type": ADALORA, "r": 8, "init_lora_weights": True, "alpha_pattern": {}}
     raw["rank_pattern"] = pattern if any(r < config.init_r for r in ranks.values()) else None
-    peft.write_files(Path(directory), raw, peft.detached(model, _adapter_tensors(model)))
+    tensors = saved_embeddings(model, PREFIX) | _adapter_tensors(model)
+    peft.write_files(Path(directory), raw, peft.detached(model, tensors))
 
 
 def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -66,7 +68,7 @@ def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = {name: layer for name, layer in lora_modules(model) if layer.r}
     if not layers:
         raise ValueError("no module has a rank left: there is no LoRA adapter to write")
-    tensors = peft.saved_module_tensors(model, model.lora_originals)
+    tensors = saved_embeddings(model, PREFIX) | peft.saved_module_tensors(model, model.lora_originals)
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a * layer.lora_e[:, None]
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
@@ -107,9 +109,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
     else:
         expected = _expected_shapes(model, config, ranks)
-    tensors = peft.without_base_copies(model, tensors, expected)
+    found = take_embeddings(model, tensors, expected, directory / WEIGHTS_NAME, PREFIX, config.modules_to_save)
+    tensors, embeddings = found
     peft.check_tensors(tensors, expected, directory / WEIGHTS_NAME)
     peft.check_ties(model, tensors, directory / WEIGHTS_NAME)
+    load_embeddings(model, embeddings)
     if not injected:
         # The values come from the file, so that torch's random state is left alone.
         with torch.random.fork_rng(devices=[]):

@@ -23,12 +23,15 @@ from lora_kernels.io.peft import (
     task_type,
     write_files,
 )
+from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
 from lora_kernels.methods import adapter_config, prefix, prompt
 from lora_kernels.methods.prefix import PrefixConfig, PrefixKeyValues
 from lora_kernels.methods.virtual_tokens import decoder_of
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 _TENSOR = "prompt_embeddings"
+# Of the base model's own paths, beside virtual tokens.
+_MODEL = "base_model."
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -60,8 +63,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             "token_dim": tokens.embeddings.shape[1],
         }
     with torch.no_grad():
-        saved = tokens.saved().float().to("cpu", copy=True).contiguous()
-    write_files(Path(directory), config, {_TENSOR: saved})
+        saved = {_TENSOR: tokens.saved().float(), **saved_embeddings(model, _MODEL)}
+        saved = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
+    write_files(Path(directory), config, saved)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
@@ -74,23 +78,26 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     tensors = read_tensors(directory / WEIGHTS_NAME)
     config = _config(raw, directory / CONFIG_NAME)
     n = config.num_virtual_tokens
+    path = directory / WEIGHTS_NAME
+    tensors, embeddings = take_embeddings(model, tensors, {_TENSOR: torch.Size()}, path, _MODEL)
     present = getattr(model, "virtual_tokens", None)
     if present is not None:
         _check_same(model, config, directory / CONFIG_NAME)
-        check_tensors(tensors, {_TENSOR: present.saved().shape}, directory / WEIGHTS_NAME)
+        check_tensors(tensors, {_TENSOR: present.saved().shape}, path)
         with torch.no_grad():
             present.saved().copy_(tensors[_TENSOR])
     else:
         decoder = decoder_of(model, n)
         if isinstance(config, PrefixConfig):
             like, layers, heads = prefix.flatten(prefix.computed_key_values(model, decoder, n))
-            check_tensors(tensors, {_TENSOR: like.shape}, directory / WEIGHTS_NAME)
+            check_tensors(tensors, {_TENSOR: like.shape}, path)
             PrefixKeyValues(like.copy_(tensors[_TENSOR]), layers, heads).attach(model, decoder)
         else:
-            embeddings = model.get_input_embeddings().weight
-            check_tensors(tensors, {_TENSOR: torch.Size((n, embeddings.shape[1]))}, directory / WEIGHTS_NAME)
-            prompt.attach(model, decoder, tensors[_TENSOR].to(embeddings.device))
+            table = model.get_input_embeddings().weight
+            check_tensors(tensors, {_TENSOR: torch.Size((n, table.shape[1]))}, path)
+            prompt.attach(model, decoder, tensors[_TENSOR].to(table.device))
         model.adapter_config = config
+    load_embeddings(model, embeddings)
     model.virtual_tokens.requires_grad_(trainable)
     return model
 
