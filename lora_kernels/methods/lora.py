@@ -46,8 +46,9 @@ class LoRAConfig:
         lora_alpha: > 0; scaling = lora_alpha / r, or lora_alpha / √r with use_rslora (Kalajdzievski 2023).
         lora_dropout: in [0, 1), on the input of the low-rank branch, in training mode only.
         target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the output embedding, a top-level
-            classification head `score` or `classifier`, and, with a warning, layers that the model never calls and
-            subclasses of nn.Linear that compute something else); any other string is a regular expression that must
+            classification head `score` or `classifier`, and, with a warning, layers that the model never calls or
+            whose weight it changes, subclasses of nn.Linear that compute something else, and layers whose weight
+            pruning, a weight norm or a parametrization makes); any other string is a regular expression that must
             match a module's whole path; a list names modules by their path or by its last components ("q_proj",
             "self_attn.q_proj").
         use_rslora: see lora_alpha.
@@ -280,7 +281,9 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
         without effect, and take the modules_to_save as they are named. `ties.settle(model)` follows.
 
     Returns the model. Raises ValueError, with the model unchanged, if it already carries adapters, or if the config
-    names a module that isn't there or can't have an adapter. "all-linear" leaves such modules out, with a warning.
+    names a module that isn't there or can't have an adapter. "all-linear" leaves such modules out, with a warning, but
+    raises too where another package has quantised or sharded a weight, or accelerate has offloaded it. Hooks on a
+    layer, accelerate's too, stay on what replaces it, here and in `merge`.
     """
     given, model = model, bare(model, adding=True)
     planned = plan(model, config, bypassed)

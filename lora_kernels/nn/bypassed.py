@@ -166,10 +166,12 @@ def _probe(model: nn.Module) -> dict[str, _Probe]:
             if hasattr(twin, "set_experts_implementation"):
                 # Grouped products take no weight that repeats one zero.
                 twin.set_experts_implementation("eager")
+            inputs = _inputs(twin, device)
         except Exception:
+            # Some models can't be copied, or don't say what they take.
             return probes
         for training, gradients in _MODES:
-            for args, kwargs in _inputs(twin, device):
+            for args, kwargs in inputs:
                 for probe in probes.values():
                     probe.read = probe.called = False
                 try:

@@ -59,15 +59,15 @@ def not_linear(module: nn.Module) -> str | None:
         return f"a {kind.__qualname__} is no linear layer"
     if found := foreign_weight(module):
         return found
-    own = {*module._parameters, *module._buffers, *module._modules}
-    if "weight" not in own:
+    names = {*module._parameters, *module._buffers, *module._modules}
+    own = ", ".join(sorted(name for name in names - {"weight", "bias"} if getattr(module, name) is not None))
+    if "weight" not in names:
         return (
-            f"the weight of this {kind.__qualname__} is made anew for every call from {', '.join(sorted(own))}; end "
-            "its pruning, weight norm or parametrization first"
+            f"the weight of this {kind.__qualname__} is made anew for every call from {own}; end its pruning, weight "
+            "norm or parametrization first"
         )
-    own = {name for name in own - {"weight", "bias"} if getattr(module, name) is not None}
     if own:
-        return f"a {kind.__qualname__} has {', '.join(sorted(own))} beside its weight and bias"
+        return f"a {kind.__qualname__} has {own} beside its weight and bias"
     if is_lazy(module.weight):
         return f"the weight of a {kind.__qualname__} has no shape before its first call"
     forward, which = kind.forward, "a"
