@@ -107,20 +107,7 @@ def sft(*, config: _ConfigFile = None, **flags: Any) -> None:
 
 @app.command()
 @_user_errors
-@flags_of(
-    PPOConfig,
-    data="Prompts: .txt, one a line, or training records, whose answers are ignored; several as for sft.",
-    eval_data="Prompts to answer at each evaluation, same forms.",
-    output_dir="Gets the adapter, checkpoint-last/, metrics.jsonl, samples.jsonl, ppo.png and config.yaml.",
-    max_length="Longest prompt and its answer, in tokens; longer prompts are left out.",
-    method="lora, or qlora (over 4-bit weights).",
-    adapter="LoRA adapter to start from; its frozen copy is the reference. r and the like are the value model's then.",
-    epochs="Passes over the prompts; may be fractional.",
-    max_steps="Rollouts; decides instead of --epochs where given.",
-    batch_size="Answers in a micro-batch.",
-    eval_steps="Rollouts between evaluations; left out: once an epoch.",
-    save_steps="Rollouts between checkpoints; left out: once an epoch, and after 10 minutes.",
-)
+@flags_of(PPOConfig)
 def ppo(*, config: _ConfigFile = None, **flags: Any) -> None:
     """Reinforcement learning from a reward model or any Python function, by PPO; --data are prompts."""
     settings = _settings(PPOConfig, config, flags)
@@ -142,10 +129,7 @@ def reward(*, config: _ConfigFile = None, **flags: Any) -> None:
 
 @app.command()
 @_user_errors
-@flags_of(
-    DPOConfig,
-    adapter="Adapter to start from, which is the reference too. r, target and the like are its own.",
-)
+@flags_of(DPOConfig)
 def dpo(*, config: _ConfigFile = None, **flags: Any) -> None:
     """Direct preference optimisation on preference pairs; the reference is the model as it starts."""
     settings = _settings(DPOConfig, config, flags)

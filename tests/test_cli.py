@@ -21,10 +21,9 @@ from typer.testing import CliRunner
 
 from lora_kernels import LoRAConfig, PromptConfig, inject, save_adapter
 from lora_kernels.cli import not_installed
-from lora_kernels.cli_flags import FIELD_HELP
 from lora_kernels.commands import app
 from lora_kernels.train.compare import plan
-from lora_kernels.train.config import SFTConfig
+from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, described
 from lora_kernels.train.generate import generate, stop_tokens, turn_end
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +32,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig, "ppo": PPOConfig}
 ANSWERS = {"red": "stop", "green": "go", "amber": "wait"}
 
 
@@ -283,12 +283,14 @@ def test_unknown_yaml_name(tmp_path):
     assert result.exit_code == 2 and "unknown field 'learning_rate'" in result.stderr
 
 
-def test_every_field_has_a_flag_and_a_help_text():
-    names = [field.name for field in dataclasses.fields(SFTConfig)]
-    assert set(names) <= set(FIELD_HELP)
-    output = run("sft", "--help").output
-    for name in names:
-        assert f"--{name.replace('_', '-')} " in output, name
+@pytest.mark.parametrize("command, config", CONFIGS.items())
+def test_every_setting_has_a_flag_a_help_text_and_a_line_in_the_docstring(command, config):
+    output = " ".join(run(command, "--help").output.split())
+    for field in dataclasses.fields(config):
+        panel, text, _ = described(config, field.name)
+        has_flag = f"--{field.name.replace('_', '-')} " in output
+        is_documented = f"\n{field.name}: {text}" in config.__doc__
+        assert panel and text and has_flag == is_documented == (field.name not in config.unused), field.name
     assert "Default: 0.03." in output and "Optimisation" in output
 
 

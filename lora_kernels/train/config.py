@@ -52,120 +52,216 @@ _NOT_IDENTITY = {
 }
 # Methods that train lora_b, of which LoRA+ speaks.
 WITH_LORA_B = ("lora", "qlora", "dora", "adalora")
+# What settings mean to trainers on preference pairs.
+_PAIRS = "Preference pairs: .json, .jsonl, .json.gz, .jsonl.gz or .parquet; several as for sft."
+_PAIRS_A_BATCH = "Preference pairs per micro-batch and process, which has twice as many rows."
+_LONGEST_PAIR = "A pair with an answer that, with its prompt, has more tokens is left out."
+REQUIRED: Any = dataclasses.MISSING
 _Config = TypeVar("_Config", bound="TrainConfig")
 
 
-@dataclass
-class TrainConfig:
-    """Settings that all trainers share. The command line and the YAML file use the same names.
+def setting(default: Any, panel: str, text: str, more: str = "") -> Any:
+    """A field of a config. `panel` and `text` are its place and help on the command line; docs say `more` besides."""
+    return dataclasses.field(default=default, metadata={"panel": panel, "text": text, "more": more})
 
-    model: directory or hub id of a causal language model.
-    data, eval_data: .json, .jsonl or .parquet file, a directory or a pattern of them, or several with commas between or
-        as a list; see `lora_kernels.train.records`, and `lora_kernels.train.messages` for what they hold.
-    output_dir: gets the adapter (with eval_data that of the best evaluation), `checkpoint-last/`, metrics.jsonl,
-        loss.png and config.yaml; ranks.png with adalora.
-    method: "lora"; "qlora", the same with the frozen linear layers in NF4 (Dettmers et al. 2023), where a bitsandbytes
-        NF4 checkpoint stays with any method; "dora", LoRA with a trained magnitude for each row of the weight (Liu et
-        al. 2024); "adalora", low-rank updates whose ranks are distributed over the modules
-        while they train (Zhang et al. 2023); "prefix" or "prompt", learned virtual tokens before each sequence; "full",
-        the model's own weights.
-    adapter: directory of an adapter (LoRA, DoRA, prefix or prompt tuning, from any trainer or PEFT) to go on from. What
-        it is, such as r, lora_alpha, target and num_virtual_tokens, its files say; a setting that says otherwise is
-        refused, and lora_dropout alone may differ. Only its weights are taken over: the optimizer starts anew.
-    double_quant: of qlora, quantise the 4-bit blocks' scales too; see `lora_kernels.quantize_nf4`.
-    r, lora_alpha, lora_dropout, use_rslora: of LoRA's adapters. Dropout that the base model has of its own
-        (resid_pdrop, attention_dropout, layerdrop and the like in its config) acts in supervised training. It is off in
-        DPO, where the policy would differ from its reference before the first step, and in PPO and reward models, where
-        it would be noise in the rewards.
-    init_r, target_r, tinit, tfinal, delta_t, beta1, beta2, orth_reg_weight: of adalora, see `AdaLoRAConfig`; lora_alpha
-        and lora_dropout are its own too.
-    target: modules that get a LoRA adapter ("all-linear" by default) or are trained by "full" ("all"): a module name, a
-        comma-separated list of names, or a regular expression over module paths.
-    exclude_modules: modules of these that are left out, named in the same ways, as in PEFT; with "full" what is inside
-        them too.
-    init: how adapters start, by default "default" for LoRA (see `FusedLoRALinear`), "vocab" for virtual tokens, which
-        may also be "text" (init_text, a required text), "random", or "zero" (prefix only); see `PrefixConfig`.
-    num_virtual_tokens, init_text: of prefix and prompt; mlp_hidden: of prefix, its reparametrisation.
-    dtype: of the frozen weights and the activations; "auto" is bfloat16 where the hardware multiplies it natively,
-        else float32. Adapters and optimizer state are always float32, and so is everything with method "full".
-    epochs: passes over the data, may be fractional; max_steps, where given, decides instead.
-    batch_size: sequences per micro-batch and process. One optimizer step sees
-        batch_size * gradient_accumulation_steps * processes sequences, and its loss is the mean over all their answer
-        tokens.
-    optimizer: "adamw", or "loraplus": AdamW with the learning rate lr * lr_ratio for lora_b (see
-        `lora_kernels.optim.LoRAPlusAdamW`). lr_ratio has no effect on "adamw".
-    lr, lr_scheduler, warmup_ratio, weight_decay, max_grad_norm: AdamW; lr is by default that of `learning_rates`;
-        max_grad_norm 0 turns clipping off.
-    max_length: tokens kept of each row, from its start.
-    seed: of the adapters' initial values, the order of the data, and dropout.
-    eval_steps, save_steps: steps between evaluations and checkpoints; None means once per epoch, and for checkpoints
-        also after 10 minutes without one. Both also happen at the end. A signal (SIGINT, SIGTERM, SIGHUP) ends a run
-        after the step that it is at and a checkpoint.
-    logging_steps: steps between lines of metrics.jsonl.
-    resume: continue from `checkpoint-last/` exactly where it stopped. Model, data and adapters may have moved; epochs
-        and max_steps may ask for other steps than before, at least as many as are done (not with adalora, whose ranks
-        follow them): the learning rate then follows the new number of steps from there on.
-    fuse_decoder: on CPUs, compute RMSNorm, SwiGLU, rotary position embedding and attention by kernels and keep less
-        for backward, see `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.
-    backend: kernels to use, see `lora_kernels.use_backend`.
-    chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
-    date: what chat templates that show today's date take for it, as YYYY-MM-DD; by default the day on which the run
-        starts, also when it is resumed later.
-    """
+
+def settings(config_class: type[_Config]) -> type[_Config]:
+    """A dataclass whose fields are settings, with a line of its docstring for each."""
+    config_class = dataclass(config_class)
+    lines = [config_class.__doc__, ""]
+    for name in (field.name for field in dataclasses.fields(config_class) if field.name not in config_class.unused):
+        _, text, more = described(config_class, name)
+        lines.append(f"{name}: {text} {more}".rstrip())
+    config_class.__doc__ = "\n".join(lines)
+    return config_class
+
+
+def described(config_class: "type[TrainConfig]", name: str) -> tuple[str, str, str]:
+    """The panel of a setting, its help, and what docs say besides. A trainer may change the default or the help."""
+    fields = [vars(each).get("__dataclass_fields__", {}).get(name) for each in config_class.__mro__]
+    metadata = next(field.metadata for field in fields if field is not None and field.metadata)
+    if name in config_class.texts:
+        return metadata["panel"], config_class.texts[name], ""
+    return metadata["panel"], metadata["text"], metadata["more"]
+
+
+@settings
+class TrainConfig:
+    """Settings that all trainers share. The command line and the YAML file use the same names."""
 
     learning_rates: ClassVar[dict[str, float]] = LEARNING_RATES
-    unused: ClassVar[tuple[str, ...]] = ()  # fields above that a trainer has no use for, and no flag
+    unused: ClassVar[tuple[str, ...]] = ()  # settings that a trainer has no use for, and no flag
+    texts: ClassVar[dict[str, str]] = {}  # what settings of all trainers mean to this one
     loss_unit: ClassVar[str] = "nats per target token"
 
-    model: str
-    data: str | list[str]
-    eval_data: str | list[str] | None = None
-    output_dir: str = "outputs"
-    method: str = "lora"
-    adapter: str | None = None
-    double_quant: bool = False
-    r: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    target: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    use_rslora: bool | None = None
-    init_r: int = 12
-    target_r: int = 8
-    tinit: int = 0
-    tfinal: int = 0
-    delta_t: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    init: str | None = None
-    num_virtual_tokens: int | None = None
-    init_text: str | None = None
-    mlp_hidden: int | None = None
-    dtype: str = "auto"
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    optimizer: Literal["adamw", "loraplus"] = "adamw"
-    lr_ratio: float = 16.0
-    lr: float | None = None
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 1024
-    seed: int = 0
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    logging_steps: int = 1
-    gradient_checkpointing: bool = False
-    fuse_decoder: bool = True
-    resume: bool = False
-    tensorboard: bool = False
-    backend: str = "auto"
-    chat_template: str | None = None
-    date: str | None = None
+    model: str = setting(
+        REQUIRED, "Model and data", "Directory or hub id of a causal LM, a Llama GGUF file, or smollm2-135m."
+    )
+    data: str | list[str] = setting(
+        REQUIRED,
+        "Model and data",
+        "Training data: .json, .jsonl, .json.gz, .jsonl.gz or .parquet; a file, a directory or a quoted pattern, "
+        "several of them with commas or by repeating the flag.",
+        "See `lora_kernels.train.records` for the files, and `lora_kernels.train.messages` for what they hold.",
+    )
+    eval_data: str | list[str] | None = setting(
+        None, "Model and data", "Evaluation data, same forms; the adapter with the best loss on it is kept."
+    )
+    output_dir: str = setting(
+        "outputs",
+        "Model and data",
+        "Gets the adapter, checkpoint-last/, metrics.jsonl, loss.png and config.yaml.",
+        "With eval_data the adapter is that of the best evaluation. adalora also writes ranks.png.",
+    )
+    method: str = setting(
+        "lora",
+        "Adapter",
+        "lora, qlora (over 4-bit weights), dora, adalora, prefix, prompt (virtual tokens), or full.",
+        "qlora is LoRA with the frozen linear layers in NF4 (Dettmers et al. 2023); a bitsandbytes NF4 checkpoint "
+        "stays in NF4 with any method. dora trains a magnitude for each row of the weight (Liu et al. 2024), "
+        "adalora distributes the ranks over the modules while they train (Zhang et al. 2023), prefix and prompt "
+        "train virtual tokens before each sequence, full the model's own weights.",
+    )
+    adapter: str | None = setting(
+        None,
+        "Adapter",
+        "Adapter to go on from; r, target and the like are its own, lora_dropout may be another.",
+        "LoRA, DoRA, prefix or prompt tuning, from any trainer or PEFT. What its files say, such as r and "
+        "num_virtual_tokens, is refused where a setting says otherwise. Only its weights are taken over: the "
+        "optimizer starts anew.",
+    )
+    double_quant: bool = setting(
+        False,
+        "Adapter",
+        "With qlora: quantise the 4-bit blocks' scales too, 4.13 instead of 4.5 bits.",
+        "See `lora_kernels.quantize_nf4`.",
+    )
+    r: int | None = setting(None, "Adapter", "Rank of LoRA.")
+    lora_alpha: float | None = setting(None, "Adapter", "scaling = lora_alpha / r.")
+    lora_dropout: float | None = setting(
+        None,
+        "Adapter",
+        "Dropout on the input of the low-rank branch. Dropout of the base model itself acts in sft only.",
+        "That is (resid_pdrop, attention_dropout, layerdrop and the like in its config); it is off in "
+        "DPO, where the policy would differ from its reference before the first step, and in PPO and reward "
+        "models, where it would be noise in the rewards.",
+    )
+    target: str | list[str] | None = setting(
+        None,
+        "Adapter",
+        "Modules: all-linear (default of lora), all (of full), names with commas, a regex.",
+        "Names and expressions are of module paths.",
+    )
+    exclude_modules: str | list[str] | None = setting(
+        None,
+        "Adapter",
+        "Modules of these to leave out: names with commas, or a regex.",
+        "As in PEFT; with full, what is inside them too.",
+    )
+    use_rslora: bool | None = setting(None, "Adapter", "scaling = lora_alpha / sqrt(r).")
+    init_r: int = setting(
+        12,
+        "Adapter",
+        "adalora: rank of each matrix at the start.",
+        "See `AdaLoRAConfig` for this and the next seven; lora_alpha and lora_dropout are adalora's too.",
+    )
+    target_r: int = setting(8, "Adapter", "adalora: average rank at the end.")
+    tinit: int = setting(0, "Adapter", "adalora: steps before ranks are taken away.")
+    tfinal: int = setting(0, "Adapter", "adalora: steps at the end, with the ranks settled and the tensors cut.")
+    delta_t: int = setting(1, "Adapter", "adalora: steps between two allocations of the ranks.")
+    beta1: float = setting(0.85, "Adapter", "adalora: decay of the moving average of importance.")
+    beta2: float = setting(0.85, "Adapter", "adalora: decay of the moving average of its uncertainty.")
+    orth_reg_weight: float = setting(0.5, "Adapter", "adalora: weight of the orthogonality term in the loss.")
+    init: str | None = setting(
+        None,
+        "Adapter",
+        "How adapters start; virtual tokens: vocab (default), text, random, zero (prefix only).",
+        "For LoRA see `FusedLoRALinear`, for virtual tokens `PrefixConfig`.",
+    )
+    num_virtual_tokens: int | None = setting(None, "Adapter", "Number of virtual tokens, of prefix and prompt.")
+    init_text: str | None = setting(
+        None, "Adapter", "Text that virtual tokens start as, with --init text.", "A required text then."
+    )
+    mlp_hidden: int | None = setting(
+        None, "Adapter", "Width of the MLP that prefix is trained through; left out: none."
+    )
+    dtype: str = setting(
+        "auto",
+        "Hardware",
+        "auto, float32 or bfloat16; auto is bfloat16 where the hardware multiplies it natively.",
+        "Of the frozen weights and the activations. Adapters and optimizer state are always float32, and so is "
+        "everything with method full.",
+    )
+    epochs: float = setting(1.0, "Optimisation", "Passes over the data; may be fractional.")
+    max_steps: int | None = setting(None, "Optimisation", "Optimizer steps; decides instead of --epochs where given.")
+    batch_size: int = setting(
+        4,
+        "Optimisation",
+        "Sequences, or preference pairs, per micro-batch and process.",
+        "One optimizer step sees batch_size * gradient_accumulation_steps * processes sequences, and its loss is "
+        "the mean over all their answer tokens.",
+    )
+    gradient_accumulation_steps: int = setting(1, "Optimisation", "Micro-batches per optimizer step.")
+    optimizer: Literal["adamw", "loraplus"] = setting(
+        "adamw",
+        "Optimisation",
+        "adamw or loraplus, which trains lora_b with lr * lr_ratio.",
+        "See `lora_kernels.optim.LoRAPlusAdamW`.",
+    )
+    lr_ratio: float = setting(
+        16.0, "Optimisation", "Learning rate of lora_b over that of the rest, for loraplus.", "No effect on adamw."
+    )
+    lr: float | None = setting(None, "Optimisation", "Peak learning rate of AdamW.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "Optimisation", "cosine, linear or constant."
+    )
+    warmup_ratio: float = setting(0.03, "Optimisation", "Share of the steps over which the learning rate rises.")
+    weight_decay: float = setting(0.0, "Optimisation", "AdamW weight decay.")
+    max_grad_norm: float = setting(1.0, "Optimisation", "Clip the gradient to this norm; 0 turns it off.")
+    max_length: int = setting(
+        1024, "Model and data", "Tokens kept of each example; a longer preference pair is left out."
+    )
+    seed: int = setting(0, "Optimisation", "Seed of the adapters' initial values, the order of the data, and dropout.")
+    eval_steps: int | None = setting(
+        None, "Run", "Steps between evaluations; left out: once an epoch.", "Also at the end."
+    )
+    save_steps: int | None = setting(
+        None,
+        "Run",
+        "Steps between checkpoints; left out: once an epoch, and after 10 minutes.",
+        "Also at the end. A signal (SIGINT, SIGTERM, SIGHUP) ends a run after the step that it is at and a checkpoint.",
+    )
+    logging_steps: int = setting(1, "Run", "Steps between lines of metrics.jsonl.")
+    gradient_checkpointing: bool = setting(
+        False, "Hardware", "Recompute activations in the backward pass: less memory, more time."
+    )
+    fuse_decoder: bool = setting(
+        True,
+        "Hardware",
+        "On CPUs, compute RMSNorm, SwiGLU, rotary embedding and attention by kernels and keep less for backward.",
+        "See `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.",
+    )
+    resume: bool = setting(
+        False,
+        "Run",
+        "Continue from checkpoint-last/ exactly where it stopped.",
+        "Model, data and adapters may have moved; epochs and max_steps may ask for other steps than before, at "
+        "least as many as are done (not with adalora, whose ranks follow them): the learning rate then follows "
+        "the new number of steps from there on.",
+    )
+    tensorboard: bool = setting(False, "Run", "Also write TensorBoard logs.")
+    backend: str = setting(
+        "auto", "Hardware", "Kernels to use; see lora-kernels doctor.", "See `lora_kernels.use_backend`."
+    )
+    chat_template: str | None = setting(
+        None, "Model and data", "Jinja template, or a file with one, in place of the tokenizer's own."
+    )
+    date: str | None = setting(
+        None,
+        "Model and data",
+        "Today's date for chat templates that show it, as YYYY-MM-DD. Default: the day of the start.",
+        "Also when the run is resumed later.",
+    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -293,17 +389,19 @@ class TrainConfig:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-@dataclass
+@settings
 class SFTConfig(TrainConfig):
-    """Settings of `run_sft`: those of `TrainConfig`, and
-
-    cuda_graphs: run the decoder as CUDA graphs (see `lora_kernels.train.graphs.DecoderGraphs`), for models that are so
-        small, or batches, that the GPU waits for Python. It takes memory for the graphs, and is for lora, qlora, dora
-        and full without accumulation or gradient checkpointing. A run that is resumed is the same up to rounding.
-    """
+    """Settings of `run_sft`."""
 
     output_dir: str = "outputs/sft"
-    cuda_graphs: bool = False
+    cuda_graphs: bool = setting(
+        False,
+        "Hardware",
+        "Queue the decoder's kernels as CUDA graphs: for small models on a GPU.",
+        "See `lora_kernels.train.graphs.DecoderGraphs`. It takes memory for the graphs, and is for lora, qlora, "
+        "dora and full without accumulation or gradient checkpointing. A run that is resumed is the same up to "
+        "rounding.",
+    )
 
     def _check_own(self) -> None:
         if self.cuda_graphs:
@@ -312,30 +410,41 @@ class SFTConfig(TrainConfig):
             self._check("gradient_checkpointing", not self.gradient_checkpointing, "left out with cuda_graphs")
 
 
-@dataclass
+@settings
 class RewardConfig(TrainConfig):
-    """Settings of `run_reward`: those of `TrainConfig`, data and eval_data being preference pairs, and
-
-    center_coef: weight of (r_chosen + r_rejected)² in the loss, which keeps rewards around 0; see `reward_loss`.
-    normalize_samples: after training, so many answers of the base model give the gain and the bias with which rewards
-        have mean 0 and standard deviation 1; 0 leaves them as they are. They are sampled before training.
-    normalize_data: files of their prompts, by default the training data. A prompt that leaves no room in max_length for
-        normalize_tokens is left out.
-    normalize_tokens: longest of these answers.
-    batch_size: counts pairs, so that a micro-batch has twice as many rows.
-    max_length: a pair with an answer that, with its prompt, is longer is left out.
-    method: "lora", "qlora" or "dora", whose adapters have a place for the head.
-    """
+    """Settings of `run_reward`."""
 
     learning_rates: ClassVar[dict[str, float]] = {"dora": 1e-4, "lora": 1e-4, "qlora": 1e-4}
     unused: ClassVar[tuple[str, ...]] = (*ADALORA, *VIRTUAL_TOKENS)
+    texts: ClassVar[dict[str, str]] = {
+        "data": _PAIRS,
+        "batch_size": _PAIRS_A_BATCH,
+        "max_length": _LONGEST_PAIR,
+        "method": "lora, qlora (over 4-bit weights) or dora, whose adapters have a place for the head.",
+    }
     loss_unit: ClassVar[str] = "nats per pair"
 
     output_dir: str = "outputs/reward"
-    center_coef: float = 0.0
-    normalize_samples: int = 0
-    normalize_data: str | list[str] | None = None
-    normalize_tokens: int = 64
+    center_coef: float = setting(
+        0.0,
+        "Reward model",
+        "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; try 0.01.",
+        "See `reward_loss`.",
+    )
+    normalize_samples: int = setting(
+        0,
+        "Reward model",
+        "After training, scale rewards by so many answers of the base model; 0: no.",
+        "They give the gain and the bias with which rewards have mean 0 and standard deviation 1, and are sampled "
+        "before training.",
+    )
+    normalize_data: str | list[str] | None = setting(
+        None,
+        "Reward model",
+        "Data with the prompts of these answers; left out: the training data.",
+        "A prompt that leaves no room in max_length for normalize_tokens is left out.",
+    )
+    normalize_tokens: int = setting(64, "Reward model", "Longest of these answers, in tokens.")
 
     def _check_own(self) -> None:
         self._check("center_coef", 0 <= self.center_coef < math.inf, "finite and >= 0")
@@ -347,27 +456,35 @@ class RewardConfig(TrainConfig):
         self._check("normalize_tokens", fits, f"< max_length ({self.max_length})")
 
 
-@dataclass
+@settings
 class DPOConfig(TrainConfig):
-    """Settings of `run_dpo`: those of `TrainConfig`, data and eval_data being preference pairs, and
-
-    loss: "sigmoid" or "ipo", beta, label_smoothing: see `dpo_loss`.
-    precompute_ref: compute the reference model's log-probabilities of all pairs before the first step, and keep them;
-        else with each batch. The reference is the model without adapters, or as `adapter` was. So method "full", which
-        has no adapters to turn off, needs it, and so does an adapter of prefix or prompt, beside which there is no
-        place for another.
-    batch_size: counts pairs, so that a micro-batch has twice as many rows.
-    max_length: a pair with an answer that, with its prompt, is longer is left out.
-    """
+    """Settings of `run_dpo`."""
 
     learning_rates: ClassVar[dict[str, float]] = {method: lr / 10 for method, lr in LEARNING_RATES.items()}
+    texts: ClassVar[dict[str, str]] = {
+        "data": _PAIRS,
+        "batch_size": _PAIRS_A_BATCH,
+        "max_length": _LONGEST_PAIR,
+        "adapter": "Adapter to start from, which is the reference too. r, target and the like are its own.",
+    }
     loss_unit: ClassVar[str] = "nats per pair"
 
     output_dir: str = "outputs/dpo"
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    precompute_ref: bool = True
+    loss: Literal["sigmoid", "ipo"] = setting(
+        "sigmoid", "DPO", "sigmoid or ipo.", "See `dpo_loss` for this, beta and label_smoothing."
+    )
+    beta: float = setting(0.1, "DPO", "How strongly the policy is held to the reference; larger is closer.")
+    label_smoothing: float = setting(
+        0.0, "DPO", "Share of pairs that are taken to be labelled the wrong way round (sigmoid only)."
+    )
+    precompute_ref: bool = setting(
+        True,
+        "DPO",
+        "Compute the reference's log-probabilities once, before the first step (the default).",
+        "Else with each batch. The reference is the model without adapters, or as `adapter` was. So method full, "
+        "which has no adapters to turn off, needs it, and so does an adapter of prefix or prompt, beside which "
+        "there is no place for another.",
+    )
 
     def _check_own(self) -> None:
         self._check_choice("loss", ("sigmoid", "ipo"))
@@ -386,72 +503,109 @@ class DPOConfig(TrainConfig):
         )
 
 
-@dataclass
+@settings
 class PPOConfig(TrainConfig):
-    """Settings of `run_ppo`: those of `TrainConfig`, where a step is one rollout and what is learned from it.
-
-    data: prompts: .txt files, one a line, or training records, whose answers are ignored. eval_data: prompts to show
-        and score before, during and after training; by default the first eval_prompts of data.
-    adapter: the policy starts from it, and its frozen copy is the reference; r, lora_alpha, target and the like then
-        are those of a new value model alone. Without one the reference is the base model.
-    reward_adapter: directory of a reward model's adapter; the value model starts from it, too. Or
-    reward: "module:function" or "file.py:function", called with a list of prompts, one of responses (texts) and, if it
-        takes a third argument, one of the prompts' records; returns a number for each. Exactly one of the two.
-    bad_rewards: of a reward that is not finite, or a function that raises: "error", or "skip" to leave that answer out
-        and count it.
-    rollout_size: answers sampled each step. rollout_batch_size: how many at a time.
-    max_new_tokens, temperature, top_k, top_p: of the sampling. Log-probabilities are those of the whole vocabulary at
-        that temperature, so that top_k and top_p other than 0 and 1 sample something else than what is learned.
-    stop: further token that ends an answer, as text. missing_eos_penalty: taken off the score of an answer that none
-        ended.
-    kl_coef, kl_estimator: of the penalty on each token, see `rl.kl_estimate`. kl_target: adapt kl_coef so that the KL
-        of an answer nears it over kl_horizon episodes.
-    gamma, lam: of the advantage estimation. score_position: see `rl.token_rewards`. whiten_rewards, whiten_advantages.
-    ppo_epochs, minibatches: passes over a rollout, and optimizer steps in each. batch_size: answers in a micro-batch.
-    cliprange, cliprange_value, dual_clip, vf_coef: of the losses, see `rl.policy_loss` and `rl.value_loss`.
-    target_kl: leave a rollout, before the optimizer step, when the mean (log ratio)²/2 of a minibatch exceeds this.
-    value_lr: of the value model, by default lr.
-    max_length: the longest prompt and its answer, in tokens; longer prompts are left out and counted.
-    """
+    """Settings of `run_ppo`, where a step is one rollout and what is learned from it."""
 
     learning_rates: ClassVar[dict[str, float]] = {"lora": 5e-5, "qlora": 5e-5}
     # Dropout would have the policy that learns be another one than the one that sampled; batch_size, minibatches and
     # rollout_size say how gradients accumulate; and each step is logged.
+    texts: ClassVar[dict[str, str]] = {
+        "data": "Prompts: .txt, one a line, or training records, whose answers are ignored; several as for sft.",
+        "eval_data": "Prompts to answer and score before, during and after training, same forms.",
+        "output_dir": "Gets the adapter, checkpoint-last/, metrics.jsonl, samples.jsonl, ppo.png and config.yaml.",
+        "max_length": "Longest prompt and its answer, in tokens; longer prompts are left out and counted.",
+        "method": "lora, or qlora (over 4-bit weights).",
+        "adapter": "Adapter to start from; its frozen copy is the reference. r and the like are the value model's.",
+        "epochs": "Passes over the prompts; may be fractional.",
+        "max_steps": "Rollouts; decides instead of --epochs where given.",
+        "batch_size": "Answers in a micro-batch.",
+        "eval_steps": "Rollouts between evaluations; left out: once an epoch.",
+        "save_steps": "Rollouts between checkpoints; left out: once an epoch, and after 10 minutes.",
+    }
     unused: ClassVar[tuple[str, ...]] = (
         *("lora_dropout", "gradient_accumulation_steps", "logging_steps", *ADALORA, *VIRTUAL_TOKENS),
     )
 
     output_dir: str = "outputs/ppo"
     lr_scheduler: Literal["cosine", "linear", "constant"] = "linear"
-    reward_adapter: str | None = None
-    reward: str | None = None
-    bad_rewards: Literal["error", "skip"] = "error"
-    rollout_size: int = 64
-    rollout_batch_size: int = 32
-    max_new_tokens: int = 64
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 1.0
-    stop: str | None = None
-    missing_eos_penalty: float = 0.0
-    kl_coef: float = 0.05
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    kl_target: float | None = None
-    kl_horizon: float = 10000.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    score_position: Literal["after", "last"] = "after"
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    ppo_epochs: int = 4
-    minibatches: int = 1
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    dual_clip: float | None = None
-    vf_coef: float = 0.1
-    target_kl: float | None = None
-    value_lr: float | None = None
-    eval_prompts: int = 16
+    reward_adapter: str | None = setting(
+        None, "Reward and reference", "Adapter of a reward model; the value model starts from it."
+    )
+    reward: str | None = setting(
+        None,
+        "Reward and reference",
+        "module:function or file.py:function of (prompts, responses[, records]).",
+        "It returns a number for each. Exactly one of reward and reward_adapter is given.",
+    )
+    bad_rewards: Literal["error", "skip"] = setting(
+        "error",
+        "Reward and reference",
+        "error, or skip and count, where a reward is NaN or raises.",
+        "skip leaves that answer out.",
+    )
+    rollout_size: int = setting(64, "Rollout", "Answers sampled each step.")
+    rollout_batch_size: int = setting(32, "Rollout", "Answers sampled at a time.")
+    max_new_tokens: int = setting(64, "Rollout", "Longest answer, in tokens.")
+    temperature: float = setting(0.7, "Rollout", "Temperature of the sampling, and of all log-probabilities.")
+    top_k: int = setting(
+        0,
+        "Rollout",
+        "Sample from this many tokens; 0: all. Others than 0 are not what is learned.",
+        "Log-probabilities are those of the whole vocabulary at the temperature.",
+    )
+    top_p: float = setting(
+        1.0,
+        "Rollout",
+        "Sample from the likeliest tokens with this much of the probability; others than 1 are not what is learned.",
+    )
+    stop: str | None = setting(None, "Rollout", "A further token that ends an answer.")
+    missing_eos_penalty: float = setting(
+        0.0, "Reward and reference", "Taken off the score of an answer that no stop token ended."
+    )
+    kl_coef: float = setting(
+        0.05,
+        "Reward and reference",
+        "Penalty on the KL divergence from the reference, token by token.",
+        "See `rl.kl_estimate`.",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "Reward and reference", "k1, k2 or k3.")
+    kl_target: float | None = setting(
+        None, "Reward and reference", "Adapt --kl-coef towards this KL of an answer.", "Over kl_horizon answers."
+    )
+    kl_horizon: float = setting(10000.0, "Reward and reference", "Answers over which it adapts.")
+    gamma: float = setting(1.0, "PPO", "Discount of later rewards.")
+    lam: float = setting(0.95, "PPO", "Decay of generalised advantage estimation.")
+    score_position: Literal["after", "last"] = setting(
+        "after",
+        "Reward and reference",
+        "after the last token (as TRL), or last, at that token.",
+        "See `rl.token_rewards`.",
+    )
+    whiten_rewards: bool = setting(False, "Reward and reference", "Scale rewards to a standard deviation of 1.")
+    whiten_advantages: bool = setting(True, "PPO", "Shift and scale advantages to mean 0, standard deviation 1.")
+    ppo_epochs: int = setting(4, "PPO", "Passes over each rollout.")
+    minibatches: int = setting(
+        1, "PPO", "Optimizer steps in each pass.", "batch_size is the number of answers in a micro-batch."
+    )
+    cliprange: float = setting(
+        0.2, "PPO", "How far the policy's ratio may be from 1 before its loss is clipped.", "See `rl.policy_loss`."
+    )
+    cliprange_value: float = setting(
+        0.2, "PPO", "How far a value may be from the old one before its loss is clipped.", "See `rl.value_loss`."
+    )
+    dual_clip: float | None = setting(None, "PPO", "Bound of the loss where the advantage is negative; left out: none.")
+    vf_coef: float = setting(0.1, "PPO", "Weight of the value loss.")
+    target_kl: float | None = setting(
+        None,
+        "PPO",
+        "Leave a rollout when the policy has moved this far from the one that sampled.",
+        "Tested before the optimizer step: the mean of (log ratio)²/2 of a minibatch.",
+    )
+    value_lr: float | None = setting(None, "PPO", "Learning rate of the value model. Default: that of the policy.")
+    eval_prompts: int = setting(
+        16, "Rollout", "Prompts of --eval-data, or --data, that are answered at each evaluation."
+    )
 
     @property
     def describes_adapter(self) -> bool:
