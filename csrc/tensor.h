@@ -16,11 +16,17 @@ class Tensor {
 
   bool is_none() const { return object_.is_none(); }
 
-  // nullptr of None.
+  // nullptr of None, and of a tensor without elements. Of what else has no memory of its own, such as a tensor on meta,
+  // of a subclass or inside a transform, torch has no address, or 0: a ValueError.
   template <class T = void>
   T* data() const {
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-    return is_none() ? nullptr : reinterpret_cast<T*>(PyLong_AsVoidPtr(call(name).ptr()));
+    if (is_none()) return nullptr;
+    PyObject* const made = PyObject_CallMethodObjArgs(object_.ptr(), name, nullptr);
+    void* const address = made ? PyLong_AsVoidPtr(checked(made).ptr()) : nullptr;
+    if (!made) PyErr_Clear();
+    if (!address && (!made || numel())) refuse();
+    return static_cast<T*>(address);
   }
   int64_t size(Py_ssize_t dim) const {
     static PyObject* const name = PyUnicode_InternFromString("shape");
@@ -47,6 +53,11 @@ class Tensor {
   }
 
  private:
+  [[noreturn]] void refuse() const {
+    const std::string kind = pybind11::str(pybind11::type::of(object_).attr("__name__"));
+    throw pybind11::value_error("a kernel got a tensor, of type " + kind +
+                                ", that has no memory; allowed: dense tensors in memory");
+  }
   static PyObject* const* torch_dtypes() {
     static PyObject* dtypes[3];
     const auto torch = pybind11::module_::import("torch");

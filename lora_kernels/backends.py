@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_kernels.sharded import is_sharded
+
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
 
 # name -> module with lora_linear_fwd, lora_linear_bwd, quantize_nf4, dequantize_nf4, adamw_step, `unavailable` (None,
@@ -59,7 +61,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the ``with`` block on the backend ``name``: "auto", "reference", "cpu", "triton", "cuda" or
     "cuda-emulated" (the CUDA C++ kernels on CPU tensors, for tests).
 
-    "auto" (the default outside) picks the fastest that can run; a backend named explicitly never falls back. The
+    "auto" (the default outside) picks the fastest that can run; a backend named explicitly never falls back, except in
+    the transforms of torch.func and on tensors without memory of their own, such as a DTensor, which no kernel can
+    read: torch's own operations compute these. The
     choice holds for the process, since autograd's threads must see it; the environment variable LORA_KERNELS_BACKEND
     sets it from outside.
 
@@ -89,6 +93,9 @@ def selected() -> str:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
+# What autograd makes of several gradients at once (is_grads_batched), which is no transform of torch.func.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -96,13 +103,75 @@ def unwatched(*tensors: Tensor | None) -> bool:
     the tensors where they are.
 
     Not where something else than autograd sees ops: a compiler or tracer, a mode (FakeTensorMode, a profiler of FLOPs,
-    selective checkpointing), a transform (vmap), forward-mode differentiation, or a subclass of Tensor.
+    selective checkpointing), or what `by_formula` is about.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if forward_ad._current_level >= 0:
-        return False
-    return not torch._C._len_torch_dispatch_stack() and all(t is None or type(t) in _PLAIN for t in tensors)
+    return not (_sees_ops() or _transforms_ops()) and is_memory(*tensors)
+
+
+def by_formula(*tensors: Tensor | None) -> bool:
+    """Whether an op on these is computed in torch's own operations, whatever the backend, since no kernel can read it:
+
+    inside a transform of torch.func, under forward-mode differentiation, and of tensors that are not what lies in their
+    memory (a DTensor, another subclass, a view with a pending negation).
+    """
+    return _transforms_ops() or not (_sees_ops() or is_memory(*tensors))
+
+
+def _sees_ops() -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def _transforms_ops() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_memory(*tensors: Tensor | None) -> bool:
+    """Whether each tensor is what lies in its memory."""
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or t.layout is not _STRIDED or t.is_neg() or t.is_nested or _is_batched(t):
+            return False
+    return True
+
+
+def kind_of(t: Tensor) -> str:
+    """What t is, in words."""
+    if t.is_nested:
+        return "a nested tensor"
+    if t.layout is not _STRIDED:
+        return f"a tensor of layout {t.layout}"
+    return f"a {type(t).__name__}" + (" inside a transform" if _transforms_ops() or _is_batched(t) else "")
+
+
+def check_dense(**tensors: Tensor | None) -> None:
+    """TypeError naming the argument that is sparse, nested or of another layout without strides, or that is a DTensor
+    where another one is none."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in given.items():
+        if t.layout is not _STRIDED or t.is_nested:
+            raise TypeError(f"{name} is {kind_of(t)}; allowed: dense tensors, torch.strided")
+    spread = [name for name, t in given.items() if is_sharded(t)]
+    if spread and len(spread) < len(given):
+        other = next(name for name in given if name not in spread)
+        raise TypeError(f"{spread[0]} is a DTensor and {other} {kind_of(given[other])}; allowed: all DTensors, or none")
+
+
+def direct(**tensors: Tensor | None) -> bool:
+    """Whether the arguments of these names are `unwatched`. Raises as `check_dense`."""
+    found = unwatched(*tensors.values())
+    if not found:
+        check_dense(**tensors)
+    return found
+
+
+def check_memory(**tensors: Tensor | None) -> None:
+    """TypeError naming the argument that `by_formula` is about, for an op that has no formula."""
+    for name, t in tensors.items():
+        if t is not None and by_formula(t):
+            raise TypeError(f"{name} is {kind_of(t)}; allowed: dense tensors in memory, outside of transforms")
 
 
 def in_autocast(device_type: str) -> bool:

@@ -23,6 +23,7 @@ from lora_kernels.reference import (
     NF4,
     AdamWGroup,
     Projection,
+    addresses,
     dropout_scale,
     dropout_threshold,
     dynamic_code,
@@ -538,9 +539,9 @@ class Kernels:
         state = [[t for group in groups for t in getattr(group, column)] for column in columns]
         group_of = [index for index, group in enumerate(groups) for _ in group.params]
         rows = []
-        for group, param, grad, *rest in zip(group_of, *state, strict=True):
-            rows += [0 if t is None else t.data_ptr() for t in (param, grad, *rest)]
-            rows += [param.numel(), self._dtypes[param.dtype], self._dtypes[grad.dtype], group]
+        places = (addresses(f"{name} of parameter", column) for name, column in zip(columns, state, strict=True))
+        for group, param, grad, *place in zip(group_of, params, grads, *places, strict=True):
+            rows += [*place, param.numel(), self._dtypes[param.dtype], self._dtypes[grad.dtype], group]
         chunks = [(i, start) for i, param in enumerate(params) for start in range(0, max(param.numel(), 1), chunk)]
         settings = [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay) for g in groups]
         table = _kept(cache, "table", [*rows, *chain(*chunks)], torch.int64, device)

@@ -123,16 +123,15 @@ def dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
     return torch.where(keep_mask(rng, dropout_p, *x.shape).to(x.device), x * dropout_scale(dropout_p), 0.0)
 
 
-def _acc(t: Tensor) -> Tensor:
+def widened(t: Tensor) -> Tensor:
+    """t in the dtype of sums: float32, or float64 if it is that."""
     return t if t.dtype == torch.float64 else t.float()
 
 
 def _dense(weight: Tensor | NF4, x: Tensor) -> Tensor:
     if not isinstance(weight, NF4):
-        return _acc(weight)
-    dense = x.new_empty(weight.shape, dtype=_acc(x).dtype)
-    dequantize_nf4(weight, dense)
-    return dense
+        return widened(weight)
+    return nf4_values(weight).to(widened(x).dtype)
 
 
 def lora_linear_fwd(
@@ -153,14 +152,27 @@ def lora_linear_fwd(
     accumulation dtype. Accumulates in float32 (float64 for float64 inputs); y [M, N] is rounded once to the dtype of
     x, h [M, R] stays in the accumulation dtype.
     """
-    h = dropout(_acc(x), dropout_p, rng) @ _acc(lora_a).T
-    he = h if lora_e is None else h * _acc(lora_e)
-    y = _acc(x) @ _dense(weight, x).T + scaling * (he @ _acc(lora_b).T)
+    layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
+    return _projection(x, dropout(widened(x), dropout_p, rng), layer)
+
+
+def _projection(x: Tensor, dropped: Tensor, layer: Projection) -> tuple[Tensor, Tensor]:
+    weight, lora_a, lora_b, scaling, bias, lora_e, column_scale = layer
+    h = dropped @ widened(lora_a).T
+    he = h if lora_e is None else h * widened(lora_e)
+    y = widened(x) @ _dense(weight, x).T + scaling * (he @ widened(lora_b).T)
     if column_scale is not None:
         y = y * column_scale
     if bias is not None:
-        y = y + _acc(bias)
+        y = y + widened(bias)
     return y.to(x.dtype), h
+
+
+def lora_linear_formula(x: Tensor, layers: Sequence[Projection], dropout_p: float) -> tuple[Tensor, ...]:
+    """y of lora_linear_fwd for x [..., K] and each layer, in operations that torch differentiates, transforms and
+    distributes itself. dropout(x), one for all layers, is drawn by torch."""
+    dropped = torch.nn.functional.dropout(widened(x), dropout_p)
+    return tuple(_projection(x, dropped, layer)[0] for layer in layers)
 
 
 def lora_linear_bwd(
@@ -183,16 +195,16 @@ def lora_linear_bwd(
     dlora_a = dhᵀ dropout(x); dx = dy W + keep/(1-p) ∘ (dh A). The mask is drawn again from rng, never stored.
     """
     need_x, need_a, need_b, need_e = needs
-    dy_acc = _acc(dy)
-    e = None if lora_e is None else _acc(lora_e)
-    dhe = scaling * (dy_acc @ _acc(lora_b))
+    dy_acc = widened(dy)
+    e = None if lora_e is None else widened(lora_e)
+    dhe = scaling * (dy_acc @ widened(lora_b))
     dh = dhe if e is None else dhe * e
 
     dx = dlora_a = dlora_b = dlora_e = None
     if need_x:
-        dx = (dy_acc @ _dense(weight, x) + dropout(dh @ _acc(lora_a), dropout_p, rng)).to(x.dtype)
+        dx = (dy_acc @ _dense(weight, x) + dropout(dh @ widened(lora_a), dropout_p, rng)).to(x.dtype)
     if need_a:
-        dlora_a = (dh.T @ dropout(_acc(x), dropout_p, rng)).to(lora_a.dtype)
+        dlora_a = (dh.T @ dropout(widened(x), dropout_p, rng)).to(lora_a.dtype)
     if need_b:
         dlora_b = (scaling * (dy_acc.T @ (h if e is None else h * e))).to(lora_b.dtype)
     if need_e and lora_e is not None:
@@ -239,11 +251,11 @@ def column_scale_bwd(
     dy and y [M, N], bias [N], c = column_scale [N] in the accumulation dtype, as dc is; dz has the dtype of dy. dc is
     None where y is. A column whose c is 0 has the gradient 0: its z can't be told from y.
     """
-    dz = (_acc(dy) * column_scale).to(dy.dtype)
+    dz = (widened(dy) * column_scale).to(dy.dtype)
     if y is None:
         return dz, None
-    scaled = _acc(y) if bias is None else _acc(y) - _acc(bias)
-    return dz, scale_gradient((_acc(dy) * scaled).sum(0), column_scale)
+    scaled = widened(y) if bias is None else widened(y) - widened(bias)
+    return dz, scale_gradient((widened(dy) * scaled).sum(0), column_scale)
 
 
 def scale_gradient(total: Tensor, column_scale: Tensor) -> Tensor:
@@ -345,13 +357,18 @@ def nf4_absmax(weight: NF4) -> Tensor:
     return codes * weight.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: codes.numel()] + weight.absmax_offset
 
 
-def dequantize_nf4(weight: NF4, out: Tensor) -> None:
-    """Writes the dense weight to out [N, K]: NF4_CODE[code] · scale in float32, rounded once to the dtype of out."""
+def nf4_values(weight: NF4) -> Tensor:
+    """The dense weight [N, K] in float32."""
     N, K = weight.shape
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1)[: N * K]
     values = nf4_code(codes.device)[codes.int()]
     scales = nf4_absmax(weight)[:, None]
-    out.copy_((_in_blocks(values, weight.block_size) * scales).reshape(-1)[: N * K].view(N, K))
+    return (_in_blocks(values, weight.block_size) * scales).reshape(-1)[: N * K].view(N, K)
+
+
+def dequantize_nf4(weight: NF4, out: Tensor) -> None:
+    """Writes the dense weight to out [N, K]: NF4_CODE[code] · scale in float32, rounded once to the dtype of out."""
+    out.copy_(nf4_values(weight))
 
 
 class AdamWGroup(NamedTuple):
@@ -375,6 +392,16 @@ class AdamWGroup(NamedTuple):
     weight_decay: float
 
 
+def addresses(what: str, tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where the tensors lie, 0 for None. ValueError naming the first that has elements, but no memory."""
+    found = [0 if t is None else t.data_ptr() for t in tensors]
+    if 0 in found:
+        for index, (address, t) in enumerate(zip(found, tensors, strict=True)):
+            if not address and t is not None and t.numel():
+                raise ValueError(f"{what} {index}, a {type(t).__name__} {list(t.shape)} on {t.device}, has no memory")
+    return found
+
+
 def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[list[list[Tensor | None]], bool]:
     """The six columns of tensors over all groups, for a backend that reads memory by address; and if they changed.
 
@@ -383,12 +410,14 @@ def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[
     that doesn't fit it. Gradients, new in each step, are the caller's to check.
     """
     columns = [[t for group in groups for t in group[column]] for column in range(6)]
-    params, _, *states = columns
+    (params, _, *states), names = columns, AdamWGroup._fields[2:6]
     # Reading an attribute of a tensor takes 0.1 us or more, and there are hundreds of them.
     now = {
-        "pointers": [param.data_ptr() for param in params],
+        "pointers": addresses("parameter", params),
         "contiguous": [param.is_contiguous() for param in params],
-        "states": [[0 if t is None else t.data_ptr() for t in column] for column in states],
+        "states": [
+            addresses(f"{name} of parameter", t) for name, t in zip(AdamWGroup._fields[2:6], states, strict=True)
+        ],
         "sizes": [len(group.params) for group in groups],
     }
     tensors = [t for column in (params, *states) for t in column]
@@ -409,7 +438,7 @@ def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[
             raise ValueError(
                 f"master of parameter {index}: exactly bfloat16 and float16 ones have one, not {param.dtype}"
             )
-        for name, t, shape in zip(AdamWGroup._fields[2:6], state, (param.shape,) * 2 + ((), param.shape), strict=True):
+        for name, t, shape in zip(names, state, (param.shape,) * 2 + ((), param.shape), strict=True):
             fits = t is None or (t.dtype == torch.float32 and t.device == device and t.is_contiguous())
             if not fits or (t is not None and t.shape != shape):
                 raise ValueError(
@@ -436,7 +465,7 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     """
     grad_norm, clip = None, 1.0
     if max_grad_norm is not None:
-        squares = [_acc(grad).square().sum() for group in groups for grad in group.grads]
+        squares = [widened(grad).square().sum() for group in groups for grad in group.grads]
         grad_norm = torch.stack(squares).sum().sqrt()
         if not torch.isfinite(grad_norm):
             return grad_norm
@@ -461,8 +490,8 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) ∘ (offset + weight) over the last dimension, in float32 or wider, rounded once."""
-    wide = _acc(x)
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (offset + _acc(weight))
+    wide = widened(x)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (offset + widened(weight))
     return y.to(x.dtype)
 
 
@@ -471,46 +500,46 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: floa
 
     dx = r (g - x r · mean(g ∘ x r)) and dweight = Σ dy ∘ x r over all rows.
     """
-    wide = _acc(x)
+    wide = widened(x)
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    g = _acc(dy) * (offset + _acc(weight))
+    g = widened(dy) * (offset + widened(weight))
     dx = r * (g - wide * r * (g * wide * r).mean(-1, keepdim=True))
-    dweight = (_acc(dy) * wide * r).flatten(0, -2).sum(0)
+    dweight = (widened(dy) * wide * r).flatten(0, -2).sum(0)
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """y = x ∘ cos + [-x₂, x₁] ∘ sin with the halves x₁ and x₂ of the last dimension, for x [B, H, T, D] and cos and sin
     [B or 1, T, D], in float32 or wider, rounded once."""
-    wide = _acc(x)
+    wide = widened(x)
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (wide * _acc(cos).unsqueeze(1) + turned * _acc(sin).unsqueeze(1)).to(x.dtype)
+    return (wide * widened(cos).unsqueeze(1) + turned * widened(sin).unsqueeze(1)).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """y = gate ∘ sigmoid(gate) ∘ up, in float32 or wider, rounded once."""
-    wide = _acc(gate)
-    return (wide * wide.sigmoid() * _acc(up)).to(gate.dtype)
+    wide = widened(gate)
+    return (wide * wide.sigmoid() * widened(up)).to(gate.dtype)
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """dgate = dy ∘ up ∘ s (1 + gate (1 - s)) and dup = dy ∘ gate ∘ s, with s = sigmoid(gate)."""
-    wide, d = _acc(gate), _acc(dy)
+    wide, d = widened(gate), widened(dy)
     s = wide.sigmoid()
-    return (d * _acc(up) * s * (1 + wide * (1 - s))).to(gate.dtype), (d * wide * s).to(up.dtype)
+    return (d * widened(up) * s * (1 + wide * (1 - s))).to(gate.dtype), (d * wide * s).to(up.dtype)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
     """-log softmax(scale · logits)[target] [M] for logits [M, V] and target [M], in float32 or wider."""
-    z = scale * _acc(logits)
+    z = scale * widened(logits)
     return z.logsumexp(1) - z.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
 def cross_entropy_bwd(logits: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
     """The gradient of the sum of `cross_entropy`: scale · (softmax(scale · logits) - onehot(target))."""
     onehot = torch.nn.functional.one_hot(target, logits.shape[1])
-    return (scale * ((scale * _acc(logits)).softmax(1) - onehot)).to(logits.dtype)
+    return (scale * ((scale * widened(logits)).softmax(1) - onehot)).to(logits.dtype)
 
 
 def _causal_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -524,8 +553,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """o = softmax(scale · q kᵀ + causal mask) v, in float32 or wider, rounded once; q [B, H, T, D], k and v
     [B, KV, T, D], each of these for H / KV query heads in a row."""
     group = q.shape[1] // k.shape[1]
-    wide_k, wide_v = (_acc(t).repeat_interleave(group, dim=1) for t in (k, v))
-    return (_causal_scores(_acc(q), wide_k, scale).softmax(-1) @ wide_v).to(q.dtype)
+    wide_k, wide_v = (widened(t).repeat_interleave(group, dim=1) for t in (k, v))
+    return (_causal_scores(widened(q), wide_k, scale).softmax(-1) @ wide_v).to(q.dtype)
 
 
 def causal_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -535,8 +564,8 @@ def causal_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: f
     query heads that share them.
     """
     KV, group = k.shape[1], q.shape[1] // k.shape[1]
-    wide_q, d = _acc(q), _acc(dout)
-    wide_k, wide_v = (_acc(t).repeat_interleave(group, dim=1) for t in (k, v))
+    wide_q, d = widened(q), widened(dout)
+    wide_k, wide_v = (widened(t).repeat_interleave(group, dim=1) for t in (k, v))
     p = _causal_scores(wide_q, wide_k, scale).softmax(-1)
     ds = p * (d @ wide_v.transpose(-2, -1) - (d * (p @ wide_v)).sum(-1, keepdim=True))
     dk, dv = (

@@ -406,14 +406,12 @@ def test_a_default_device_changes_nothing(few_rows):
     assert all(map(torch.equal, actual, expected)) and x.grad.device.type == "cpu"
 
 
-def test_forward_mode_is_refused():
-    """torch would take the derivative for zero."""
-    layer, x, t = make(), torch.randn(3, 24), torch.randn(3, 24)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(layer, (x,), (t,))
-    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        layer(forward_ad.make_dual(x, t))
-    assert layer(x).isfinite().all()
+def test_forward_mode():
+    layer, x, t = make(dtype=torch.float64), *torch.randn(2, 3, 24, dtype=torch.float64)
+    expected = formula(layer, t) - layer.bias.detach()
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (t,))[1], expected)
+    with torch.no_grad(), forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(layer(forward_ad.make_dual(x, t))).tangent, expected)
 
 
 def test_views_with_a_pending_negation():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import cpu, reference
+from lora_kernels import backends, cpu, reference
 from lora_kernels.nn.lora_linear import is_linear, open_group
 from lora_kernels.nn.wrappers import unwrapped
 from lora_kernels.ops import decoder
@@ -307,7 +307,8 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # torch.func's transforms refuse hooks on saved tensors.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.by_formula():
             return forward(self, *args, **kwargs)
         with decoder.recomputing():
             return forward(self, *args, **kwargs)

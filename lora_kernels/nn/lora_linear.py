@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from lora_kernels import cpu
+from lora_kernels import backends, cpu
 from lora_kernels.arguments import check_integer, check_number
 from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
@@ -29,6 +29,7 @@ from lora_kernels.ops.lora_linear import (
 )
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 from lora_kernels.reference import Projection
+from lora_kernels.sharded import is_sharded, whole
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
@@ -390,7 +391,8 @@ class FusedLoRALinear(nn.Module):
         return weight.t() if self.fan_in_fan_out else weight
 
     def _weight_was_set(self) -> None:
-        self._weight_squares = row_squares(self._base())
+        # Not a DTensor, since nothing gathers a buffer before forward.
+        self._weight_squares = whole(row_squares(self._base()))
         self._eval_norms: tuple[tuple, Tensor] | None = None
 
     def _norms(self) -> Tensor:
@@ -398,13 +400,18 @@ class FusedLoRALinear(nn.Module):
 
         Kept from call to call where gradients are off, as in generation: for one token it costs as much as the layer.
         """
+        lora_b = self.lora_b if self.lora_e is None else self.lora_b * self.lora_e
+        adapter = tuple(t for t in (self.lora_a, self.lora_b, self.lora_e) if t is not None)
+        if backends.by_formula(*adapter):
+            # Nothing of a transform is kept, and forward-mode differentiation goes on where gradients are off.
+            base = self._base()
+            base = base.detach() if isinstance(base, Tensor) else base
+            return row_norms(base, row_squares(base), self.lora_a.detach(), lora_b.detach(), self.scaling)
         if self._weight_squares is None:
             self._weight_was_set()
-        lora_b = self.lora_b if self.lora_e is None else self.lora_b * self.lora_e
         args = (self._base(), self._weight_squares, self.lora_a, lora_b, self.scaling)
         if torch.compiler.is_compiling():
             return row_norms(*args)
-        adapter = tuple(t for t in (self.lora_a, self.lora_b, self.lora_e) if t is not None)
         if torch.is_grad_enabled() or any(t.is_inference() for t in adapter):
             self._eval_norms = None
             return row_norms(*args)
@@ -433,12 +440,16 @@ class FusedLoRALinear(nn.Module):
         made_anew = own.get("bias") is not None or own.get("lora_e") is not None or not tensors.keys() >= _ADAPTER
         if made_anew or type(self) is not FusedLoRALinear or ("weight" in tensors) == (nf4 is not None):
             return None
-        state = (
-            x.dtype,
-            self.scaling,
-            *(None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors.values()),
-            None if nf4 is None else nf4.addresses(),
-        )
+        try:
+            state = (
+                x.dtype,
+                self.scaling,
+                *(None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors.values()),
+                None if nf4 is None else nf4.addresses(),
+            )
+        except RuntimeError:
+            # One of them has no memory.
+            return None
         if self._view[0] != state:
             layer = few_rows_projection(x, self.projection())
             self._view = (state, None if layer is None else cpu.few_rows_layer(layer))
@@ -512,6 +523,11 @@ class FusedLoRALinear(nn.Module):
     def merged_weight(self) -> Tensor:
         if self.merged:
             return self.weight.detach().clone()
+        if is_sharded(self.lora_a) or is_sharded(self.weight):
+            raise ValueError(
+                "the layer is distributed (its parameters are DTensors), and what distributed it would not know a "
+                "merged weight; save the adapter, and merge a model that has loaded it in one process"
+            )
         _, merged = self.merged_float()
         merged = (merged.t().contiguous() if self.fan_in_fan_out else merged).to(self.weight.dtype)
         if not torch.isfinite(merged).all():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.hooks import FAST_PATHS, carry_hooks, set_fast_path
 from lora_kernels.nn.lora_linear import FusedLoRALinear
+from lora_kernels.sharded import is_sharded
 
 # The attribute that holds the wrapped module, by the name of the class, which may belong to a package that isn't there.
 _WRAPPERS = {
@@ -44,7 +45,7 @@ def bare(model: nn.Module, adding: bool = False) -> nn.Module:
 
     Raises ValueError for a model that is, or contains, a wrapper that can't be seen through: a PEFT model, torch's
     FullyShardedDataParallel, DeepSpeed's engine; and with `adding` DistributedDataParallel, which would leave the
-    gradients of parameters that it doesn't know different in each process.
+    gradients of parameters that it doesn't know different in each process, and DTensors.
     """
     for part in model.modules():
         kind = type(part).__name__
@@ -55,6 +56,11 @@ def bare(model: nn.Module, adding: bool = False) -> nn.Module:
                 f"model {_is_or_has(model, part)} a {kind}, which does not synchronise parameters that are added later:"
                 " inject or load adapters into the model first, then wrap it"
             )
+    if adding and (name := next((name for name, p in model.named_parameters() if is_sharded(p)), None)) is not None:
+        raise ValueError(
+            f"parameter {name} of model is a DTensor, as fully_shard and tensor parallelism make them, and what is "
+            "added now would not be distributed with it: inject or load adapters first, then distribute the model"
+        )
     return unwrapped(model)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels import cpu, cpu_decoder
+from lora_kernels import backends, cpu, cpu_decoder, reference
 from lora_kernels.ops.decoder import with_rows
 
 MAX_HEAD_DIM = 256
@@ -23,6 +23,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
+        backends.check_memory(do=dout)
         q, k, v, o, lse = ctx.saved_tensors
         grads = cpu_decoder.attention_bwd(with_rows(dout), q, k, v, o, lse, ctx.scale)
         return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
@@ -39,11 +40,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     Returns o [B, H, T, D], a transposed view of a contiguous [B, T, H, D]. Kept for backward: q, k, v, o and the
     logarithm of each row's Σ exp. No second derivatives. The results are the same bits for any number of threads.
 
-    Raises ValueError for tensors that don't fit, RuntimeError where the CPU backend can't run.
+    In a transform of torch.func, under a compiler and of a DTensor, torch's own operations compute it,
+    with the [T, T] of scores.
+
+    Raises ValueError for tensors that don't fit, TypeError for those without strides, RuntimeError where the CPU
+    backend can't run.
     """
+    direct = backends.direct(q=q, k=k, v=v)
     _check(q, k, v)
-    q, k, v = with_rows(q), with_rows(k), with_rows(v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not direct:
+        return reference.causal_attention(q, k, v, scale)
+    q, k, v = with_rows(q), with_rows(k), with_rows(v)
     if not torch.is_grad_enabled():
         return cpu_decoder.attention_fwd(q, k, v, scale)[0]
     return _CausalAttention.apply(q, k, v, scale)

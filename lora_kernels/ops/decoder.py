@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels import backends, cpu, cpu_decoder
+from lora_kernels import backends, cpu, cpu_decoder, reference
 
 _RECIPE = "lora_kernels_recipe"
 
@@ -70,7 +70,7 @@ def version_of(t: Tensor) -> int | None:
 
 
 def _pack(t: Tensor) -> Any:
-    recipe = getattr(t.untyped_storage(), _RECIPE, None)
+    recipe = getattr(t.untyped_storage(), _RECIPE, None) if backends.is_memory(t) else None
     if recipe is None or recipe.version != t._version:
         # Not t itself, which keeps the node alive whose result it is, and that keeps what this returns.
         return _Kept(t.detach(), version_of(t))
@@ -120,6 +120,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        backends.check_memory(dy=dy)
         x, weight, rstd = ctx.saved_tensors
         _forget(ctx.recipe)
         dx = cpu_decoder.rms_norm_bwd(dy.contiguous(), x, rstd, weight, ctx.offset) if ctx.needs_input_grad[0] else None
@@ -136,11 +137,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     x [..., K] and weight [K], on the CPU, of one dtype: float32, bfloat16 or float16. Gemma's offset is 1. Computed in
     float32 and rounded once. Kept for backward: x and 1 / sqrt(...) of each row. No second derivatives.
 
-    Raises ValueError for tensors that don't fit, RuntimeError where the CPU backend can't run.
+    In a transform of torch.func, under a compiler and of a DTensor, torch's own operations compute it.
+
+    Raises ValueError for tensors that don't fit, TypeError for those without strides, RuntimeError where the CPU
+    backend can't run.
     """
+    direct = backends.direct(x=x, weight=weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {list(weight.shape)}; expected {list(x.shape[-1:])}, the last dim of x")
     _check(x, weight)
+    if not direct:
+        return reference.rms_norm(x, weight, eps, offset)
     if _needs_no_graph(x, weight):
         return cpu_decoder.rms_norm_fwd(x.contiguous(), weight.contiguous(), eps, offset)[0]
     return _RMSNorm.apply(x, weight.contiguous(), float(eps), float(offset))
@@ -158,6 +165,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        backends.check_memory(dy=dy)
         gate, up = ctx.saved_tensors
         _forget(ctx.recipe)
         dgate, dup = cpu_decoder.swiglu_bwd(dy.contiguous(), gate, up)
@@ -170,11 +178,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Both on the CPU and of one shape and dtype: float32, bfloat16 or float16. Computed in float32 and rounded once. Kept
     for backward: gate and up. No second derivatives.
 
-    Raises ValueError for tensors that don't fit, RuntimeError where the CPU backend can't run.
+    In a transform of torch.func, under a compiler and of a DTensor, torch's own operations compute it.
+
+    Raises ValueError for tensors that don't fit, TypeError for those without strides, RuntimeError where the CPU
+    backend can't run.
     """
+    direct = backends.direct(gate=gate, up=up)
     if up.shape != gate.shape:
         raise ValueError(f"up has shape {list(up.shape)}; expected that of gate, {list(gate.shape)}")
     _check(gate, up)
+    if not direct:
+        return reference.swiglu(gate, up)
     if _needs_no_graph(gate, up):
         return cpu_decoder.swiglu_fwd(gate.contiguous(), up.contiguous())
     return _SwiGLU.apply(gate, up)
@@ -189,6 +203,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        backends.check_memory(dy=dy)
         return cpu_decoder.rotary(with_rows(dy), *ctx.saved_tensors, transposed=True), None, None
 
 
@@ -200,8 +215,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     float32, bfloat16 or float16. Computed in float32 and rounded once. Returns y [B, H, T, D], a transposed view of a
     contiguous [B, T, H, D], as the projection that x comes from has it. No second derivatives.
 
-    Raises ValueError for tensors that don't fit, RuntimeError where the CPU backend can't run.
+    In a transform of torch.func, under a compiler and of a DTensor, torch's own operations compute it.
+
+    Raises ValueError for tensors that don't fit, TypeError for those without strides, RuntimeError where the CPU
+    backend can't run.
     """
+    direct = backends.direct(x=x, cos=cos, sin=sin)
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {list(x.shape)}; allowed: [B, H, T, D] with an even D")
     for name, angle in (("cos", cos), ("sin", sin)):
@@ -209,6 +228,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             B, _, T, D = x.shape
             raise ValueError(f"{name} has shape {list(angle.shape)}; expected [{B} or 1, {T}, {D}] for this x")
         _check(x, angle)
+    if not direct:
+        return reference.rotary(x, cos, sin)
     x, cos, sin = with_rows(x), cos.contiguous(), sin.contiguous()
     return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else cpu_decoder.rotary(x, cos, sin)
 

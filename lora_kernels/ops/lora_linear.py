@@ -15,7 +15,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import backends, cpu, reference, strategy
@@ -45,7 +44,6 @@ def _matrix(t: Tensor) -> Tensor:
 
 def _rows(t: Tensor) -> Tensor:
     """t [M, K] with unit stride along K and rows that don't overlap, which is what every backend reads."""
-    t = t.resolve_neg() if t.is_neg() else t
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
@@ -226,6 +224,8 @@ def _frozen_dx(dy: Tensor, weight: Tensor | NF4) -> Tensor:
     x = dy.new_empty(()).expand(dy.shape[0], weight.shape[1])
     needs = (True, False, False, False)
     args = (dy, x, dy.new_empty(dy.shape[0], 0, dtype=torch.float32), weight, lora_a, lora_b, 1.0, None, 0.0, None)
+    if backends.by_formula(dy):
+        return reference.lora_linear_bwd(*args, needs)[0]
     dx, *_ = _run("lora_linear_bwd", x, ((weight, lora_a),), (False, *needs), *args, needs)
     return dx
 
@@ -280,7 +280,10 @@ def _group_bwd(ctx, dys: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor |
     rows, needs = _rows(_matrix(x)), [needs[i : i + 3] for i in range(0, len(needs), 3)]
     variant = (ctx.dropout_p > 0, need_x, *chain(*needs))
     args = ([_rows(_matrix(dy)) for dy in dys], rows, hs, layers, ctx.dropout_p, rng, need_x, needs)
-    dx, grads = _run("lora_linear_group_bwd", rows, _frozen_and_lora_a(layers), variant, *args)
+    if backends.by_formula(*dys):
+        dx, grads = reference.lora_linear_group_bwd(*args)
+    else:
+        dx, grads = _run("lora_linear_group_bwd", rows, _frozen_and_lora_a(layers), variant, *args)
     return None if dx is None else dx.view(x.shape), list(chain(*grads)), [x, *adapters, *dys]
 
 
@@ -355,12 +358,16 @@ def lora_linear(
     its dtype, and so are adapters in 16 bits. The dropout mask comes from torch's generator of the device of x, so
     seeds, activation checkpointing and CUDA graphs behave as with torch's own dropout.
 
-    Raises ValueError for a wrong shape, device, or dropout_p; TypeError for a wrong dtype.
+    In the transforms of torch.func, under forward-mode differentiation and of tensors that no kernel can read
+    (DTensors, other subclasses), torch's own operations compute the same, with torch's dropout and speed.
+
+    Raises ValueError for a wrong shape, device, or dropout_p; TypeError for a wrong dtype, a tensor without strides,
+    and for a DTensor beside a tensor that is none.
     """
     x, (layer,) = _cast_layers(x, [Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)])
-    _check_layer(x, layer)
-    rng = _dropout_rng(x, dropout_p)
-    return _call_layers(x, (layer,), float(dropout_p), rng)[0]
+    direct = backends.unwatched(*_tensors_of(x, (layer,)))
+    _check_layer(x, layer, direct)
+    return _call_layers(x, (layer,), dropout_p, direct)[0]
 
 
 def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float = 0.0) -> tuple[Tensor, ...]:
@@ -377,23 +384,48 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
     if not layers:
         raise ValueError("layers is empty; allowed: at least one Projection")
     x, layers = _cast_layers(x, layers)
+    direct = backends.unwatched(*_tensors_of(x, layers))
     for index, layer in enumerate(layers):
         try:
-            _check_layer(x, layer)
+            _check_layer(x, layer, direct)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layers[{index}]: {error}") from None
-    return _call_layers(x, layers, float(dropout_p), _dropout_rng(x, dropout_p))
+    return _call_layers(x, layers, dropout_p, direct)
 
 
-def _call_layers(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None) -> tuple[Tensor, ...]:
-    """y of each layer, all by one function where `_as_one` says so."""
-    if _as_one(x, layers):
+def _tensors_of(x: Tensor, layers: Sequence[Projection]) -> list[Tensor | None]:
+    tensors = [x]
+    for weight, lora_a, lora_b, _, bias, lora_e, column_scale in layers:
+        tensors += weight.tensors()[:4] if isinstance(weight, NF4Weight) else (weight,)
+        tensors += (lora_a, lora_b, bias, lora_e, column_scale)
+    return tensors
+
+
+def _call_layers(x: Tensor, layers: Sequence[Projection], dropout_p: float, direct: bool) -> tuple[Tensor, ...]:
+    """y of each layer, all by one function where `_as_one` says so; direct: whether all tensors are `unwatched`."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
+    dropout_p = float(dropout_p)
+    if not direct and backends.by_formula(*_tensors_of(x, layers)):
+        return _call_formula(x, layers, dropout_p)
+    rng = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p else None
+    if direct and _as_one(x, layers):
         return _call_group(x, layers, dropout_p, rng)
     results = []
     for weight, lora_a, lora_b, scaling, bias, lora_e, column_scale in layers:
         scale = None if column_scale is None else column_scale.to(_adapter_dtypes(x)[-1])
         results.append(_call(x, weight, lora_a, lora_b, float(scaling), bias, lora_e, dropout_p, rng, scale))
     return tuple(results)
+
+
+def _call_formula(x: Tensor, layers: Sequence[Projection], dropout_p: float = 0.0) -> tuple[Tensor, ...]:
+    """y of each layer in torch's own operations, where `backends.by_formula` says so."""
+    if backends.in_autocast(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _call_formula(x, layers, dropout_p)
+    frozen = (layer.weight.tensors() if isinstance(layer.weight, NF4Weight) else layer.weight for layer in layers)
+    ready = [layer._replace(weight=weight) for layer, weight in zip(layers, frozen, strict=True)]
+    return reference.lora_linear_formula(x, ready, dropout_p)
 
 
 def _call_group(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None) -> tuple[Tensor, ...]:
@@ -411,16 +443,14 @@ def _call_group(x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: 
 
 
 def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
-    """Whether `_Group` takes these layers."""
-    tensors = [x]
-    for weight, lora_a, lora_b, _, bias, lora_e, column_scale in layers:
+    """Whether `_Group` takes these layers, whose tensors are `unwatched`."""
+    for weight, _, _, _, bias, _, column_scale in layers:
         dense = None if isinstance(weight, NF4Weight) else weight
         if column_scale is not None or not weight.shape[0]:
             return False
         if dense is not None and dense.requires_grad or bias is not None and bias.requires_grad:
             return False
-        tensors += (dense, lora_a, lora_b, lora_e, bias)
-    if not backends.unwatched(*tensors) or not x.numel():
+    if not x.numel():
         return False
     backend = backends.resolve(x, activations=True)
     return hasattr(backend, "lora_linear_group_fwd") and len(layers) <= getattr(backend, "MAX_GROUP", math.inf)
@@ -428,7 +458,7 @@ def _as_one(x: Tensor, layers: Sequence[Projection]) -> bool:
 
 def is_plain_on_cpu(x: Tensor) -> bool:
     """Whether x, without a gradient, may go to our C++ past the op."""
-    return _plain(x) and not x.is_neg() and is_fused(x)
+    return _plain(x) and is_fused(x)
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -438,7 +468,7 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
     """The layer checked as `lora_linear` does and as `cpu.few_rows_layer` takes it, or None where it can't."""
-    _check_layer(x, layer)
+    _check_layer(x, layer, direct=False)
     weight, lora_a, lora_b, _, bias, lora_e, column_scale = layer
     dense = None if isinstance(weight, NF4Weight) else weight
     if not _plain(dense, lora_a, lora_b, bias, lora_e, column_scale):
@@ -458,12 +488,17 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     if dense and not past_the_op:
         return torch.nn.functional.linear(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
+    if not past_the_op:
+        backends.check_dense(x=x, weight=weight if dense else weight.packed, bias=bias)
     _check_shapes(x, weight, bias)
     if not dense and _trains_x_alone(x, bias):
         return _Frozen.apply(x, weight.tensors(), bias)
     lora_a, lora_b = _no_adapter(x, weight)
+    layer = Projection(weight, lora_a, lora_b, 1.0, bias)
+    if backends.by_formula(*_tensors_of(x, [layer])):
+        return _call_formula(x, [layer])[0]
     if past_the_op and x.numel() <= cpu.LAYER_ROWS * weight.shape[1]:
-        layer = Projection(weight if dense else weight.tensors(), lora_a, lora_b, 1.0, bias)
+        layer = layer if dense else layer._replace(weight=weight.tensors())
         return cpu.few_rows_layers(x, [cpu.few_rows_layer(layer)])[0]
     return _call(x, weight, lora_a, lora_b, 1.0, bias, None, 0.0, None)
 
@@ -529,14 +564,13 @@ def _adapter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
     return (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
 
 
-def _dropout_rng(x: Tensor, dropout_p: float) -> Tensor | None:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
-    return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device) if dropout_p > 0.0 else None
-
-
-def _check_layer(x: Tensor, layer: Projection) -> None:
+def _check_layer(x: Tensor, layer: Projection, direct: bool) -> None:
+    """direct: whether all tensors are `unwatched`, which are dense."""
     weight, lora_a, lora_b, _, bias, lora_e, column_scale = layer
+    if not direct:
+        frozen = weight.packed if isinstance(weight, NF4Weight) else weight
+        adapter = {"lora_a": lora_a, "lora_b": lora_b, "lora_e": lora_e, "column_scale": column_scale}
+        backends.check_dense(x=x, weight=frozen, bias=bias, **adapter)
     _check_shapes(x, weight, bias)
     if lora_a.dim() != 2 or lora_a.shape[0] < 1:
         raise ValueError(f"lora_a has shape {list(lora_a.shape)}; expected [R, K], and the rank R must be at least 1")
@@ -567,16 +601,7 @@ def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
         _check_tensor("bias", bias, (N,), x, (x.dtype,))
 
 
-def _has_tangent(*tensors: Tensor | NF4Weight | None) -> bool:
-    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def _call(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None) -> Tensor:
-    if forward_ad._current_level >= 0 and _has_tangent(x, weight, lora_a, lora_b, bias, lora_e, column_scale):
-        # torch would take the result's for 0.
-        raise NotImplementedError(
-            "lora_linear has no forward-mode derivative; use lora_kernels.reference.lora_linear_ref for it"
-        )
     N, K = weight.shape
     weight, *nf4_parts = _parts_of(weight.tensors() if isinstance(weight, NF4Weight) else weight)
     tensors = (x, weight, lora_a, lora_b, bias, lora_e, column_scale)

@@ -92,6 +92,8 @@ class NF4Weight(nn.Module):
         allowed = (*_DTYPES, torch.float64)
         if dtype not in allowed:
             raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, allowed))}")
+        if out is None and backends.by_formula(*self.buffers()):
+            return reference.nf4_values(self.tensors()).to(dtype)
         if out is None:
             out = recycling.empty(*self.shape, dtype=dtype, device=self.device)
         found = (out.shape, out.dtype, out.device, out.is_contiguous())
@@ -161,8 +163,14 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = Fals
         double_quant: store the scales, less their mean, in 8 bits, in blocks of 256 (section 3, "Double
             Quantization"): 4.127 instead of 4.5 bits an element at block_size 64.
 
-    Raises TypeError for another dtype, ValueError for another shape or block size or an element that is not finite.
+    Raises TypeError for another dtype, a layout without strides, a subclass such as DTensor, and in the transforms of
+    torch.func; ValueError for another shape or block size, on meta, or for an element that is not finite.
     """
+    backends.check_dense(weight=weight)
+    weight = weight.resolve_neg()
+    backends.check_memory(weight=weight)
+    if weight.is_meta:
+        raise ValueError("weight is on meta, without values; allowed: a device that has memory")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; expected a non-empty [N, K]")
     if weight.dtype not in _DTYPES:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import backends
+from lora_kernels import backends, sharded
 from lora_kernels.arguments import check_number
-from lora_kernels.reference import AdamWGroup
+from lora_kernels.reference import AdamWGroup, widened
 
 _LORA_B = ("lora_b", "lora_B")  # ours and PEFT's
 _LORA_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -74,6 +74,19 @@ def loraplus_groups(
     return chosen
 
 
+def _unfit(parameter: Tensor) -> str | None:
+    """What is wrong with a parameter that no step can be taken on, None where one can."""
+    if not parameter.is_floating_point():
+        return f"{parameter.dtype}; allowed: a floating-point dtype"
+    if sharded.is_sharded(parameter) and any(placement.is_partial() for placement in parameter.placements):
+        return f"a DTensor placed as {parameter.placements}, a sum that is still to be made; allowed: Shard, Replicate"
+    part = sharded.local(parameter)
+    if part.is_meta or not backends.is_memory(part):
+        kind = "on meta" if part.is_meta else backends.kind_of(part)
+        return f"{kind}; allowed: dense tensors in memory, and DTensors of such"
+    return None if part.is_contiguous() else f"not contiguous; its strides are {part.stride()}"
+
+
 class LoRAPlusAdamW(torch.optim.AdamW):
     """AdamW in one fused step over all tensors, with LoRA+'s learning rates and clipping by the global norm inside.
 
@@ -98,8 +111,11 @@ class LoRAPlusAdamW(torch.optim.AdamW):
     parameter between steps is noticed and used. Parameters without gradient are skipped. All parameters must be on one
     device.
 
-    Raises ValueError naming the argument that is out of range, or the parameter that is complex or not contiguous, and
-    in `step` for a sparse gradient.
+    A DTensor (FSDP2, tensor parallelism) is stepped where its parts are, and its state is made of DTensors; the norm is
+    that of all processes together.
+
+    Raises ValueError naming the argument that is out of range, or the parameter that is complex, not contiguous or no
+    dense tensor in memory (on meta, a subclass other than DTensor), and in `step` for a sparse gradient.
     """
 
     grad_norm: Tensor | None
@@ -141,14 +157,15 @@ class LoRAPlusAdamW(torch.optim.AdamW):
             check_number("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
         self._refuse_options([group])
         for index, parameter in enumerate(group["params"]):
-            if not parameter.is_floating_point():
-                raise ValueError(f"{self._name(group, index)} is {parameter.dtype}; allowed: a floating-point dtype")
-            if not parameter.is_contiguous():
-                raise ValueError(f"{self._name(group, index)} is not contiguous; its strides are {parameter.stride()}")
+            if problem := _unfit(parameter):
+                raise ValueError(f"{self._name(group, index)} is {problem}")
 
     def _name(self, group: dict[str, Any], index: int) -> str:
         where = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return f"parameter {index} of group {where}, of shape {list(group['params'][index].shape)},"
+        parameter = group["params"][index]
+        # A nested tensor has none.
+        shape = "" if parameter.is_nested else f", of shape {list(parameter.shape)},"
+        return f"parameter {index} of group {where}{shape}"
 
     @staticmethod
     def _refuse_options(groups: Iterable[dict[str, Any]]) -> None:
@@ -160,31 +177,46 @@ class LoRAPlusAdamW(torch.optim.AdamW):
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
         for name in _MOMENTS:
-            state[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            state[name] = torch.zeros_like(parameter, dtype=dtype)
         if parameter.dtype not in (torch.float32, torch.float64):
             state["master"] = parameter.detach().float()
         return state
 
     def _tensors(self, group: dict[str, Any]) -> AdamWGroup:
-        """The group's tensors that have a gradient, and its settings."""
+        """The group's tensors that have a gradient, of DTensors the parts in this process, and its settings."""
         # Column by column: with hundreds of small tensors, Python's time counts.
         pairs = [(parameter, grad) for parameter in group["params"] if (grad := parameter.grad) is not None]
         params, grads = map(list, zip(*pairs, strict=True)) if pairs else ([], [])
-        for index, grad in enumerate(grads):
-            if grad.layout is not torch.strided:
-                where = next(i for i, parameter in enumerate(group["params"]) if parameter is params[index])
-                raise ValueError(f"{self._name(group, where)} has a gradient of layout {grad.layout}; allowed: strided")
+        for index, (parameter, grad) in enumerate(pairs):
+            plain = type(grad) is Tensor and grad.layout is torch.strided and not grad.is_neg()
+            if not plain or sharded.is_sharded(parameter):
+                grads[index] = grad = self._local_grad(group, parameter, grad)
             if not grad.is_contiguous():
                 grads[index] = grad.contiguous()
         states = [self.state[parameter] for parameter in params]
         for parameter, state in zip(params, states, strict=True):
             if not state:
                 state.update(self._new_state(parameter))
-        columns = ([state[name] for state in states] for name in (*_MOMENTS, "step"))
+        columns = [[state[name] for state in states] for name in (*_MOMENTS, "step")]
         masters = [state.get("master") for state in states]
+        if any(map(sharded.is_sharded, params)):
+            params, masters, *columns = (list(map(sharded.local, column)) for column in (params, masters, *columns))
         beta1, beta2 = group["betas"]
         return AdamWGroup(params, grads, *columns, masters, group["lr"], beta1, beta2, group["eps"],
                           group["weight_decay"])  # fmt: skip
+
+    def _local_grad(self, group: dict[str, Any], parameter: Tensor, grad: Tensor) -> Tensor:
+        """The gradient as the backends read it, the part that belongs to the parameter's where that is a DTensor."""
+        if sharded.is_sharded(parameter) and sharded.is_sharded(grad) and grad.device_mesh == parameter.device_mesh:
+            grad = sharded.local(grad.redistribute(placements=parameter.placements))
+        grad = grad.resolve_neg() if grad.layout is torch.strided else grad
+        if not backends.is_memory(grad) or grad.shape != sharded.local(parameter).shape:
+            where = next(i for i, other in enumerate(group["params"]) if other is parameter)
+            raise ValueError(
+                f"{self._name(group, where)} has a gradient that is {backends.kind_of(grad)}; allowed: a dense tensor "
+                "in memory, for a DTensor a DTensor on the same mesh"
+            )
+        return grad
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -198,9 +230,25 @@ class LoRAPlusAdamW(torch.optim.AdamW):
         if not params:
             return loss
         widest = next((parameter for parameter in params if parameter.dtype == torch.float64), params[0])
-        self.grad_norm = backends.resolve(widest).adamw_step(groups, self.max_grad_norm, self._cache)
+        owners = [
+            parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
+        ]
+        distributed = [parameter for parameter in owners if sharded.is_sharded(parameter)]
+        max_grad_norm = self.max_grad_norm
+        if distributed and max_grad_norm is not None:
+            # A backend would measure the parts in this process alone.
+            self.grad_norm = sharded.norm(owners, [grad for group in groups for grad in group.grads])
+            if not torch.isfinite(self.grad_norm):
+                return loss
+            clip = (max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1)
+            # In 16 bits the clipped gradients would be rounded.
+            groups = [group._replace(grads=[clip * widened(grad) for grad in group.grads]) for group in groups]
+            max_grad_norm = None
+        norm = backends.resolve(widest).adamw_step(groups, max_grad_norm, self._cache)
+        if not distributed:
+            self.grad_norm = norm
         # The kernels write behind torch's back; what was computed from the old values must be known to be old.
-        for parameter in params:
+        for parameter in (*params, *distributed):
             torch.autograd.graph.increment_version(parameter)
         return loss
 
@@ -216,9 +264,10 @@ class LoRAPlusAdamW(torch.optim.AdamW):
         for index, parameter in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
             if index in state_dict["state"]:
                 source, state = state_dict["state"][index], self._new_state(parameter)
-                self.state[parameter] = {
-                    name: fresh.copy_(torch.as_tensor(source.get(name, fresh))) for name, fresh in state.items()
-                }
+                for name, fresh in state.items():
+                    if name in source:
+                        sharded.fill(fresh, torch.as_tensor(source[name]))
+                self.state[parameter] = state
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"max_grad_norm": self.max_grad_norm, "grad_norm": self.grad_norm, "_cache": {}}

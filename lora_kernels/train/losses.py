@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_kernels import cpu_decoder
+from lora_kernels import backends, cpu_decoder
 from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx, is_plain_on_cpu
 
 IGNORE_INDEX = -100
@@ -168,7 +168,8 @@ def chunked_cross_entropy(
     chunk_size: rows, by default as many as make 2**24 logits. Gradients go to `hidden`, and to `lm_head_weight` and
     `bias` where they require them; no second derivatives.
 
-    Raises ValueError where shapes, dtypes, labels or chunk_size do not fit.
+    Raises ValueError where shapes, dtypes, labels or chunk_size do not fit, TypeError in the transforms of torch.func
+    and for tensors that are not dense memory (a DTensor, sparse).
     """
     index, *inputs = _answers(hidden, lm_head_weight, bias, labels, chunk_size)
     loss = _ChunkedCrossEntropy.apply(*inputs, logit_scale, logit_softcap, torch.is_grad_enabled())
@@ -200,6 +201,7 @@ def _answers(
     hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, int]:
     """The flat index of each label to predict, then hidden, weight, bias and labels of these rows, and the chunk."""
+    backends.check_memory(hidden=hidden, lm_head_weight=lm_head_weight, labels=labels, bias=bias)
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must be {list(hidden.shape[:-1])} like hidden without its last dim, got {list(labels.shape)}"

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.reference import AdamWGroup, adamw_columns
+from lora_kernels.reference import AdamWGroup, adamw_columns, addresses
 
 from . import configs
 from .common import INTERPRETED, cast
@@ -192,7 +192,7 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     if device.type == "cpu" and not INTERPRETED:
         raise RuntimeError("parameters: are on cpu; the triton backend takes CPU tensors only with TRITON_INTERPRET=1")
     config = configs.ADAMW
-    rows = [cache["pointers"], [grad.data_ptr() for grad in grads], *cache["states"]]
+    rows = [cache["pointers"], addresses("the gradient of parameter", grads), *cache["states"]]
     numels = [param.numel() for param in params]
     rows += [numels, [index for index, group in enumerate(groups) for _ in group.params]]
     kinds = [(param.dtype, grad.dtype) for param, grad in zip(params, grads, strict=True)]
