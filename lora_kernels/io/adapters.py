@@ -16,6 +16,7 @@ from lora_kernels.io import peft, peft_adalora, peft_prompt
 from lora_kernels.io.files import replacing_files
 from lora_kernels.methods import adalora, adapter_config, full, lora, prefix, prompt
 from lora_kernels.nn.wrappers import bare, state_dict
+from lora_kernels.sharded import fill, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool =
     `save_pretrained` does (config.json, model.safetensors). Each file is written under a temporary name and then moved
     into place.
 
+    Of a model that torch's fully_shard or tensor parallelism has distributed, whole tensors are gathered: all processes
+    must call this, and each writes them to the directory that it names, which may be the same for all. (A whole model
+    is written by the first process alone.)
+
     as_lora: write an AdaLoRA adapter as plain LoRA, with the rank of each module, for whatever reads LoRA only.
 
     Raises ValueError if nothing was injected, or nothing that as_lora could be written as LoRA.
@@ -56,6 +61,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool =
 def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
     """Loads what `save_adapter` or PEFT wrote to `directory` into `model`, in place: a base model, or one that carries
     the same adapters. A Hugging Face directory gives the model its weights.
+
+    A model that carries adapters may be distributed, as by fully_shard: all processes must call this, and the tensors
+    of the first are taken. Adapters that it doesn't carry yet are loaded before it is distributed.
 
     trainable: whether what was loaded requires gradients (PEFT's `is_trainable`, which is False by default).
 
@@ -93,7 +101,7 @@ def is_model_directory(directory: Path) -> bool:
 def _save_model(model: PreTrainedModel, directory: Path) -> None:
     # The config goes last: a directory that has one for the first time is complete.
     with replacing_files(directory, last=_MODEL_CONFIG) as staged:
-        model.save_pretrained(staged, state_dict=state_dict(model))
+        model.save_pretrained(staged, state_dict={name: whole(t) for name, t in state_dict(model).items()})
 
 
 def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> None:
@@ -108,7 +116,7 @@ def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> Non
         raise ValueError(f"{directory} doesn't fit the model, a {type(model).__name__}: {'; '.join(problems[:5])}")
     with torch.no_grad():
         for name, target in own.items():
-            target.copy_(tensors[name])
+            fill(target, tensors[name])
     if getattr(model, "adapter_config", None) is None:
         full.inject(model, full.FullConfig())
     if not trainable:

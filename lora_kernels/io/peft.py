@@ -41,6 +41,7 @@ from lora_kernels.methods.named import add_adapter, use_adapter
 from lora_kernels.methods.ties import settle, tied_copies
 from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
 from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, state_dict, unwrapped
+from lora_kernels.sharded import fill, whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -113,15 +114,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies as they are written: on the CPU, adapters of 16 bits as float32. RuntimeError inside adapters_disabled."""
+    """Whole copies as they are written: on the CPU, adapters of 16 bits as float32.
+
+    RuntimeError inside adapters_disabled.
+    """
     for name, original in model.lora_originals.items():
         if get_submodule(model, name) is original:
             raise RuntimeError("save_adapter was called inside adapters_disabled, where trained modules are set aside")
     saved = {}
     for key, tensor in tensors.items():
         is_adapter = key.removesuffix(".weight").endswith((".lora_A", ".lora_B", ".lora_E", _MAGNITUDE))
+        tensor = whole(tensor.detach())
         wide = tensor.float() if is_adapter and tensor.itemsize < 4 else tensor
-        saved[key] = wide.detach().to("cpu", copy=True).contiguous()
+        saved[key] = wide.to("cpu", copy=True).contiguous()
     return saved
 
 
@@ -302,7 +307,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         model.adapter_config = config
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
-            target.copy_(tensors[key])
+            fill(target, tensors[key])
     if not injected:
         settle(model)
     for parameter in _adapter_parameters(model):

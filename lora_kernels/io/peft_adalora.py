@@ -25,6 +25,7 @@ from lora_kernels.methods.lora import lora_modules, plan
 from lora_kernels.methods.ties import settle
 from lora_kernels.nn.lora_linear import is_conv1d
 from lora_kernels.nn.wrappers import get_submodule, unwrapped
+from lora_kernels.sharded import fill
 
 ADALORA = "ADALORA"
 # our field -> PEFT's
@@ -122,7 +123,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
             layer.keep_ranks(torch.arange(ranks[f"{PREFIX}{name}.lora_E"], device=layer.lora_a.device))
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
-            target.copy_(tensors[key])
+            fill(target, tensors[key])
     if not injected:
         settle(model)
     for _, layer in lora_modules(model):

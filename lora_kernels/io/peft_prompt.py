@@ -27,6 +27,7 @@ from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, t
 from lora_kernels.methods import adapter_config, prefix, prompt
 from lora_kernels.methods.prefix import PrefixConfig, PrefixKeyValues
 from lora_kernels.methods.virtual_tokens import decoder_of
+from lora_kernels.sharded import fill, whole
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 _TENSOR = "prompt_embeddings"
@@ -64,7 +65,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         }
     with torch.no_grad():
         saved = {_TENSOR: tokens.saved().float(), **saved_embeddings(model, _MODEL)}
-        saved = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
+        saved = {key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
     write_files(Path(directory), config, saved)
 
 
@@ -85,7 +86,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         _check_same(model, config, directory / CONFIG_NAME)
         check_tensors(tensors, {_TENSOR: present.saved().shape}, path)
         with torch.no_grad():
-            present.saved().copy_(tensors[_TENSOR])
+            fill(present.saved(), tensors[_TENSOR])
     else:
         decoder = decoder_of(model, n)
         if isinstance(config, PrefixConfig):
