@@ -154,7 +154,9 @@ class BuildExt(build_ext):
             self.units, self.without_cuda = {}, None
         self.distribution.ext_modules = [Extension(f"lora_kernels.{name}", sources=[]) for name in self.units]
         super().finalize_options()
-        if self.inplace and not self.editable_mode:
+        # build_ext itself resets `inplace` while it builds.
+        self.in_source = bool(self.inplace) and not self.editable_mode
+        if self.in_source:
             # From build/lib, _simt would get into the next wheel.
             self.build_lib = str(Path(self.build_temp).parent / "inplace")
 
@@ -173,9 +175,10 @@ class BuildExt(build_ext):
         if self.force:
             subprocess.run([*ninja, "-t", "clean"], check=True)
         subprocess.run([*ninja, *targets], check=True)
-        # For clangd and clang-tidy, which look into build/.
-        with open(folder.parent / "compile_commands.json", "w") as file:
-            subprocess.run([*ninja, "-t", "compdb", "compile"], check=True, stdout=file)
+        if self.in_source:
+            # For clangd and clang-tidy, which look into build/.
+            with open(folder.parent / "compile_commands.json", "w") as file:
+                subprocess.run([*ninja, "-t", "compdb", "compile"], check=True, stdout=file)
 
     def write_ninja(self, ninja: ninja_syntax.Writer, folder: Path, targets: list[str]) -> None:
         ninja.variable("builddir", str(folder))

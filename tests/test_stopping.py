@@ -197,8 +197,13 @@ ONE_OF_TWO = """
 import atexit, glob, os, signal, sys
 import test_stopping as t
 rank = int(os.environ["RANK"])
+def name_of(path):
+    try:
+        return open(path).read()
+    except OSError:  # it ended meanwhile
+        return ""
 def note_threads():
-    names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+    names = [name_of(path) for path in glob.glob("/proc/self/task/*/comm")]
     open(f"{sys.argv[1]}-{rank}-threads", "w").write("".join(names))
 atexit.register(note_threads)
 from lora_kernels.train import loop

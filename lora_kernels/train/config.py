@@ -54,8 +54,10 @@ _NOT_IDENTITY = {
 WITH_LORA_B = ("lora", "qlora", "dora", "adalora")
 # What settings mean to trainers on preference pairs.
 _PAIRS = "Preference pairs: .json, .jsonl, .json.gz, .jsonl.gz or .parquet; several as for sft."
-_PAIRS_A_BATCH = "Preference pairs per micro-batch and process, which has twice as many rows."
-_LONGEST_PAIR = "A pair with an answer that, with its prompt, has more tokens is left out."
+_PAIRS_A_BATCH = (
+    "Preference pairs per micro-batch and process; a step sees batch_size * gradient_accumulation_steps * processes."
+)
+_LONGEST_PAIR = "Longest prompt and answer, in tokens; a pair with a longer one is left out."
 REQUIRED: Any = dataclasses.MISSING
 _Config = TypeVar("_Config", bound="TrainConfig")
 
@@ -126,9 +128,8 @@ class TrainConfig:
         None,
         "Adapter",
         "Adapter to go on from; r, target and the like are its own, lora_dropout may be another.",
-        "LoRA, DoRA, prefix or prompt tuning, from any trainer or PEFT. What its files say, such as r and "
-        "num_virtual_tokens, is refused where a setting says otherwise. Only its weights are taken over: the "
-        "optimizer starts anew.",
+        "LoRA, DoRA, prefix or prompt tuning, from any trainer or PEFT. A setting that contradicts its files, such as "
+        "r or num_virtual_tokens, is refused. Only its weights are taken over: the optimizer starts anew.",
     )
     double_quant: bool = setting(
         False,
@@ -142,9 +143,9 @@ class TrainConfig:
         None,
         "Adapter",
         "Dropout on the input of the low-rank branch. Dropout of the base model itself acts in sft only.",
-        "That is (resid_pdrop, attention_dropout, layerdrop and the like in its config); it is off in "
-        "DPO, where the policy would differ from its reference before the first step, and in PPO and reward "
-        "models, where it would be noise in the rewards.",
+        "The base model's dropout (resid_pdrop, attention_dropout, layerdrop and the like in its config) is off in "
+        "DPO, where the policy would differ from its reference before the first step, and in PPO and reward models, "
+        "where it would be noise in the rewards.",
     )
     target: str | list[str] | None = setting(
         None,
@@ -163,7 +164,7 @@ class TrainConfig:
         12,
         "Adapter",
         "adalora: rank of each matrix at the start.",
-        "See `AdaLoRAConfig` for this and the next seven; lora_alpha and lora_dropout are adalora's too.",
+        "See `AdaLoRAConfig` for all of adalora's; lora_alpha and lora_dropout are among them.",
     )
     target_r: int = setting(8, "Adapter", "adalora: average rank at the end.")
     tinit: int = setting(0, "Adapter", "adalora: steps before ranks are taken away.")
@@ -180,7 +181,10 @@ class TrainConfig:
     )
     num_virtual_tokens: int | None = setting(None, "Adapter", "Number of virtual tokens, of prefix and prompt.")
     init_text: str | None = setting(
-        None, "Adapter", "Text that virtual tokens start as, with --init text.", "A required text then."
+        None,
+        "Adapter",
+        "Text that virtual tokens start as, with --init text.",
+        "Needed with init text, and refused without.",
     )
     mlp_hidden: int | None = setting(
         None, "Adapter", "Width of the MLP that prefix is trained through; left out: none."
@@ -218,9 +222,7 @@ class TrainConfig:
     warmup_ratio: float = setting(0.03, "Optimisation", "Share of the steps over which the learning rate rises.")
     weight_decay: float = setting(0.0, "Optimisation", "AdamW weight decay.")
     max_grad_norm: float = setting(1.0, "Optimisation", "Clip the gradient to this norm; 0 turns it off.")
-    max_length: int = setting(
-        1024, "Model and data", "Tokens kept of each example; a longer preference pair is left out."
-    )
+    max_length: int = setting(1024, "Model and data", "Tokens kept of each example, from its start.")
     seed: int = setting(0, "Optimisation", "Seed of the adapters' initial values, the order of the data, and dropout.")
     eval_steps: int | None = setting(
         None, "Run", "Steps between evaluations; left out: once an epoch.", "Also at the end."
@@ -260,7 +262,7 @@ class TrainConfig:
         None,
         "Model and data",
         "Today's date for chat templates that show it, as YYYY-MM-DD. Default: the day of the start.",
-        "Also when the run is resumed later.",
+        "A run that is resumed later keeps it.",
     )
 
     def __post_init__(self) -> None:
@@ -465,7 +467,7 @@ class DPOConfig(TrainConfig):
         "data": _PAIRS,
         "batch_size": _PAIRS_A_BATCH,
         "max_length": _LONGEST_PAIR,
-        "adapter": "Adapter to start from, which is the reference too. r, target and the like are its own.",
+        "adapter": "Adapter to start from, which is the reference too. r and the like are its own; the optimizer starts anew.",
     }
     loss_unit: ClassVar[str] = "nats per pair"
 
@@ -508,8 +510,6 @@ class PPOConfig(TrainConfig):
     """Settings of `run_ppo`, where a step is one rollout and what is learned from it."""
 
     learning_rates: ClassVar[dict[str, float]] = {"lora": 5e-5, "qlora": 5e-5}
-    # Dropout would have the policy that learns be another one than the one that sampled; batch_size, minibatches and
-    # rollout_size say how gradients accumulate; and each step is logged.
     texts: ClassVar[dict[str, str]] = {
         "data": "Prompts: .txt, one a line, or training records, whose answers are ignored; several as for sft.",
         "eval_data": "Prompts to answer and score before, during and after training, same forms.",
@@ -523,6 +523,8 @@ class PPOConfig(TrainConfig):
         "eval_steps": "Rollouts between evaluations; left out: once an epoch.",
         "save_steps": "Rollouts between checkpoints; left out: once an epoch, and after 10 minutes.",
     }
+    # Dropout would have the policy that learns be another one than the one that sampled; batch_size, minibatches and
+    # rollout_size say how gradients accumulate; and each step is logged.
     unused: ClassVar[tuple[str, ...]] = (
         *("lora_dropout", "gradient_accumulation_steps", "logging_steps", *ADALORA, *VIRTUAL_TOKENS),
     )
@@ -542,7 +544,7 @@ class PPOConfig(TrainConfig):
         "error",
         "Reward and reference",
         "error, or skip and count, where a reward is NaN or raises.",
-        "skip leaves that answer out.",
+        "With skip the answer is left out of the step.",
     )
     rollout_size: int = setting(64, "Rollout", "Answers sampled each step.")
     rollout_batch_size: int = setting(32, "Rollout", "Answers sampled at a time.")
@@ -571,7 +573,7 @@ class PPOConfig(TrainConfig):
     )
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "Reward and reference", "k1, k2 or k3.")
     kl_target: float | None = setting(
-        None, "Reward and reference", "Adapt --kl-coef towards this KL of an answer.", "Over kl_horizon answers."
+        None, "Reward and reference", "Adapt --kl-coef towards this KL of an answer.", "How fast, kl_horizon says."
     )
     kl_horizon: float = setting(10000.0, "Reward and reference", "Answers over which it adapts.")
     gamma: float = setting(1.0, "PPO", "Discount of later rewards.")
