@@ -467,7 +467,7 @@ class DPOConfig(TrainConfig):
         "data": _PAIRS,
         "batch_size": _PAIRS_A_BATCH,
         "max_length": _LONGEST_PAIR,
-        "adapter": "Adapter to start from, which is the reference too. r and the like are its own; the optimizer starts anew.",
+        "adapter": "Adapter to start from, and the reference. r and the like are its own; the optimizer starts anew.",
     }
     loss_unit: ClassVar[str] = "nats per pair"
 
