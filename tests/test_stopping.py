@@ -27,6 +27,17 @@ def train_stoppable(output_dir, **changes):
     return train_tiny(output_dir, eval_set=tiny_dataset(5, seed=9), **{**plan, **changes})
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """Under nohup this process ignores SIGHUP, and so would those that it starts."""
+    ignored = [number for number in stopping._SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def raise_at(number, step, times=1):
     """A callback that has this process get a signal when a record of the step is written."""
 
@@ -239,13 +250,13 @@ def test_a_signal_for_one_process_ends_all_at_the_same_step(tmp_path):
 
 BEFORE_THE_FIRST_STEP = """
 import os, signal, sys
-from lora_kernels import cli
+from lora_kernels.commands import app
 def run_sft(settings):
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     signal.pause()
 import lora_kernels.train.sft
 lora_kernels.train.sft.run_sft = run_sft
-cli.app(["sft", "--model", "m", "--data", "d", "--output-dir", sys.argv[2]])
+app(["sft", "--model", "m", "--data", "d", "--output-dir", sys.argv[2]])
 """
 
 
