@@ -29,7 +29,7 @@ def app() -> None:
         if message is None:
             raise
         if sys.argv[1:] != ["doctor"]:
-            print(f"error: {message} (lora-kernels doctor works without)", file=sys.stderr)
+            print(f"error: {message} (`lora-kernels doctor` works without it)", file=sys.stderr)
             sys.exit(2)
         from lora_kernels.doctor import doctor as run
     run()

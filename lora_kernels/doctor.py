@@ -1,4 +1,4 @@
-"""`lora-kernels doctor`: what works on this machine. It needs no package besides torch and numpy."""
+"""`lora-kernels doctor`: what works on this machine. It needs only the core's packages."""
 
 from __future__ import annotations
 
