@@ -35,12 +35,18 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_sharded(t) else t
 
 
-def fill(target: Tensor, source: Tensor) -> None:
-    """target.copy_(source). Of a whole source a DTensor takes its part, that of rank 0; all processes must do so."""
+def spread(source: Tensor, target: Tensor) -> Tensor:
+    """A whole source as a DTensor that lies as target does, for which all processes must ask, and of which the values
+    of rank 0 count; source itself where target is no DTensor, or source is one."""
     if is_sharded(target) and not is_sharded(source):
         distribute = sys.modules[_MODULE].distribute_tensor
-        source = distribute(source.to(target.device), target.device_mesh, target.placements)
-    target.copy_(source)
+        return distribute(source.to(target.device), target.device_mesh, target.placements)
+    return source
+
+
+def fill(target: Tensor, source: Tensor) -> None:
+    """target.copy_(source). Of a whole source a DTensor takes its part, that of rank 0; all processes must do so."""
+    target.copy_(spread(source, target))
 
 
 def norm(owners: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:

@@ -388,9 +388,27 @@ def test_copies_of_the_base_that_peft_writes_are_passed_over(tmp_path, targets, 
     ours = load_adapter(tiny_model("llama"), tmp_path)
     torch.testing.assert_close(logits(ours), logits(theirs))
     tensors = load_file(path)
+    tensors[extra[-1]] *= 2
+    save_file(tensors, path)
+    with pytest.warns(UserWarning, match="other embeddings than the base model"):
+        changed = load_adapter(tiny_model("llama"), tmp_path)
+    assert (logits(changed) - logits(theirs)).abs().max() > 1e-2
+    assert_same_logits(logits(changed), logits(load_with_peft(tiny_model("llama"), tmp_path)))
     tensors["base_model.model.model.norm.weight"] = tiny_model("llama").model.norm.weight + 1
     save_file(tensors, path)
     with pytest.raises(ValueError, match="unexpected base_model.model.model.norm.weight"):
+        load_adapter(tiny_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.norm"])
+def test_a_second_copy_without_the_first_is_refused(name, tmp_path):
+    our_adapter("llama", tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    path = tmp_path / "adapter_model.safetensors"
+    tensors, second = load_file(path), f"base_model.model.{name}.modules_to_save.weight"
+    first = tensors.pop("base_model.model.lm_head.weight")
+    tensors[second] = first if name == "lm_head" else torch.full((32,), 2.0)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"unexpected {second}"):
         load_adapter(tiny_model("llama"), tmp_path)
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny_models import VOCAB, perturb, tiny_model
 
@@ -26,7 +28,7 @@ from lora_kernels.methods.named import adapter_names
 
 ROWS = VOCAB + 5
 IDS = torch.tensor([[1, 5, VOCAB, VOCAB + 4, 7], [9, VOCAB + 2, 3, 3, VOCAB + 1]])
-pytestmark = pytest.mark.filterwarnings("ignore:.*(save_embedding_layers|tied|same weight|tie_word).*")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(save_embedding_layers|tied|same weight|tie_word|other embeddings).*")
 
 # What is asked of PEFT and of us alike.
 CONFIGS = {
@@ -157,6 +159,69 @@ def test_a_second_adapter_can_not_change_the_embeddings_of_the_first(base, tmp_p
     add_adapter(same, "third", LoRAConfig(r=2))
     with use_adapter(same, "second"):
         assert_same(logits(same), logits(base(1)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_changed_embeddings_of_the_same_vocabulary_are_kept(base, name, tmp_path):
+    """A file of PEFT with rows that differ from the base model's, loaded, saved, and read by both."""
+    changed = base(1, VOCAB)
+    with torch.no_grad():
+        changed.get_output_embeddings().weight[[3, 5, 7, 9]] += 0.1
+    config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **arguments(base, name))
+    theirs = peft.get_peft_model(changed, config).eval()
+    perturb(theirs, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    ours = load_adapter(base(1, VOCAB), tmp_path / "theirs")
+    assert_same(logits_of_known(ours), logits_of_known(theirs))
+    save_adapter(ours, tmp_path / "ours")
+    again = load_adapter(base(1, VOCAB), tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(base(1, VOCAB), tmp_path / "ours").eval()
+    for model in (again, read):
+        assert_same(logits_of_known(model), logits_of_known(theirs))
+    with adapters_disabled(again), adapters_disabled(ours):
+        assert_same(logits_of_known(again), logits_of_known(ours))
+
+
+@pytest.mark.parametrize("base_dtype, dtype", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
+def test_copies_in_another_precision_leave_the_base_alone(base, base_dtype, dtype, tmp_path):
+    theirs = peft.get_peft_model(base(1, VOCAB).to(dtype), peft.LoraConfig(r=2, target_modules="all-linear"))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = base(1, VOCAB).to(base_dtype)
+    before = model.get_output_embeddings().weight.clone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other embeddings")
+        load_adapter(model, tmp_path)
+    assert torch.equal(model.get_output_embeddings().weight, before)
+    save_adapter(model, tmp_path / "again")
+    assert all("lora_" in key for key in load_file(tmp_path / "again" / "adapter_model.safetensors"))
+
+
+def test_a_vocabulary_that_is_resized_after_inject_is_refused(base, tmp_path):
+    model = inject(base(1, VOCAB), LoRAConfig(r=2, **arguments(base, "both_in_full")))
+    model.resize_token_embeddings(ROWS, mean_resizing=False)
+    with pytest.raises(ValueError, match=rf"is \[{ROWS}, 32\] where .* \[{VOCAB}, 32\] in the base.* before inject"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["Musicgen", "MusicgenMelody"])
+def test_a_text_encoder_beside_the_decoder(kind, tmp_path):
+    """Their config has a vocabulary of each."""
+    part = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "vocab_size": 16}
+    config = getattr(transformers, f"{kind}Config")(
+        text_encoder=transformers.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+        audio_encoder=transformers.EncodecConfig(
+            hidden_size=8, num_filters=4, codebook_size=16, codebook_dim=8, upsampling_ratios=[2, 2]
+        ),
+        decoder=getattr(transformers, f"{kind}DecoderConfig")(
+            **part, num_codebooks=2, pad_token_id=15, bos_token_id=15
+        ),
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    save_adapter(inject(model, LoRAConfig(r=2, target_modules=["q_proj"])), tmp_path)
+    assert all("lora_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def test_an_unknown_base_is_said(base, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_batch, tiny_model
 from torch import distributed as dist
 from torch import nn
@@ -193,6 +193,32 @@ def check_files(kind, rank, tmp):
     assert_same_parameters(two, one)
 
 
+def check_changed_embeddings(dora, rank, tmp):
+    """A file's embeddings go into a distributed base model, and out of it again."""
+    directory, config = f"{tmp}/changed{dora}{rank}", LoRAConfig(target_modules=["q_proj", "lm_head"], use_dora=dora)
+    one, two = (inject(tiny_model("llama").double(), config) for _ in range(2))
+    save_adapter(one, directory)
+    tensors = load_file(f"{directory}/{WEIGHTS_NAME}")
+    for key, weight in (
+        ("lm_head.base_layer", one.lm_head.weight),
+        ("model.embed_tokens", one.model.embed_tokens.weight),
+    ):
+        tensors[f"base_model.model.{key}.weight"] = weight.detach() + torch.arange(32) / 10
+    save_file(tensors, f"{directory}/{WEIGHTS_NAME}")
+    shard(two)
+    for model in (one, two):
+        with torch.no_grad():
+            before = loss_of(model).item()
+        with pytest.warns(UserWarning, match="other embeddings"):
+            load_adapter(model, directory)
+        with torch.no_grad():
+            assert loss_of(model).item() != pytest.approx(before, rel=1e-3)
+    torch.testing.assert_close(loss_of(two), loss_of(one))
+    save_adapter(two, f"{directory}-again")
+    again = load_adapter(tiny_model("llama").double(), f"{directory}-again")
+    torch.testing.assert_close(loss_of(again), loss_of(one))
+
+
 def check_refusals(kind, rank, tmp):
     base = shard(tiny_model("llama"))
     for put in (lambda: inject(base, CONFIGS["lora"]), lambda: load_adapter(base, f"{tmp}/refused{rank}")):
@@ -237,6 +263,7 @@ CASES = {
     **{f"train {kind}": (check_training, kind) for kind in ("lora", "saved", "dora", "full")},
     **{f"files of {kind}": (check_files, kind) for kind in CONFIGS if kind != "adalora"},
     **{f"optimizer {dtype}": (check_optimizer, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)},
+    **{f"embeddings, dora {dora}": (check_changed_embeddings, dora) for dora in (False, True)},
     "masters": (check_low_precision_masters, None),
     "not finite": (check_what_is_no_number, None),
     "refusals": (check_refusals, None),

@@ -1,8 +1,9 @@
-"""Embeddings of a resized vocabulary in PEFT's files.
+"""The base model's embeddings in PEFT's files.
 
-Rows that were added are in no file of the base model, so PEFT writes both embeddings in full beside the adapter:
-`<prefix><module path>.weight`, with `.base_layer` before the weight under a LoRA adapter and `.original_module` under a
-copy that is trained in full. They belong to the base model, and are loaded into it.
+Rows that were added to a vocabulary are in no file of the base model, so PEFT writes both embeddings in full beside the
+adapter: `<prefix><module path>.weight`, with `.base_layer` before the weight under a LoRA adapter and
+`.original_module` under a copy that is trained in full. They belong to the base model, and are loaded into it. A model
+whose embeddings a file has changed writes them again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.lora_linear import FusedLoRALinear
 from lora_kernels.nn.wrappers import get_submodule, named_modules, state_dict, unwrapped
+from lora_kernels.sharded import spread, whole
 
-_BASE, _ORIGINAL = "base_layer", "original_module"
+_BASE, _ORIGINAL, _COPY = "base_layer", "original_module", "modules_to_save"
+# The attribute of a model whose embeddings were loaded from a file.
+_CHANGED = "embeddings_were_loaded"
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
@@ -40,21 +44,33 @@ def _originals(model: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def saved_embeddings(model: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """What belongs into a file beside the adapter, by PEFT's key: nothing but for a resized vocabulary."""
+    """What belongs into a file beside the adapter, by PEFT's key: nothing where the embeddings are the base model's.
+
+    ValueError for a vocabulary that was resized after `inject`, which leaves the untrained originals as they were.
+    """
     tensors = {}
-    for path, module in _embeddings(model).items() if _is_resized(model) else ():
+    for path, module in _embeddings(model).items() if _has_own_embeddings(model) else ():
         place = f"{prefix}{path}."
         if isinstance(module, FusedLoRALinear):
             module, place = module.base_layer(), f"{place}{_BASE}."
         elif path in _originals(model):
+            trained = state_dict(get_submodule(model, path))
+            for name, tensor in state_dict(module).items():
+                if tensor.shape != trained[name].shape:
+                    raise ValueError(
+                        f"{path}.{name}, of modules_to_save, is {list(trained[name].shape)} where it is trained and "
+                        f"{list(tensor.shape)} in the base model; call model.resize_token_embeddings before inject"
+                    )
             place = f"{place}{_ORIGINAL}."
         tensors |= {place + name: tensor for name, tensor in state_dict(module).items()}
     return tensors
 
 
-def _is_resized(model: nn.Module) -> bool:
-    """Whether the vocabulary has another size than the config that the model was loaded from has; a warning where that
-    can't be read any more."""
+def _has_own_embeddings(model: nn.Module) -> bool:
+    """Whether the embeddings are others than the base model's: a file has changed them, or the vocabulary has another
+    size than the config that the model was loaded from has; a warning where that can't be read any more."""
+    if getattr(model, _CHANGED, False):
+        return True
     config = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", None)
     size = _vocab_size(config)
@@ -76,8 +92,14 @@ def _is_resized(model: nn.Module) -> bool:
 
 
 def _vocab_size(config: object) -> int | None:
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text_config, "vocab_size", None)
+    """None where the config has none, or several that it can't tell apart."""
+    for decoder in (None, True) if hasattr(config, "get_text_config") else ():
+        try:
+            return getattr(config.get_text_config(decoder=decoder), "vocab_size", None)
+        except ValueError:
+            # MusicGen has a text encoder too.
+            continue
+    return None
 
 
 def take_embeddings(
@@ -99,7 +121,7 @@ def take_embeddings(
     everything = state_dict(model) if tensors.keys() - expected.keys() else {}
     kept, found = {}, {}
     for key, tensor in tensors.items():
-        name = re.sub(rf"\.({_BASE}|{_ORIGINAL}|modules_to_save)(?=\.\w+$)", "", key.removeprefix(prefix))
+        name = re.sub(rf"\.({_BASE}|{_ORIGINAL}|{_COPY})(?=\.\w+$)", "", key.removeprefix(prefix))
         if name in own and tensor.ndim == 2 and own[name].shape[1:] == tensor.shape[1:]:
             rows, mine = len(tensor), len(own[name])
             if rows != mine:
@@ -109,9 +131,10 @@ def take_embeddings(
                     "use the directory as the base model"
                 )
         base = own.get(name, everything.get(name))
-        if key in expected or base is None or base.shape != tensor.shape:
+        is_copy = f".{_COPY}." in key
+        if key in expected or base is None or base.shape != tensor.shape or (is_copy and prefix + name not in tensors):
             kept[key] = tensor
-        elif ".modules_to_save." in key or torch.equal(base.cpu(), tensor.to(base.dtype)):
+        elif is_copy or _agree(whole(base).cpu(), tensor):
             # PEFT writes the trained copy a second time.
             continue
         elif name not in own or (key == prefix + name and name.rpartition(".")[0] in trained):
@@ -123,8 +146,24 @@ def take_embeddings(
     return kept, found
 
 
+def _agree(base: Tensor, tensor: Tensor) -> bool:
+    """Whether the two are equal, but for what either dtype rounds away."""
+    return torch.equal(base.to(tensor.dtype), tensor) or torch.equal(base, tensor.to(base.dtype))
+
+
 def load_embeddings(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Gives the base model's embeddings the values that `take_embeddings` found."""
-    for path, module in _embeddings(model).items() if values else ():
-        own = {name.removeprefix(f"{path}."): v for name, v in values.items() if name.startswith(f"{path}.")}
-        module.load_state_dict(own, strict=False)
+    """Gives the base model's embeddings the values that `take_embeddings` found, with a warning."""
+    if not values:
+        return
+    warnings.warn(
+        f"the adapter's file has other embeddings than the base model: {', '.join(values)}. The base model now has "
+        "those of the file, with the adapters disabled too, and save_adapter writes them again",
+        stacklevel=4,
+    )
+    setattr(model, _CHANGED, True)
+    for path, module in _embeddings(model).items():
+        targets = {name: target for name, target in state_dict(module).items() if f"{path}.{name}" in values}
+        # Not fill: DoRA's norms follow load_state_dict.
+        module.load_state_dict(
+            {name: spread(values[f"{path}.{name}"], target) for name, target in targets.items()}, strict=False
+        )
