@@ -504,7 +504,7 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: floa
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     g = widened(dy) * (offset + widened(weight))
     dx = r * (g - wide * r * (g * wide * r).mean(-1, keepdim=True))
-    dweight = (widened(dy) * wide * r).flatten(0, -2).sum(0)
+    dweight = (widened(dy) * wide * r).reshape(-1, x.shape[-1]).sum(0)
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
@@ -515,6 +515,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (wide * widened(cos).unsqueeze(1) + turned * widened(sin).unsqueeze(1)).to(x.dtype)
+
+
+def rotary_bwd(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """dx of `rotary`: dy ∘ cos - [-s₂, s₁] with the halves s₁ and s₂ of dy ∘ sin."""
+    return rotary(dy, cos, -sin.roll(sin.shape[-1] // 2, dims=-1))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -544,9 +549,10 @@ def cross_entropy_bwd(logits: Tensor, target: Tensor, scale: float = 1.0) -> Ten
 
 def _causal_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale · q kᵀ [B, H, T, T], -∞ for the keys after a row's own, with a key head for each query head."""
-    T = q.shape[2]
-    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    return (scale * q @ k.transpose(-2, -1)).masked_fill(later, -math.inf)
+    scores = scale * q @ k.transpose(-2, -1)
+    # Made from the scores, so that it is a DTensor where they are.
+    later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, -math.inf)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -569,6 +575,7 @@ def causal_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: f
     p = _causal_scores(wide_q, wide_k, scale).softmax(-1)
     ds = p * (d @ wide_v.transpose(-2, -1) - (d * (p @ wide_v)).sum(-1, keepdim=True))
     dk, dv = (
-        t.unflatten(1, (KV, group)).sum(2) for t in (scale * ds.transpose(-2, -1) @ wide_q, p.transpose(-2, -1) @ d)
+        t.reshape(t.shape[0], KV, group, *t.shape[2:]).sum(2)
+        for t in (scale * ds.transpose(-2, -1) @ wide_q, p.transpose(-2, -1) @ d)
     )
     return (scale * ds @ wide_k).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

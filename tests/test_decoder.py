@@ -90,6 +90,15 @@ def test_rotary(isa, dtype: torch.dtype, B: int, H: int, T: int, D: int, project
         assert torch.equal(decoder.rotary(x, cos, sin), y)
 
 
+@pytest.mark.parametrize(("cos_rows", "sin_rows"), [(2, 1), (1, 2)])
+def test_rotary_where_one_of_the_angles_is_the_same_for_all(cos_rows: int, sin_rows: int) -> None:
+    x, dy = tensors(2, (2, 3, 4, 8), torch.float32)
+    cos, sin = (tensors(1, (rows, 4, 8), torch.float32)[0] for rows in (cos_rows, sin_rows))
+    y = decoder.rotary(x.requires_grad_(), cos, sin)
+    y.backward(dy)
+    check([y.detach(), x.grad], lambda x: reference.rotary(x, cos.to(x.dtype), sin.to(x.dtype)), [x, dy])
+
+
 def cross_entropy(logits: Tensor, target: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """The kernel's loss of each row and its gradient, which is written over a copy of the logits, and there only."""
     losses = []

@@ -7,7 +7,18 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn import functional as F
 
-from lora_kernels import FusedLoRALinear, LoRAConfig, NF4Linear, fuse_decoder, inject, lora_linear, lora_linear_group
+from lora_kernels import (
+    FusedLoRALinear,
+    LoRAConfig,
+    NF4Linear,
+    cpu,
+    fuse_decoder,
+    inject,
+    lora_linear,
+    lora_linear_group,
+)
+from lora_kernels.ops.attention import causal_attention
+from lora_kernels.ops.decoder import rms_norm, rotary, swiglu
 from lora_kernels.reference import Projection
 
 M, K, N, R = 3, 6, 5, 2
@@ -143,6 +154,30 @@ def test_batches_of_gradients(choice, dtype):
     y, eye = layer(inputs[0]), torch.eye(M * N, dtype=dtype).view(-1, M, N)
     found = torch.autograd.grad(y, inputs, eye, is_grads_batched=True, retain_graph=True)
     single = zip(*(torch.autograd.grad(y, inputs, row, retain_graph=True) for row in eye), strict=True)
+    for batch, rows in zip(found, single, strict=True):
+        torch.testing.assert_close(batch, torch.stack(rows))
+
+
+@pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+@pytest.mark.parametrize(
+    ("op", "shapes", "trained"),
+    [
+        (lambda x, weight: rms_norm(x, weight, 1e-6, 1.0), [(M, K), (K,)], 2),
+        (swiglu, [(M, K), (M, K)], 2),
+        (rotary, [(2, 3, 4, K), (2, 4, K), (1, 4, K)], 1),
+        (causal_attention, [(1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)], 3),
+    ],
+    ids=["rms_norm", "swiglu", "rotary", "causal_attention"],
+)
+def test_batches_of_gradients_of_a_decoders_ops(op, shapes, trained):
+    """Against one at a time, which the kernels compute."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    leaves = [t.requires_grad_() for t in inputs[:trained]]
+    y = op(*inputs)
+    douts = torch.randn(5, *y.shape, generator=generator)
+    found = torch.autograd.grad(y, leaves, douts, is_grads_batched=True, retain_graph=True)
+    single = zip(*(torch.autograd.grad(y, leaves, dout, retain_graph=True) for dout in douts), strict=True)
     for batch, rows in zip(found, single, strict=True):
         torch.testing.assert_close(batch, torch.stack(rows))
 

@@ -23,8 +23,9 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        backends.check_memory(do=dout)
         q, k, v, o, lse = ctx.saved_tensors
+        if not backends.direct(do=dout, q=q):
+            return *reference.causal_attention_bwd(dout, q, k, v, ctx.scale), None
         grads = cpu_decoder.attention_bwd(with_rows(dout), q, k, v, o, lse, ctx.scale)
         return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
 

@@ -111,7 +111,7 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         y, rstd = cpu_decoder.rms_norm_fwd(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.offset = offset
+        ctx.settings = eps, offset
         # Also where y has no gradient: an adapter after it keeps y for its own.
         recipe = _Recipe(y, lambda x, weight: cpu_decoder.rms_norm_fwd(x, weight, eps, offset)[0], x, weight)
         ctx.recipe = weakref.ref(recipe)
@@ -120,10 +120,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        backends.check_memory(dy=dy)
         x, weight, rstd = ctx.saved_tensors
         _forget(ctx.recipe)
-        dx = cpu_decoder.rms_norm_bwd(dy.contiguous(), x, rstd, weight, ctx.offset) if ctx.needs_input_grad[0] else None
+        eps, offset = ctx.settings
+        if not backends.direct(dy=dy, x=x):
+            return *reference.rms_norm_bwd(dy, x, weight, eps, offset), None, None
+        dx = cpu_decoder.rms_norm_bwd(dy.contiguous(), x, rstd, weight, offset) if ctx.needs_input_grad[0] else None
         dweight = None
         if ctx.needs_input_grad[1]:
             terms = dy.float() * x.float() * rstd.unsqueeze(-1)
@@ -165,9 +167,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        backends.check_memory(dy=dy)
         gate, up = ctx.saved_tensors
         _forget(ctx.recipe)
+        if not backends.direct(dy=dy, gate=gate):
+            return reference.swiglu_bwd(dy, gate, up)
         dgate, dup = cpu_decoder.swiglu_bwd(dy.contiguous(), gate, up)
         return tuple(grad if need else None for grad, need in zip((dgate, dup), ctx.needs_input_grad, strict=True))
 
@@ -203,8 +206,10 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        backends.check_memory(dy=dy)
-        return cpu_decoder.rotary(with_rows(dy), *ctx.saved_tensors, transposed=True), None, None
+        cos, sin = ctx.saved_tensors
+        if not backends.direct(dy=dy, cos=cos):
+            return reference.rotary_bwd(dy, cos, sin), None, None
+        return cpu_decoder.rotary(with_rows(dy), cos, sin, transposed=True), None, None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -230,6 +235,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         _check(x, angle)
     if not direct:
         return reference.rotary(x, cos, sin)
+    if cos.shape != sin.shape:
+        # The kernel finds a row of both at one place.
+        cos, sin = torch.broadcast_tensors(cos, sin)
     x, cos, sin = with_rows(x), cos.contiguous(), sin.contiguous()
     return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else cpu_decoder.rotary(x, cos, sin)
 
