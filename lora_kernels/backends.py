@@ -141,18 +141,22 @@ def kind_of(t: Tensor) -> str:
     """What t is, in words."""
     if t.is_nested:
         return "a nested tensor"
+    if t.is_quantized:
+        return f"a quantised tensor, {t.dtype}"
     if t.layout is not _STRIDED:
         return f"a tensor of layout {t.layout}"
     return f"a {type(t).__name__}" + (" inside a transform" if _transforms_ops() or _is_batched(t) else "")
 
 
 def check_dense(**tensors: Tensor | None) -> None:
-    """TypeError naming the argument that is sparse, nested or of another layout without strides, or that is a DTensor
-    where another one is none."""
+    """TypeError naming the argument that is sparse, nested, quantised or of another layout without strides, or that is
+    a DTensor where another one is none; ValueError naming the one whose memory has been freed."""
     given = {name: t for name, t in tensors.items() if t is not None}
     for name, t in given.items():
-        if t.layout is not _STRIDED or t.is_nested:
+        if t.layout is not _STRIDED or t.is_nested or t.is_quantized:
             raise TypeError(f"{name} is {kind_of(t)}; allowed: dense tensors, torch.strided")
+        if not t.is_meta:
+            _check_values(name, t)
     spread = [name for name, t in given.items() if is_sharded(t)]
     if spread and len(spread) < len(given):
         other = next(name for name in given if name not in spread)
@@ -168,10 +172,18 @@ def direct(**tensors: Tensor | None) -> bool:
 
 
 def check_memory(**tensors: Tensor | None) -> None:
-    """TypeError naming the argument that `by_formula` is about, for an op that has no formula."""
+    """For what has no formula and needs the values: TypeError naming the argument that `by_formula` is about,
+    ValueError naming the one that has elements, but no memory (on meta, or freed)."""
     for name, t in tensors.items():
         if t is not None and by_formula(t):
             raise TypeError(f"{name} is {kind_of(t)}; allowed: dense tensors in memory, outside of transforms")
+        if t is not None:
+            _check_values(name, t)
+
+
+def _check_values(name: str, t: Tensor) -> None:
+    if unwatched(t) and t.numel() and not t.data_ptr():
+        raise ValueError(f"{name}, {list(t.shape)} on {t.device}, has no memory; allowed: tensors with values")
 
 
 def in_autocast(device_type: str) -> bool:

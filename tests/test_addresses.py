@@ -1,18 +1,23 @@
-"""The functions that hand tensors to kernels, with every kind of tensor that is not what lies at an address in memory.
+"""Every public function that takes tensors, with every kind of tensor that is not what lies at an address in memory.
 
 Each gives what torch's own operations give, or an error of ours that says what is allowed. In a process of its own,
 since what is tested against is a segmentation fault.
 """
 
+import importlib
+import inspect
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -20,16 +25,26 @@ from torch.testing._internal.two_tensor import TwoTensor
 import lora_kernels
 from lora_kernels import (
     FusedLoRALinear,
+    LoRAConfig,
     LoRAPlusAdamW,
     NF4Linear,
+    NF4Weight,
     cpu,
+    inject,
+    load_adapter,
     lora_linear,
     lora_linear_group,
+    merge,
+    ops,
     quantize_nf4,
     reference,
+    save_adapter,
 )
+from lora_kernels.ops.attention import causal_attention
 from lora_kernels.ops.decoder import rms_norm, rotary, swiglu
-from lora_kernels.reference import Projection
+from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.reference import NF4, Projection
+from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 
 K, N, R = 64, 32, 2
 # Refused everywhere: torch's own products take some of them in some places only.
@@ -81,11 +96,62 @@ def _draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _layer(t):
-    layer = FusedLoRALinear(K, N, R, 4, bias=False)
-    for name in ("weight", "lora_a", "lora_b"):
+def _layer(t, **settings):
+    torch.manual_seed(0)
+    layer = FusedLoRALinear(K, N, R, 4, bias=False, **settings)
+    for name in t.keys() - {"x"}:
         layer._parameters[name] = t[name]
     return layer(t["x"])
+
+
+def _dora(t):
+    torch.manual_seed(0)
+    layer = FusedLoRALinear(K, N, R, 4, bias=False, use_dora=True)
+    weight = layer.weight + 2 * t["lora_b"] @ t["lora_a"]
+    return t["x"] @ (weight / weight.norm(dim=1, keepdim=True).detach() * layer.lora_magnitude.detach()[:, None]).T
+
+
+def _parameter(t):
+    try:
+        return nn.Parameter(t)
+    except RuntimeError as error:
+        raise ValueError(f"{error}, says torch itself; allowed: what it takes") from error
+
+
+def _model(t):
+    """A model of one adapted layer, with the tensors that there are."""
+    linear = nn.Linear(K, N, bias=False)
+    if "weight" in t:
+        linear.weight = _parameter(t["weight"])
+    model = inject(nn.Sequential(linear), LoRAConfig(r=R, lora_alpha=4, target_modules=["0"]))
+    for name in ("lora_a", "lora_b"):
+        if name in t:
+            setattr(model[0], name, _parameter(t[name]))
+    return model
+
+
+def _saved(t):
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapter(_model(t), directory)
+        saved = load_file(Path(directory, "adapter_model.safetensors"))
+    return saved["base_model.model.0.lora_B.weight"] @ saved["base_model.model.0.lora_A.weight"]
+
+
+def _loaded(t):
+    model = _model(t)
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapter(_model({"lora_a": _ONES[:R, :K], "lora_b": _ONES[:N, :R]}), directory)
+        load_adapter(model, directory)
+    return model[0].lora_a.detach()
+
+
+def _nf4_weight(t):
+    return NF4Weight(NF4(t["packed"], t["absmax"], None, None, 64, (N, K)), torch.float32).dequantize()
+
+
+def _logprobs(t):
+    logits = t["hidden"] @ t["lm_head_weight"].T + t["bias"]
+    return logits.log_softmax(1).gather(1, t["labels"][:, None]).squeeze(1)
 
 
 def _adapted(t):
@@ -106,8 +172,8 @@ def _dense_nf4(t):
 
 
 def _stepped(t):
+    parameter = _parameter(t["parameter"])
     try:
-        parameter = nn.Parameter(t["parameter"])
         parameter.grad = t["grad"]
     except RuntimeError as error:
         raise ValueError(f"{error}, says torch itself; allowed: what it takes") from error
@@ -121,8 +187,10 @@ def _adamw(t):
 
 
 _NF4 = quantize_nf4(_draw(N, K))
+_ONES = torch.ones(K, K)
+_HEAD = {"hidden": (3, K), "lm_head_weight": (N, K), "bias": (N,), "labels": torch.tensor([0, 5, N - 1])}
 _ADAPTER = {"x": (3, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R)}
-# function, its formula, the shapes of its tensors
+# function, its formula, its tensors or their shapes
 FUNCTIONS = {
     "lora_linear": (lambda t: lora_linear(**t, scaling=2.0), _adapted, _ADAPTER),
     "lora_linear of one row": (lambda t: lora_linear(**t, scaling=2.0), _adapted, {**_ADAPTER, "x": (1, K)}),
@@ -133,6 +201,25 @@ FUNCTIONS = {
         _ADAPTER,
     ),
     "FusedLoRALinear": (_layer, _adapted, _ADAPTER),
+    "FusedLoRALinear of DoRA": (
+        lambda t: _layer(t, use_dora=True),
+        _dora,
+        {name: s for name, s in _ADAPTER.items() if name != "weight"},
+    ),
+    "inject": (lambda t: _model(t)(t["x"]), lambda t: t["x"] @ t["weight"].T, {"x": (3, K), "weight": (N, K)}),
+    "merge": (
+        lambda t: merge(_model(t))[0].weight,
+        lambda t: t["weight"] + 2 * t["lora_b"] @ t["lora_a"],
+        {name: s for name, s in _ADAPTER.items() if name != "x"},
+    ),
+    "save_adapter": (_saved, lambda t: t["lora_b"] @ t["lora_a"], {"lora_a": (R, K), "lora_b": (N, R)}),
+    "load_adapter": (_loaded, lambda t: _ONES[:R, :K], {"lora_a": (R, K), "lora_b": (N, R)}),
+    "NF4Weight": (_nf4_weight, lambda t: _nf4_weight(t).clone(), {"packed": _NF4.packed, "absmax": _NF4.absmax}),
+    "frozen_linear": (
+        lambda t: frozen_linear(**t),
+        lambda t: t["x"] @ t["weight"].T + t["bias"],
+        {"x": (3, K), "weight": (N, K), "bias": (N,)},
+    ),
     "NF4Linear": (lambda t: NF4Linear(_NF4)(t["x"]), lambda t: t["x"] @ _NF4.dequantize().T, {"x": (3, K)}),
     "quantize_nf4": (_quantised, lambda t: quantize_nf4(t["weight"].clone()).dequantize(), {"weight": (N, K)}),
     "rms_norm": (
@@ -146,7 +233,46 @@ FUNCTIONS = {
         lambda t: reference.rotary(**t),
         {"x": (1, 4, 5, 8), "cos": (1, 5, 8), "sin": (1, 5, 8)},
     ),
+    "causal_attention": (
+        lambda t: causal_attention(**t),
+        lambda t: nn.functional.scaled_dot_product_attention(*t.values(), is_causal=True, enable_gqa=True),
+        {"q": (1, 4, 5, 8), "k": (1, 2, 5, 8), "v": (1, 2, 5, 8)},
+    ),
+    "chunked_cross_entropy": (lambda t: chunked_cross_entropy(**t)[0], lambda t: -_logprobs(t).sum(), _HEAD),
+    "chunked_logprobs": (lambda t: chunked_logprobs(**t), _logprobs, _HEAD),
     "LoRAPlusAdamW": (_stepped, _adamw, {"parameter": (4, 4), "grad": (4, 4)}),
+}
+# Words of our errors.
+OURS = (
+    "allowed",
+    "expected",
+    "must",
+    "no memory",
+    "Adapters go on",
+    "inject or load adapters first",
+    "is distributed",
+    "doesn't fit the model",
+)
+# Those that need the values, so that they refuse tensors that have none.
+NEED_VALUES = ("merge", "load_adapter", "save_adapter", "quantize_nf4", "chunked_cross_entropy", "chunked_logprobs")
+_LOSSES = "lora_kernels.train.losses"
+ASKS_ONLY = "looks at what a tensor is, not at its values"
+SETTINGS = "settings, without tensors"
+# What is public and isn't tried, and why.
+LEFT_OUT = {
+    **dict.fromkeys(("AdaLoRAConfig", "FullConfig", "LoRAConfig", "PrefixConfig", "PromptConfig", "INITS"), SETTINGS),
+    **dict.fromkeys(("available", "use_backend"), "names of backends"),
+    **dict.fromkeys(("is_fused", "takes_rotary", "is_plain_on_cpu", "few_rows_projection", "version_of"), ASKS_ONLY),
+    **dict.fromkeys(("adapters_disabled", "add_adapter", "use_adapter"), "put other modules into the model's places"),
+    "Projection": "a tuple, which lora_linear_group takes",
+    "trainable_summary": "counts elements",
+    "loraplus_groups": "sorts parameters by their names",
+    "fuse_decoder": "puts modules into a decoder that call rms_norm, swiglu, rotary, causal_attention and lora_linear",
+    "recomputing": "a context without tensors",
+    "with_rows": "one operation of torch",
+    "frozen_linear_dx": "takes what chunked_cross_entropy, which is tried, has checked and computed",
+    **dict.fromkeys(("to_bitsandbytes", "from_bitsandbytes"), "rename tensors of files, in torch's operations"),
+    "load_packed": "renames an entry of a state dict",
 }
 
 
@@ -162,40 +288,61 @@ def _made(tensors, kind, changed):
         return None
 
 
-def _problem(function, made, expected, kind):
+def _results(function, tensors):
+    """What the function gives, and the gradients of its sum, where they are on."""
+    if torch.is_grad_enabled():
+        for t in tensors.values():
+            if t.dtype == torch.float32 and t.layout == torch.strided:
+                t.requires_grad_()
+    found = function(tensors)
+    if not found.requires_grad:
+        return found.detach(), {}
+    found.sum().backward()
+    return found.detach(), {name: t.grad for name, t in tensors.items() if t.is_leaf and t.grad is not None}
+
+
+def _problem(name, made, expected, gradients, kind):
     """What went wrong; None where nothing did."""
     try:
-        found = function(made)
+        found, found_gradients = _results(FUNCTIONS[name][0], made)
     except (TypeError, ValueError) as error:
-        ours = any(word in str(error) for word in ("allowed", "expected", "must be", "no memory"))
+        ours = any(word in str(error) for word in OURS)
         return None if ours else f"{type(error).__name__} of somebody else's: {error}"
     except Exception as error:
         # torch itself says so.
-        escaped = kind == "escaped from vmap" and "may have escaped" in str(error)
+        escaped = kind == "escaped from vmap" and ("have escaped" in str(error) or "have storage" in str(error))
         return None if escaped else f"{type(error).__name__}: {error}"
-    if kind in UNREADABLE:
+    if kind in UNREADABLE or kind in ("fake", "meta") and name in NEED_VALUES:
         return "was taken"
-    if kind in ("fake", "meta"):
-        return None if found.shape == expected.shape else f"shape {found.shape}"
-    found = _plain(found)
-    return None if torch.allclose(found, expected, rtol=1e-4, atol=1e-4) else f"{found} instead of {expected}"
+    pairs = [(found, expected), *((grad, gradients[key]) for key, grad in found_gradients.items() if key in gradients)]
+    for one, other in pairs:
+        if kind in ("fake", "meta"):
+            if one.shape != other.shape:
+                return f"shape {one.shape}"
+        elif not torch.allclose(_plain(one), other, rtol=1e-4, atol=1e-4):
+            return f"{one} instead of {other}"
+    return None
 
 
 def _sweep(name):
-    function, formula, shapes = FUNCTIONS[name]
-    tensors = {key: _draw(*shape, seed=index) for index, (key, shape) in enumerate(shapes.items())}
+    _, formula, given = FUNCTIONS[name]
+    tensors = {
+        key: value.clone() if isinstance(value, torch.Tensor) else _draw(*value, seed=index)
+        for index, (key, value) in enumerate(given.items())
+    }
     failures, taken = [], 0
     for kind in KINDS:
-        for changed in (*([key] for key in shapes), list(shapes)):
+        for changed in (*([key] for key in given), list(given)):
             zeros = changed if kind == "zero tensor" else ()
-            expected = formula({key: torch.zeros_like(t) if key in zeros else t for key, t in tensors.items()})
-            for gradients in (False, True):
+            for with_gradients in (False, True):
                 if (made := _made(tensors, kind, changed)) is None:
                     continue
-                case = f"{name}, {kind} {', '.join(changed)}, gradients {gradients}"
+                case = f"{name}, {kind} {', '.join(changed)}, gradients {with_gradients}"
                 print(case, flush=True)
-                with torch.set_grad_enabled(gradients):
-                    problem = _problem(function, made, expected, kind)
+                with torch.set_grad_enabled(with_gradients):
+                    plain = {key: torch.zeros_like(t) if key in zeros else t.clone() for key, t in tensors.items()}
+                    expected, gradients = _results(formula, plain)
+                    problem = _problem(name, made, expected, gradients, kind)
                 taken += 1
                 if problem is not None:
                     failures.append(f"{case}: {problem}"[:400])
@@ -206,16 +353,27 @@ def _sweep(name):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    problems = _sweep(sys.argv[1])
+    problems = [problem for name in sys.argv[1:] for problem in _sweep(name)]
     print("\n".join(["", *problems]))
     sys.exit(len(problems) > 0)
 
 
 @pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_no_kernel_reads_an_address_that_is_none(name):
+def test_no_kernel_reads_an_address_that_is_none():
     root = Path(lora_kernels.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), os.environ.get("PYTHONPATH", "")))}
-    command = [sys.executable, __file__, name]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, f"{run.stdout[-3000:]}{run.stderr[-2000:]}"
+    command = [sys.executable, __file__, *FUNCTIONS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert run.returncode == 0, f"{run.stdout[-6000:]}{run.stderr[-2000:]}"
+
+
+def test_every_public_function_is_tried():
+    public = {*lora_kernels.__all__, *lora_kernels.nn.__all__, *lora_kernels.optim.__all__}
+    for place in (*(f"{ops.__name__}.{info.name}" for info in pkgutil.iter_modules(ops.__path__)), _LOSSES):
+        for name, value in vars(importlib.import_module(place)).items():
+            is_own = inspect.isroutine(value) or inspect.isclass(value)
+            if is_own and value.__module__ == place and not name.startswith("_"):
+                public.add(name)
+    tried = {name.split(" of ")[0] for name in FUNCTIONS}
+    assert public == tried | LEFT_OUT.keys()
+    assert not tried & LEFT_OUT.keys()

@@ -358,3 +358,24 @@ def test_training_equals_pefts(kind, tmp_path):
         adapters.append(logits(model))
     assert losses[:5] == pytest.approx(losses[5:], rel=1e-4) and losses[4] < losses[0]
     torch.testing.assert_close(*adapters, rtol=1e-3, atol=1e-3)
+
+
+def test_loading_forgets_norms_whose_change_torch_does_not_count(monkeypatch, tmp_path):
+    """fully_shard gathers what was loaded into the same tensor, at the same version."""
+    first, second = (inject(nn.Sequential(make_linear()), LoRAConfig(r=2, use_dora=True)) for _ in range(2))
+    for model in (first, second):
+        perturb(model[0])
+    x = torch.randn(3, 64)
+    save_adapter(second, tmp_path)
+
+    def uncounted(target, source):
+        with torch.autograd._unsafe_preserve_version_counter(target):
+            target.copy_(source)
+
+    monkeypatch.setattr("lora_kernels.io.peft.fill", uncounted)
+    with torch.no_grad():
+        first(x)
+        load_adapter(first, tmp_path)
+        loaded = first(x)
+        first[0]._eval_norms = None
+        torch.testing.assert_close(loaded, first(x), rtol=0, atol=0)

@@ -7,6 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import lora_kernels
+from lora_kernels import AdaLoRAConfig, FullConfig, PrefixConfig, PromptConfig
 from lora_kernels.methods.lora import (
     LoRAConfig,
     adapters_disabled,
@@ -277,3 +279,21 @@ def test_summary_counts_tied_weights_once():
     adapters = 2 * (4 * (32 + 32) + 4 * (32 + 16))
     assert (summary.trainable, summary.total, summary.adapted_modules) == (adapters, total + adapters, 4)
     assert f"{adapters:,} of" in str(summary) and "4 modules" in str(summary)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(r=2),
+        AdaLoRAConfig(init_r=4, target_r=2),
+        FullConfig(),
+        PrefixConfig(num_virtual_tokens=2),
+        PromptConfig(num_virtual_tokens=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_what_has_no_values_is_not_saved(config, tmp_path):
+    model = lora_kernels.inject(tiny_model("llama"), config).to("meta")
+    with pytest.raises(ValueError, match="on meta, has no memory"):
+        lora_kernels.save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.rglob("*.*"))

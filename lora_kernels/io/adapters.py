@@ -16,7 +16,7 @@ from lora_kernels.io import peft, peft_adalora, peft_prompt
 from lora_kernels.io.files import replacing_files
 from lora_kernels.methods import adalora, adapter_config, full, lora, prefix, prompt
 from lora_kernels.nn.wrappers import bare, state_dict
-from lora_kernels.sharded import fill, whole
+from lora_kernels.sharded import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool =
 
     as_lora: write an AdaLoRA adapter as plain LoRA, with the rank of each module, for whatever reads LoRA only.
 
-    Raises ValueError if nothing was injected, or nothing that as_lora could be written as LoRA.
+    Raises ValueError if nothing was injected, nothing that as_lora could be written as LoRA, or a tensor has no memory
+    (meta); TypeError for one that isn't what lies in its memory.
     """
     model = bare(model)
     config = adapter_config(model)
@@ -99,9 +100,10 @@ def is_model_directory(directory: Path) -> bool:
 
 
 def _save_model(model: PreTrainedModel, directory: Path) -> None:
+    tensors = {name: peft.to_write(name, t) for name, t in state_dict(model).items()}
     # The config goes last: a directory that has one for the first time is complete.
     with replacing_files(directory, last=_MODEL_CONFIG) as staged:
-        model.save_pretrained(staged, state_dict={name: whole(t) for name, t in state_dict(model).items()})
+        model.save_pretrained(staged, state_dict=tensors)
 
 
 def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> None:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_kernels.backends import check_memory
 from lora_kernels.io.files import replacing
 from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
 from lora_kernels.methods import adapter_config
@@ -41,7 +42,7 @@ from lora_kernels.methods.named import add_adapter, use_adapter
 from lora_kernels.methods.ties import settle, tied_copies
 from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
 from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, state_dict, unwrapped
-from lora_kernels.sharded import fill, whole
+from lora_kernels.sharded import fill, local, whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -113,10 +114,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     write_files(Path(directory), peft_config(model, config), detached(model, tensors))
 
 
+def to_write(name: str, tensor: Tensor) -> Tensor:
+    """All of the tensor, as `whole` gathers it. Raises as `check_memory`, with the name."""
+    tensor = whole(tensor.detach())
+    check_memory(**{name: tensor})
+    return tensor
+
+
 def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies as they are written: on the CPU, adapters of 16 bits as float32.
 
-    RuntimeError inside adapters_disabled.
+    RuntimeError inside adapters_disabled. Raises as `to_write`.
     """
     for name, original in model.lora_originals.items():
         if get_submodule(model, name) is original:
@@ -124,7 +132,7 @@ def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     saved = {}
     for key, tensor in tensors.items():
         is_adapter = key.removesuffix(".weight").endswith((".lora_A", ".lora_B", ".lora_E", _MAGNITUDE))
-        tensor = whole(tensor.detach())
+        tensor = to_write(key, tensor)
         wide = tensor.float() if is_adapter and tensor.itemsize < 4 else tensor
         saved[key] = wide.to("cpu", copy=True).contiguous()
     return saved
@@ -293,7 +301,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     injected = getattr(model, "adapter_config", None) is not None
     if injected:
         _check_same_adapters(model, config)
-        expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
+        targets = _adapter_tensors(model)
+        check_memory(**{key: local(target).detach() for key, target in targets.items()})
+        expected = {key: target.shape for key, target in targets.items()}
     else:
         expected = _expected_shapes(model, config)
     found = take_embeddings(model, tensors, expected, directory / WEIGHTS_NAME, PREFIX, config.modules_to_save)
@@ -308,6 +318,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
             fill(target, tensors[key])
+    for _, layer in lora_modules(model):
+        layer.adapter_was_set()
     if not injected:
         settle(model)
     for parameter in _adapter_parameters(model):

@@ -21,13 +21,14 @@ from lora_kernels.io.peft import (
     read_config,
     read_tensors,
     task_type,
+    to_write,
     write_files,
 )
 from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
 from lora_kernels.methods import adapter_config, prefix, prompt
 from lora_kernels.methods.prefix import PrefixConfig, PrefixKeyValues
 from lora_kernels.methods.virtual_tokens import decoder_of
-from lora_kernels.sharded import fill, whole
+from lora_kernels.sharded import fill
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 _TENSOR = "prompt_embeddings"
@@ -65,7 +66,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         }
     with torch.no_grad():
         saved = {_TENSOR: tokens.saved().float(), **saved_embeddings(model, _MODEL)}
-        saved = {key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
+        saved = {key: to_write(key, tensor).to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
     write_files(Path(directory), config, saved)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_kernels.backends import check_dense
 from lora_kernels.ops.lora_linear import frozen_linear
 from lora_kernels.ops.nf4 import NF4Weight
 
@@ -35,6 +36,10 @@ def row_norms(weight: Tensor | NF4Weight, squares: Tensor, lora_a: Tensor, lora_
     least √(eps · (‖W‖² + ‖s B A‖²)), and never 0.
     """
     dtype = norm_dtype(weight)
+    check_dense(weight=None if isinstance(weight, NF4Weight) else weight, lora_a=lora_a, lora_b=lora_b)
+    for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if t.device != weight.device:
+            raise ValueError(f"{name} is on {t.device}, weight on {weight.device}; both must be on the same device")
     with torch.autocast(weight.device.type, enabled=False):
         lora_a, lora_b = lora_a.to(dtype), scaling * lora_b.to(dtype)
         cross = (_product(weight, lora_a) * lora_b).sum(1)

@@ -93,6 +93,8 @@ def foreign_weight(module: nn.Module) -> str | None:
     if isinstance(weight, Tensor):
         if is_lazy(weight):
             return None
+        if weight.is_nested:
+            return f"the weight of this {kind} is a nested tensor"
         # A subclass of Parameter with the values of its base, in a layer that reads them as torch's does, is plain.
         own_kind = type(weight).__torch_dispatch__ if type(module) is nn.Linear else type(weight)
         plain = own_kind in (Tensor.__torch_dispatch__, Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
@@ -395,6 +397,10 @@ class FusedLoRALinear(nn.Module):
         self._weight_squares = whole(row_squares(self._base()))
         self._eval_norms: tuple[tuple, Tensor] | None = None
 
+    def adapter_was_set(self) -> None:
+        """Forget DoRA's norms. They are told by versions, which don't count what fully_shard gathers."""
+        self._eval_norms = None
+
     def _norms(self) -> Tensor:
         """‖W + scaling · lora_b · lora_a‖ of each row, a constant to autograd.
 
@@ -528,6 +534,8 @@ class FusedLoRALinear(nn.Module):
                 "the layer is distributed (its parameters are DTensors), and what distributed it would not know a "
                 "merged weight; save the adapter, and merge a model that has loaded it in one process"
             )
+        weight = self.weight.packed if isinstance(self.weight, NF4Weight) else self.weight.detach()
+        backends.check_memory(weight=weight, lora_a=self.lora_a.detach(), lora_b=self.lora_b.detach())
         _, merged = self.merged_float()
         merged = (merged.t().contiguous() if self.fan_in_fan_out else merged).to(self.weight.dtype)
         if not torch.isfinite(merged).all():
@@ -542,7 +550,7 @@ class FusedLoRALinear(nn.Module):
         (tied embeddings) keep it. The price is a second weight in memory while merged. Rounding to bfloat16 or
         float16 loses the part of the update below W's last bit, so train and evaluate unmerged.
 
-        Raises RuntimeError if already merged, ValueError if the result is not finite.
+        Raises RuntimeError if already merged, ValueError if the result is not finite or a tensor has no memory (meta).
         """
         if self.merged:
             raise RuntimeError("the adapter is already merged")
@@ -562,7 +570,8 @@ class FusedLoRALinear(nn.Module):
     def to_linear(self) -> nn.Module:
         """A plain layer of the original kind (nn.Linear or Conv1D) with the merged weight; self is unchanged.
 
-        Its weight is new and frozen, its bias is this layer's. Raises ValueError if the merged weight is not finite.
+        Its weight is new and frozen, its bias is this layer's. Raises ValueError if the merged weight is not finite or
+        a tensor has no memory (meta).
         """
         return self._plain_layer(nn.Parameter(self.merged_weight(), requires_grad=False))
 

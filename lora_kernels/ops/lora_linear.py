@@ -485,12 +485,12 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     """
     dense = not isinstance(weight, NF4Weight)
     past_the_op = _past_the_op(x, weight, bias)
-    if dense and not past_the_op:
-        return torch.nn.functional.linear(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
     if not past_the_op:
         backends.check_dense(x=x, weight=weight if dense else weight.packed, bias=bias)
     _check_shapes(x, weight, bias)
+    if dense and not past_the_op:
+        return torch.nn.functional.linear(x, weight, bias)
     if not dense and _trains_x_alone(x, bias):
         return _Frozen.apply(x, weight.tensors(), bias)
     lora_a, lora_b = _no_adapter(x, weight)
@@ -521,7 +521,7 @@ def _trains_x_alone(x: Tensor, bias: Tensor | None) -> bool:
     return is_trained and backends.unwatched(x, bias)
 
 
-# Elements of a dense weight below which torch has the product before the checks are made.
+# Elements of a dense weight below which torch's product is taken.
 _DENSE_SIZE = 1 << 19
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_kernels import backends, recycling, reference
 from lora_kernels.reference import ABSMAX_BLOCK, NF4, dynamic_code, nf4_code
+from lora_kernels.sharded import is_sharded
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,12 +30,35 @@ def _backend(*tensors: Tensor) -> ModuleType:
     return backends.resolve(tensors[0]) if backends.unwatched(*tensors) else reference
 
 
+def _check_parts(parts: NF4) -> None:
+    tensors = {name: t for name, t in zip(NF4._fields[:4], parts[:4], strict=True) if t is not None}
+    backends.check_dense(**tensors)
+    (N, K), double = parts.shape, parts.absmax_scale is not None
+    blocks = -(-N * K // parts.block_size)
+    expected = {"packed": (torch.uint8, (N * K + 1) // 2), "absmax": (torch.uint8 if double else torch.float32, blocks)}
+    if double:
+        expected |= {"absmax_scale": (torch.float32, -(-blocks // ABSMAX_BLOCK)), "absmax_offset": (torch.float32, 1)}
+    for name, t in tensors.items():
+        if is_sharded(t):
+            raise TypeError(f"{name} is a DTensor; allowed: tensors that lie in one process, as what is quantised does")
+        if (t.dtype, t.numel()) != expected.get(name):
+            raise ValueError(
+                f"{name} is {t.numel()} of {t.dtype}; with shape {[N, K]} and block_size {parts.block_size} expected "
+                f"{expected.get(name)}"
+            )
+        if t.device != parts.packed.device:
+            raise ValueError(f"{name} is on {t.device}; expected the device of packed, {parts.packed.device}")
+
+
 class NF4Weight(nn.Module):
     """A frozen [N, K] weight in 4 bits, to be the `weight` of a layer.
 
     Args:
         parts: its tensors, see `lora_kernels.reference.NF4`.
         dtype: float32, bfloat16 or float16, that of the weight it stands for; what `dequantize` returns by default.
+
+    Raises ValueError for tensors whose dtype, size or device doesn't fit, TypeError for those without strides and
+    DTensors.
 
     It is a module so that `.to(device)`, `state_dict` and `load_state_dict` of the layer reach its tensors. Casting a
     model changes `dtype` only: the 4-bit values and their scales stay as they are. Its state dict has the keys and
@@ -46,6 +70,7 @@ class NF4Weight(nn.Module):
 
     def __init__(self, parts: NF4, dtype: torch.dtype) -> None:
         super().__init__()
+        _check_parts(parts)
         self._adopt(parts, dtype)
 
     def _adopt(self, parts: NF4, dtype: torch.dtype) -> None:
@@ -164,13 +189,12 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = Fals
             Quantization"): 4.127 instead of 4.5 bits an element at block_size 64.
 
     Raises TypeError for another dtype, a layout without strides, a subclass such as DTensor, and in the transforms of
-    torch.func; ValueError for another shape or block size, on meta, or for an element that is not finite.
+    torch.func; ValueError for another shape or block size, without memory (on meta), or for an element that is not
+    finite.
     """
     backends.check_dense(weight=weight)
     weight = weight.resolve_neg()
     backends.check_memory(weight=weight)
-    if weight.is_meta:
-        raise ValueError("weight is on meta, without values; allowed: a device that has memory")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; expected a non-empty [N, K]")
     if weight.dtype not in _DTYPES:

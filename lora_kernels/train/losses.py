@@ -168,8 +168,8 @@ def chunked_cross_entropy(
     chunk_size: rows, by default as many as make 2**24 logits. Gradients go to `hidden`, and to `lm_head_weight` and
     `bias` where they require them; no second derivatives.
 
-    Raises ValueError where shapes, dtypes, labels or chunk_size do not fit, TypeError in the transforms of torch.func
-    and for tensors that are not dense memory (a DTensor, sparse).
+    Raises ValueError where shapes, dtypes, labels or chunk_size do not fit or a tensor has no memory, TypeError in
+    the transforms of torch.func and for tensors that are not dense memory (a DTensor, sparse).
     """
     index, *inputs = _answers(hidden, lm_head_weight, bias, labels, chunk_size)
     loss = _ChunkedCrossEntropy.apply(*inputs, logit_scale, logit_softcap, torch.is_grad_enabled())
@@ -208,8 +208,10 @@ def _answers(
         )
     if lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"lm_head_weight must be [V, {hidden.shape[-1]}], got {list(lm_head_weight.shape)}")
-    if hidden.dtype != lm_head_weight.dtype:
-        raise ValueError(f"hidden and lm_head_weight must share a dtype, got {hidden.dtype} and {lm_head_weight.dtype}")
+    if hidden.dtype != lm_head_weight.dtype or not hidden.dtype.is_floating_point:
+        raise ValueError(
+            f"hidden and lm_head_weight must share a floating dtype, got {hidden.dtype} and {lm_head_weight.dtype}"
+        )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if chunk_size is None:
