@@ -1,7 +1,10 @@
 """Layers whose weight a model uses without calling them: no adapter can work there."""
 
 import copy
+import functools
 import re
+import warnings
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +167,7 @@ class Reader(nn.Module):
 
 def test_what_is_neither_called_nor_read_counts_as_called_and_so_does_a_model_that_cannot_run():
     assert list(bypassed_layers(Reader())) == ["read"]
+    assert layers_read(tiny_model("llama")) == set()
     assert bypassed_layers(Reader(fails=True)) == {}
     assert bypassed_layers(nn.Sequential(nn.Linear(8, 8))) == {}
 
@@ -442,3 +446,134 @@ class Reads(Reader):
 
 def test_only_a_weight_whose_values_are_read_stays_dense():
     assert layers_read(Reads()) == {"read"} and bypassed_layers(Reads()) == {}
+
+
+def by_lambda(module):
+    inner = module.forward
+    module.forward = lambda x: inner(x)
+
+
+def by_decorator(module):
+    inner = module.forward
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    module.forward = forward
+
+
+def by_method(module):
+    inner = module.forward
+    module.forward = MethodType(lambda self, x: inner(x), module)
+
+
+@pytest.mark.parametrize("replace", [by_lambda, by_decorator, by_method])
+@pytest.mark.parametrize("where", ["", "0"])
+def test_a_forward_made_of_the_models_own_is_not_run(replace, where):
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2)), nn.Linear(8, 8))
+    model[0][0].running_mean.fill_(5.0)
+    calls = []
+    model[0][0].register_forward_hook(lambda *_: calls.append(1))
+    replace(model.get_submodule(where))
+    inject(model, LoRAConfig(r=2))
+    assert (model[0][0].running_mean == 5).all() and not calls and isinstance(model[1], FusedLoRALinear)
+
+
+def test_a_method_put_on_the_object_is_run_in_the_copy():
+    model = Reader()
+    model.forward = MethodType(lambda self, input_ids: self.embed(input_ids) @ self.called.weight, model)
+    assert bypassed_layers(model) == {"called": NEVER_CALLED}
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear, lambda size: nn.LazyConv1d(size, 1)])
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_lazy_layers_do_not_stop_all_linear(lazy):
+    model = nn.Sequential(nn.Linear(8, 8), lazy(8))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "1: no LoRA adapter")
+        inject(model, LoRAConfig(r=2))
+    assert isinstance(model[0], FusedLoRALinear) and not isinstance(model[1], FusedLoRALinear)
+
+
+class Asks(Reader):
+    """Asks a layer that it doesn't call what kind of weight it has."""
+
+    def forward(self, input_ids):
+        weight = self.expert.weight
+        x = self.called(self.embed(input_ids).to(weight.device, weight.dtype))
+        return self.read(x) if weight.size(0) == 8 and weight.shape[1] == 8 and weight.requires_grad else x
+
+
+def test_asking_a_weight_for_its_dtype_or_size_is_no_use_of_it():
+    assert bypassed_layers(Asks()) == {}
+    model = Asks()
+    inject(model, LoRAConfig(r=2, target_modules=["expert"]))
+    assert isinstance(model.expert, FusedLoRALinear)
+
+
+class Applies(nn.Module):
+    """Reads the weight of `read`."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def apply(self, x):
+        return self.called(nn.functional.linear(x, self.read.weight))
+
+
+class Defaulted(Applies):
+    def forward(self, x=None):
+        return self.apply(x)
+
+
+class KeywordOnly(Applies):
+    def forward(self, *, x, y=None):
+        return self.apply(x)
+
+
+class DefaultedKeyword(Applies):
+    def forward(self, *, x=None):
+        return self.apply(x)
+
+
+class Variadic(Applies):
+    def forward(self, *args):
+        return self.apply(args[0])
+
+
+class Batch(Applies):
+    def forward(self, batch):
+        return self.apply(batch["x"] + batch["y"])
+
+
+class MainInput(Applies):
+    main_input_name = "features"
+
+    def forward(self, mask=None, features=None):
+        return self.apply(features)
+
+
+class Image(Applies):
+    config = SimpleNamespace(image_size=(8, 16), num_channels=2)
+
+    def forward(self, pixel_values=None):
+        batch, channels, height, width = pixel_values.shape
+        assert (channels, height, width) == (2, 8, 16)
+        return self.apply(pixel_values.mT)
+
+
+class TextAndImage(Image):
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=8))
+
+    def forward(self, input_ids=None, pixel_values=None):
+        assert pixel_values.shape == (1, 3, 8, 8) and input_ids.dtype == torch.long
+        return self.apply(pixel_values)
+
+
+@pytest.mark.parametrize(
+    "kind", [Defaulted, KeywordOnly, DefaultedKeyword, Variadic, Batch, MainInput, Image, TextAndImage]
+)
+def test_the_dry_forward_finds_the_arguments_of_many_kinds_of_models(kind):
+    assert bypassed_layers(kind()) == {"read": NEVER_CALLED} and layers_read(kind()) == {"read"}

@@ -298,3 +298,58 @@ def test_a_parameter_of_a_class_of_its_own_with_plain_values_is_taken():
     net[0].weight = Own(net[0].weight.detach())
     before = net(X)
     assert torch.allclose(inject(net, LoRAConfig(r=2))(X), before, atol=1e-6) and isinstance(net[0], FusedLoRALinear)
+
+
+class Diagonal(nn.Module):
+    """Has the sizes of a linear layer, and one number a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features = self.out_features = 6
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+class Spline(Diagonal):
+    """Has no weight, and the places of its knots as int64."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(self.weight.detach())
+        del self.weight
+        self.register_buffer("knots", torch.arange(6))
+
+    def forward(self, x):
+        return self.scale * x[..., self.knots]
+
+
+class Spectral(Diagonal):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(self.weight.dtype) @ self.weight).real
+
+
+@pytest.mark.parametrize("kind", [Diagonal, Spline, Spectral])
+def test_a_layer_of_another_kind_with_the_sizes_of_a_linear_one_is_skipped_and_named(kind):
+    net = model()
+    net[1] = kind()
+    before = net(X)
+    with pytest.raises(ValueError, match=rf"'1', where an adapter can't work: a {kind.__name__} is no linear layer"):
+        inject(net, LoRAConfig(r=2, target_modules=["1"]))
+    with pytest.warns(UserWarning, match=f"^1: no LoRA adapter, since a {kind.__name__} is no linear layer"):
+        inject(net, LoRAConfig(r=2))
+    assert isinstance(net[0], FusedLoRALinear) and isinstance(net[2], FusedLoRALinear)
+    assert torch.allclose(net(X), before, atol=1e-6)
+
+
+def test_only_the_modules_around_a_layer_are_searched_for_offloading(monkeypatch):
+    net, around = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(20))), []
+    monkeypatch.setattr("lora_kernels.methods.lora.is_offloaded", lambda layer, outer: around.append(outer))
+    inject(net, LoRAConfig(r=1))
+    assert len(around) == 20 and max(map(len, around)) == 3
+    assert all(outer[0] is net for outer in around) and len({outer[1] for outer in around}) == 20

@@ -313,7 +313,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     load_embeddings(model, embeddings)
     if not injected:
         # The values come from the file: with zeros, loading leaves torch's random state alone.
-        inject(model, dataclasses.replace(config, init="both_zero"), bypassed=True)
+        inject(model, dataclasses.replace(config, init="both_zero"), from_file=True)
         model.adapter_config = config
     with torch.no_grad():
         for key, target in _adapter_tensors(model).items():
@@ -336,7 +336,7 @@ def add_saved_adapter(model: nn.Module, name: str, directory: str | os.PathLike,
     directory = Path(directory)
     raw, tensors = read_config(directory / CONFIG_NAME), read_tensors(directory / WEIGHTS_NAME)
     config = lora_config(model, raw, tensors, directory / CONFIG_NAME)
-    add_adapter(model, name, dataclasses.replace(config, init="both_zero"), bypassed=True)
+    add_adapter(model, name, dataclasses.replace(config, init="both_zero"), from_file=True)
     try:
         with use_adapter(model, name):
             load_adapter(model, directory, trainable)
@@ -446,7 +446,7 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
 
 
 def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Size]:
-    planned = plan(model, config, bypassed=True)
+    planned = plan(model, config, from_file=True)
     shapes = {}
     for name, (r, _) in planned.adapters.items():
         linear = unwrapped(get_submodule(model, name))

@@ -118,7 +118,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     if not injected:
         # The values come from the file, so that torch's random state is left alone.
         with torch.random.fork_rng(devices=[]):
-            inject(model, config, bypassed=True)
+            inject(model, config, from_file=True)
         for name, layer in lora_modules(model):
             layer.keep_ranks(torch.arange(ranks[f"{PREFIX}{name}.lora_E"], device=layer.lora_a.device))
     with torch.no_grad():
@@ -161,7 +161,7 @@ def _check_rank_pattern(pattern: Any, tensors: Mapping[str, Tensor], path: Path)
 
 
 def _expected_shapes(model: nn.Module, config: AdaLoRAConfig, ranks: Mapping[str, int]) -> dict[str, torch.Size]:
-    planned = plan(model, config.lora_config(), bypassed=True)
+    planned = plan(model, config.lora_config(), from_file=True)
     shapes = {}
     for name in planned.adapters:
         linear = unwrapped(get_submodule(model, name))

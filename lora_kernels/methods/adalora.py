@@ -93,13 +93,13 @@ def check_schedule(config: AdaLoRAConfig, total_step: int) -> None:
         )
 
 
-def inject(model: nn.Module, config: AdaLoRAConfig, tokenizer: Any = None, bypassed: bool = False) -> nn.Module:
+def inject(model: nn.Module, config: AdaLoRAConfig, tokenizer: Any = None, from_file: bool = False) -> nn.Module:
     """Puts AdaLoRA adapters into `model`, in place, and freezes everything else but the modules_to_save.
 
     As `lora.inject`, with lora_e [init_r] zero and lora_a and lora_b normal with standard deviation 0.02: training
     starts at the base model. Returns the model. Raises ValueError, with the model unchanged, as `lora.inject`.
     """
-    lora.inject(model, config.lora_config(), bypassed=bypassed)
+    lora.inject(model, config.lora_config(), from_file=from_file)
     for _, layer in lora_modules(model):
         layer.lora_e = nn.Parameter(layer.lora_a.new_zeros(config.init_r))
         layer.scaling = config.scaling

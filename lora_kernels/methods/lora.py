@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 import re
 import warnings
 from collections import defaultdict
@@ -27,6 +28,7 @@ from lora_kernels.nn.lora_linear import (
     FusedLoRALinear,
     check_lora_arguments,
     foreign_weight,
+    has_linear_sizes,
     is_linear,
     not_linear,
 )
@@ -47,10 +49,10 @@ class LoRAConfig:
         lora_dropout: in [0, 1), on the input of the low-rank branch, in training mode only.
         target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the output embedding, a top-level
             classification head `score` or `classifier`, and, with a warning, layers that the model never calls or
-            whose weight it changes, subclasses of nn.Linear that compute something else, and layers whose weight
-            pruning, a weight norm or a parametrization makes); any other string is a regular expression that must
-            match a module's whole path; a list names modules by their path or by its last components ("q_proj",
-            "self_attn.q_proj").
+            whose weight it changes, subclasses of nn.Linear that compute something else, layers of other classes that
+            have in_features and out_features, and layers whose weight pruning, a weight norm or a parametrization
+            makes); any other string is a regular expression that must match a module's whole path; a list names modules
+            by their path or by its last components ("q_proj", "self_attn.q_proj").
         use_rslora: see lora_alpha.
         init: initialisation of the adapters, see FusedLoRALinear.
         rank_pattern, alpha_pattern: {pattern: r}, {pattern: lora_alpha} for single modules. A pattern is a regular
@@ -149,7 +151,7 @@ class Plan:
     frozen_heads: tuple[str, ...] = ()
 
 
-def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
+def plan(model: nn.Module, config: LoRAConfig, from_file: bool = False) -> Plan:
     """What `inject` of the same arguments would do; changes nothing. Raises what inject raises."""
     model = bare(model, adding=True)
     if is_injected(model):
@@ -159,7 +161,7 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
     linears = [
         name
         for name, module in modules.items()
-        if name in foreign or isinstance(module, nn.Linear) or is_linear(module)
+        if isinstance(module, nn.Linear) or is_linear(module) or has_linear_sizes(module)
     ]
     for argument in ("target_modules", "exclude_modules", "modules_to_save"):
         _check_names_exist(argument, getattr(config, argument) or (), modules, linears)
@@ -178,7 +180,7 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
             raise ValueError(
                 f"modules_to_save names {name!r}, a {kind.__name__}; allowed: a module with parameters and a forward"
             )
-    if not bypassed:
+    if not from_file:
         saved += users(model, saved)
 
     if config.target_modules == ALL_LINEAR:
@@ -195,7 +197,8 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
             'weights of load_model(quantize="nf4"); load a model in one of these, and inject before it is sharded'
         )
     for name in (*chosen, *saved):
-        if is_offloaded(modules[name], (model, *(outer for path, outer in modules.items() if inside(name, [path])))):
+        outer = [modules[path] for path in itertools.accumulate(name.split("."), "{}.{}".format)]
+        if is_offloaded(modules[name], (model, *outer)):
             raise ValueError(
                 f"accelerate has offloaded the weights of {name!r}, which is to be trained; load the model without "
                 'offloading (device_map, cpu_offload, disk_offload), in 4 bits with load_model(quantize="nf4") '
@@ -204,9 +207,9 @@ def plan(model: nn.Module, config: LoRAConfig, bypassed: bool = False) -> Plan:
     problems = {name: problem for name in chosen if (problem := not_linear(modules[name]))}
     if len(problems) < len(chosen):
         # In a file such an adapter was trained beside the changes.
-        idle = {name: why for name, why in bypassed_layers(model).items() if not (bypassed and why == CHANGED)}
+        idle = {name: why for name, why in bypassed_layers(model).items() if not (from_file and why == CHANGED)}
         problems |= {name: why for name, why in idle.items() if name in chosen}
-    refused = [name for name in problems if not (bypassed and is_linear(modules[name]))]
+    refused = [name for name in problems if not (from_file and is_linear(modules[name]))]
     if refused and config.target_modules != ALL_LINEAR:
         raise ValueError(
             f"target_modules={config.target_modules!r} includes {refused[0]!r}, where an adapter can't work: "
@@ -270,15 +273,15 @@ def is_injected(model: nn.Module) -> bool:
     return any(isinstance(module, FusedLoRALinear) for module in model.modules())
 
 
-def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed: bool = False) -> nn.Module:
+def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, from_file: bool = False) -> nn.Module:
     """Puts LoRA adapters into `model`, in place, and freezes everything else but the modules_to_save.
 
     Each chosen linear layer becomes a FusedLoRALinear that shares its weight and bias; module paths and tied weights
     stay as they were. The config is kept as `model.adapter_config`, and the untrained originals of the modules_to_save
     as `model.lora_originals`. Adapters are float32 whatever the model's dtype.
 
-    bypassed: for files, whose values come later: put adapters on layers that the model never calls too, frozen and
-        without effect, and take the modules_to_save as they are named. `ties.settle(model)` follows.
+    from_file: the values come from a file later. Layers that the model never calls get adapters too, frozen and
+        without effect; the modules_to_save are taken as they are named; the caller calls `ties.settle(model)`.
 
     Returns the model. Raises ValueError, with the model unchanged, if it already carries adapters, or if the config
     names a module that isn't there or can't have an adapter. "all-linear" leaves such modules out, with a warning, but
@@ -286,7 +289,7 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
     layer, accelerate's too, stay on what replaces it, here and in `merge`.
     """
     given, model = model, bare(model, adding=True)
-    planned = plan(model, config, bypassed)
+    planned = plan(model, config, from_file)
     for reason in dict.fromkeys(planned.problems.values()):
         names = [name for name, problem in planned.problems.items() if problem == reason]
         what = "LoRA adapters without effect, which stay frozen" if names[0] in planned.adapters else "no LoRA adapter"
@@ -301,7 +304,8 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
         there = f"the same layer is used at {shorten(others)} too, where it stays as it is and is not trained"
         warnings.warn(f"{name}: {there}", stacklevel=2)
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        # Parameters of lazy layers lack requires_grad_.
+        parameter.requires_grad = False
     for name, (r, lora_alpha) in planned.adapters.items():
         linear, how = unwrapped(get_submodule(model, name)), (config.lora_dropout, config.use_rslora, config.init)
         layer = FusedLoRALinear.from_linear(linear, r, lora_alpha, *how, use_dora=config.use_dora)
@@ -313,7 +317,7 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, bypassed
     for name in planned.modules_to_save:
         _train_copy(model, name)
     model.adapter_config = config
-    if not bypassed:
+    if not from_file:
         settle(model)
     return given
 

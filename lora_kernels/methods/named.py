@@ -28,7 +28,7 @@ class ParkedAdapter(nn.Module):
         self.parts = nn.ModuleList(modules.values())
 
 
-def add_adapter(model: nn.Module, name: str, config: LoRAConfig, bypassed: bool = False) -> nn.Module:
+def add_adapter(model: nn.Module, name: str, config: LoRAConfig, from_file: bool = False) -> nn.Module:
     """Adds a LoRA adapter with its own modules, rank and values beside those that `model` has; it is not in use yet.
 
     `with use_adapter(model, name):` puts it in use, for training, generation, `save_adapter` and `load_adapter`. The
@@ -51,7 +51,7 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, bypassed: bool 
     # inject freezes all that the model has.
     model.parked_adapters = None
     try:
-        inject(model, config, bypassed=bypassed)
+        inject(model, config, from_file=from_file)
         parked[name] = _take_out(model)
     finally:
         _put_in(model, current)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_any, tree_leaves
 
 from lora_kernels.nn.hooks import set_fast_path
 from lora_kernels.nn.lora_linear import is_conv1d, is_linear
@@ -23,8 +25,8 @@ _TOKENS = 2
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NEVER_CALLED = "the model uses its weight and never calls the layer itself"
 CHANGED = "the model changes its weight from call to call, and would not change the adapter with it"
-# What the model may ask a weight in 4 bits, since an NF4Weight has it too.
-_ABOUT = {Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__}
+# The attributes of a weight that an NF4Weight has too: a model that asks for no more can run in 4 bits.
+_IN_NF4 = {Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__}
 # (training, gradients): a model may read a weight in one mode and call its layer in another.
 _MODES = ((False, True), (False, False), (True, True))
 
@@ -32,14 +34,15 @@ _MODES = ((False, True), (False, False), (True, True))
 def bypassed_layers(model: nn.Module) -> dict[str, str]:
     """{path: why} of the linear layers where an adapter can't work: NEVER_CALLED, as `dt_proj` of Mamba, or CHANGED.
 
-    A dry forward pass of two tokens tells, in training and in evaluation, through a copy of `model` without its values:
-    linear layers compute nothing there, and every other parameter is one zero in the shape of the whole, so that it
-    costs about the same for a model of any size, and needs none of its weights. Neither the model nor torch's random
+    This comes from dry forward passes of two tokens, in training and in evaluation, through a copy of `model` without
+    its values. There, linear layers compute nothing, and every other parameter is a single zero that repeats. So a pass
+    costs about the same for a model of any size and needs none of its weights. Neither the model nor torch's random
     state changes, and hooks don't run.
 
-    A layer that is neither called nor read counts as called: it may be an expert that got no token, or belong to
-    images. So do all layers of a model that can't run like this, from `input_ids` or the same tensor for each argument
-    that it needs, but for the `out_proj` of nn.MultiheadAttention, which is known.
+    A layer that is neither called nor read counts as called: it may be an expert that got no token. So do all layers of
+    a model without such a pass: its forward fails with `input_ids`, zeros or an empty image for each argument that it
+    needs (else for its first), or was replaced on the object by a function, which would run the model itself. The
+    `out_proj` of nn.MultiheadAttention is known without a pass.
     """
     known = _output_projections(model)
     return {
@@ -54,7 +57,7 @@ def layers_read(model: nn.Module) -> set[str]:
 
     Such a weight has to stay dense. Found as by `bypassed_layers`.
     """
-    found = {name for name, probe in _probe(model).items() if probe.used or probe.bypassed}
+    found = {name for name, probe in _probe(model).items() if probe.used}
     return found | _output_projections(model)
 
 
@@ -69,23 +72,18 @@ def _output_projections(model: nn.Module) -> set[str]:
 class _Probe(nn.Linear):
     """Stands for a linear layer: gives zeros, and notes what becomes of it.
 
-    In one forward pass: `read`, `called`. In any: `used` if the weight's values were, `changed` if they were written,
-    `bypassed` if the layer was read and not called.
+    In one forward pass: `read` if something was computed from the weight, `called`. In any: `used` if the model asked
+    for more than an NF4Weight has, `changed` if the weight was written, `bypassed` if it was read and not called.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
         weight = layer.weight
         self.out_features, self.in_features = weight.shape[::-1] if is_conv1d(layer) else weight.shape
-        # In a tuple, so that it is not registered.
-        self.stored = (_zeros(weight.shape, weight.dtype, weight.device),)
+        # Not registered as a parameter.
+        self.__dict__["weight"] = _zeros(*_kind(weight))
         self.bias = None if layer.bias is None else _zeros(*_kind(layer.bias))
         self.read = self.called = self.used = self.changed = self.bypassed = False
-
-    @property
-    def weight(self) -> Tensor:
-        self.read = True
-        return self.stored[0]
 
     def forward(self, x: Tensor) -> Tensor:
         self.called = True
@@ -110,21 +108,27 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, probes: Iterable[_Probe]) -> None:
         super().__init__()
-        self.probes = {id(probe.stored[0]): probe for probe in probes}
+        self.probes = {id(probe.weight): probe for probe in probes}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)) if func not in _ABOUT else ():
-            if (probe := self.probes.get(id(tensor))) is not None:
-                probe.used = True
-                first = bool(args) and tensor is args[0]
-                probe.changed |= first and _writes(func.__name__)
-                if first and (probe.changed or func in (Tensor.data.__get__, Tensor.detach)):
-                    return tensor
+        weights = [self.probes[id(each)] for each in tree_leaves((args, kwargs)) if id(each) in self.probes]
+        for probe in weights if func not in _IN_NF4 else ():
+            probe.used = True
+            first = bool(args) and probe.weight is args[0]
+            probe.changed |= first and _writes(func.__name__)
+            if first and (probe.changed or func in (Tensor.data.__get__, Tensor.detach)):
+                return probe.weight
         if func is functional.linear and len(args) > 1:
-            return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
-        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:
-            return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[-1])
-        return func(*args, **(kwargs or {}))
+            result = args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
+        elif func in (torch.bmm, Tensor.bmm) and len(args) > 1:
+            result = args[0].new_zeros(*args[0].shape[:-1], args[1].shape[-1])
+        else:
+            result = func(*args, **(kwargs or {}))
+        # A dtype or a size is no use of the values.
+        if weights and tree_any(lambda each: isinstance(each, Tensor), result):
+            for probe in weights:
+                probe.read = True
+        return result
 
 
 def _writes(function: str) -> bool:
@@ -133,11 +137,22 @@ def _writes(function: str) -> bool:
     return function == "__setitem__" or (in_place and function != "requires_grad_")
 
 
+def _leads_back(module: nn.Module) -> bool:
+    """Whether a copy of `module` would call the model itself: a forward put on the object keeps what it was made of."""
+    for own in (vars(module).get(name) for name in ("forward", "_old_forward")):
+        # A bound method is copied with its module, but not what its function has kept.
+        kept = inspect.getclosurevars(own).nonlocals.values() if isinstance(own, MethodType) else ()
+        if isinstance(own, FunctionType) or any(isinstance(each, (nn.Module, MethodType)) for each in kept):
+            return True
+    return False
+
+
 def _probe(model: nn.Module) -> dict[str, _Probe]:
     """{path: probe} of the linear layers, after dry forward passes of a copy of `model` in which they stand."""
     layers = {name: module for name, module in named_modules(model) if is_linear(module)}
     probes = {name: _Probe(layer) for name, layer in layers.items()}
-    if not probes:
+    # Nothing can stand for a lazy layer's weight, which has no shape yet.
+    if not probes or any(is_lazy(t) for t in model.parameters()):
         return probes
     # What deepcopy takes in place of copying.
     stand_ins: dict[int, Any] = {id(layers[name]): probe for name, probe in probes.items()}
@@ -154,6 +169,8 @@ def _probe(model: nn.Module) -> dict[str, _Probe]:
     with warnings.catch_warnings(), random, _Watch(probes.values()):
         warnings.simplefilter("ignore")
         try:
+            if any(map(_leads_back, model.modules())):
+                return probes
             # Nothing is compiled for this. The innermost come first: torch.compile's wrapper may hold another one.
             for part in reversed(list(model.modules())):
                 if unwrapped(part) is not part:
@@ -190,10 +207,31 @@ def _inputs(twin: nn.Module, device: torch.device) -> list[tuple[tuple, dict[str
     """Arguments that a forward pass may take, the likelier ones first."""
     arguments = inspect.signature(twin.forward).parameters
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
+    layer = next(module for module in twin.modules() if isinstance(module, _Probe))
+    kind = {"dtype": layer.weight.dtype, "device": device}
+    values, image = torch.zeros(1, _TOKENS, layer.in_features, **kind), _image(twin, **kind)
     if "input_ids" in arguments:
         named = {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
-        return [((), {name: value for name, value in named.items() if name in arguments})]
-    needed = sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in arguments.values())
-    layer = next(module for module in twin.modules() if isinstance(module, _Probe))
-    values = layer.stored[0].new_zeros(1, _TOKENS, layer.in_features)
-    return [((x,) * needed, {}) for x in (ids, values) if needed]
+        named = {name: value for name, value in named.items() if name in arguments}
+        images = [{"pixel_values": image}] if image is not None and "pixel_values" in arguments else []
+        return [((), named | each) for each in ({}, *images)]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [each for each in arguments.values() if each.default is each.empty and each.kind not in variadic]
+    main = arguments.get(getattr(twin, "main_input_name", None)) or next(iter(arguments.values()), None)
+    needed = needed or [each for each in (main,) if each is not None and each.kind is not each.VAR_KEYWORD]
+    by_position = sum(each.kind in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL) for each in needed)
+    names = [each.name for each in needed if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    tensors = [ids, values] if image is None else [image, ids, values]
+    # A batch that has each entry that is asked for.
+    batches = [defaultdict(lambda x=x: x) for x in tensors]
+    return [((x,) * by_position, dict.fromkeys(names, x)) for x in (*tensors, *batches) if needed]
+
+
+def _image(twin: nn.Module, **kind: Any) -> Tensor | None:
+    """An empty image of the size in the model's config; None where it has none."""
+    config = getattr(twin, "config", None)
+    config = getattr(config, "vision_config", config)
+    if (size := getattr(config, "image_size", None)) is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, **kind)

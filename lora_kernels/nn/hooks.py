@@ -1,4 +1,4 @@
-"""What hangs on a layer that another one replaces: its hooks, and whether what it lies in calls it at all."""
+"""Moving hooks from a layer to its replacement, and the fast path of torch's encoders, which skips their layers."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ from lora_kernels.reference import Projection
 from lora_kernels.sharded import is_sharded, whole
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# No quantised weight is kept in one of these.
+_UNPACKED_DTYPES = (*WEIGHT_DTYPES, torch.complex64, torch.complex128, torch.bool, torch.int64)
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 # Along which dimension of the adapter's tensors the rank runs.
 RANK_DIMENSION = {"lora_a": 0, "lora_b": 1, "lora_e": 0}
@@ -80,14 +82,21 @@ def not_linear(module: nn.Module) -> str | None:
     return None
 
 
-def foreign_weight(module: nn.Module) -> str | None:
-    """What the weight of a linear layer is that another package quantised, sharded or wrapped; None where none did.
-
-    A linear layer is here whatever has in_features and out_features and, if it isn't an nn.Linear, tensors of its own.
-    """
+def has_linear_sizes(module: nn.Module) -> bool:
+    """Whether module has in_features and out_features, and its weight in some form: a linear layer, or one like it."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not all(isinstance(size, int) for size in sizes) or isinstance(module, (NF4Linear, FusedLoRALinear)):
+    holds = bool(module._parameters or module._buffers) or callable(getattr(module, "weight", None))
+    return holds and all(isinstance(size, int) for size in sizes)
+
+
+def foreign_weight(module: nn.Module) -> str | None:
+    """Says how another package has stored the weight of a linear layer: quantised, sharded or wrapped; else None.
+
+    A layer that is no nn.Linear but has the sizes of one may have any weight that is not quantised or wrapped.
+    """
+    if not has_linear_sizes(module) or isinstance(module, (NF4Linear, FusedLoRALinear)):
         return None
+    linear = isinstance(module, nn.Linear)
     kind, weight = type(module).__qualname__, getattr(module, "weight", None)
     tensors = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     if isinstance(weight, Tensor):
@@ -98,12 +107,12 @@ def foreign_weight(module: nn.Module) -> str | None:
         # A subclass of Parameter with the values of its base, in a layer that reads them as torch's does, is plain.
         own_kind = type(weight).__torch_dispatch__ if type(module) is nn.Linear else type(weight)
         plain = own_kind in (Tensor.__torch_dispatch__, Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
-        if plain and weight.dim() >= 2 and weight.layout is torch.strided and weight.dtype in WEIGHT_DTYPES:
+        known = weight.dtype in WEIGHT_DTYPES and weight.dim() >= 2 if linear else weight.dtype in _UNPACKED_DTYPES
+        if plain and known and weight.layout is torch.strided:
             return None
         what = weight.dtype if weight.layout is torch.strided else weight.layout
         return f"the weight of this {kind} is a {type(weight).__qualname__} of {what}, {list(weight.shape)}"
-    odd = any(tensor.dtype not in (*WEIGHT_DTYPES, torch.bool) for tensor in tensors.values())
-    if odd or callable(weight) or isinstance(module, nn.Linear):
+    if linear or callable(weight) or any(tensor.dtype not in _UNPACKED_DTYPES for tensor in tensors.values()):
         return f"this {kind} keeps its weight as {', '.join(tensors) or 'something else than a tensor'}"
     return None
 
@@ -127,7 +136,6 @@ def _computes_linear(module: nn.Linear, forward: Callable[..., Tensor] | None) -
     except Exception:
         # It takes or gives something else.
         return False
-    return True
 
 
 def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init: str) -> None:

@@ -64,7 +64,7 @@ def go_on(model: nn.Module, config: TrainConfig, targets: Any, excluded: Any, he
     """
     named = {"target_modules": targets, "exclude_modules": excluded}
     named = {name: value for name, value in named.items() if value is not None}
-    planned = plan(model, LoRAConfig(**named), bypassed=True) if named else None
+    planned = plan(model, LoRAConfig(**named), from_file=True) if named else None
     load_adapter(model, config.adapter)
     adapted = {name for name, _ in lora_modules(model)}
     # Where an adapter has no effect, the file may have one or not.
