@@ -154,7 +154,9 @@ def check_dense(**tensors: Tensor | None) -> None:
     given = {name: t for name, t in tensors.items() if t is not None}
     for name, t in given.items():
         if t.layout is not _STRIDED or t.is_nested or t.is_quantized:
-            raise TypeError(f"{name} is {kind_of(t)}; allowed: dense tensors, torch.strided")
+            # In evaluation torch's encoder makes them for its layers, unless inject knows the encoder.
+            hint = "; inject into the whole nn.TransformerEncoder, not into a part of it" if t.is_nested else ""
+            raise TypeError(f"{name} is {kind_of(t)}; allowed: dense tensors, torch.strided{hint}")
         if not t.is_meta:
             _check_values(name, t)
     spread = [name for name, t in given.items() if is_sharded(t)]

@@ -362,6 +362,14 @@ def test_torchs_encoders_use_the_adapters_in_evaluation_and_are_fast_again_witho
         assert vars(module).keys() == vars(before).keys()
 
 
+def test_an_encoder_around_the_part_with_adapters_is_named():
+    model = encoder()
+    inject(model.layers[1], LoRAConfig(r=2))
+    padding = torch.tensor([[False] * 4, [False, False, True, True]])
+    with torch.no_grad(), pytest.raises(TypeError, match="x is a nested tensor.*inject into the whole nn.Transformer"):
+        model(torch.randn(2, 4, 8), src_key_padding_mask=padding)
+
+
 class ReadsAtTimes(Reader):
     """Reads the weight of `called` in the mode `training`, with gradients on or off as `gradients` says."""
 

@@ -1,5 +1,7 @@
 """Layers that one with an adapter replaces: their hooks stay, and weights other than plain ones are refused."""
 
+import threading
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -113,6 +115,66 @@ def test_hooks_follow_the_adapter_in_use_and_a_module_that_is_trained_in_full():
         with adapters_disabled(net):
             assert {module for _, module in every_event(net, calls)} == {net[0]}
     assert isinstance(net[0], FusedLoRALinear) and {module for _, module in every_event(net, calls)} == {net[0]}
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: torch.compile(layer, backend="eager"), nn.DataParallel])
+@pytest.mark.parametrize("how", [{}, {"target_modules": ["2"], "modules_to_save": ["0"]}])
+def test_hooks_of_a_wrapper_and_of_the_layer_in_it_stay(wrap, how):
+    base, calls = model(), []
+    inner = base[0].register_forward_pre_hook(lambda *_: calls.append("inner"))
+    base[0] = wrap(base[0])
+    handle = base[0].register_forward_hook(lambda *_: calls.append("wrapper"))
+    base[0].register_forward_pre_hook(lambda *_: calls.append("both"))
+    net = inject(base, LoRAConfig(r=2, **how))
+    every = ["both", "inner", "wrapper"]
+    for _ in range(2):
+        net(X)
+        assert sorted(calls) == every
+        calls.clear()
+        with adapters_disabled(net):
+            net(X)
+        assert sorted(calls) == every
+        calls.clear()
+    handle.remove()
+    inner.remove()
+    net(X)
+    assert calls == ["both"]
+
+
+def test_hooks_inside_a_module_that_is_trained_in_full_are_the_same():
+    class Owner:
+        def __init__(self):
+            self.count, self.lock = 0, threading.Lock()
+
+        def note(self, *_):
+            self.count += 1
+
+    class Block(nn.Module):
+        """A hook of its own, which has to read the weights that are trained."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = nn.Linear(6, 6), nn.Parameter(torch.ones(()))
+            self.inner.register_forward_hook(self.scaled)
+
+        def scaled(self, module, args, y):
+            return self.scale * y
+
+        def forward(self, x):
+            return self.inner(x)
+
+    owner, base = Owner(), Net(nn.Sequential(), nn.ReLU(), nn.Linear(6, 4))
+    base[0].first, base[0].second = nn.Linear(6, 6), Block()
+    handle = base[0].first.register_forward_hook(owner.note)
+    net = inject(base, LoRAConfig(r=2, target_modules=["2"], modules_to_save=["0"]))
+    net(X).sum().backward()
+    assert owner.count == 1 and net[0].second.scale.grad is not None
+    with adapters_disabled(net):
+        net(X)
+    assert owner.count == 2
+    handle.remove()
+    net(X)
+    assert owner.count == 2
 
 
 def test_dora_learns_of_a_weight_that_is_loaded():

@@ -192,3 +192,57 @@ def test_virtual_tokens_are_for_language_models(config):
     model = fresh("LlamaForSequenceClassification", 1)
     with pytest.raises(ValueError, match="LlamaForSequenceClassification; allowed: a Hugging Face causal"):
         inject(model, config)
+
+
+class Vgg(nn.Module):
+    """With a head of several layers."""
+
+    def __init__(self, head=None):
+        super().__init__()
+        torch.manual_seed(1)
+        self.q_proj = nn.Linear(4, 4)
+        self.classifier = head or nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.classifier(self.q_proj(x))
+
+
+@pytest.mark.parametrize(
+    "targets", [["classifier.0"], ["q_proj", "classifier.2"], r"classifier\.\d*[02]", r"(q_proj|classifier\.0)"]
+)
+def test_a_head_that_is_a_target_gets_an_adapter(targets, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = inject(Vgg(), LoRAConfig(r=2, target_modules=targets, init="both_gaussian"))
+    assert model.lora_originals == {} and any(name.startswith("classifier.") for name, _ in lora_modules(model))
+    save_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    assert_same(load_adapter(Vgg(), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "score"], r".*\.q_proj|score", ["score"]])
+def test_a_head_of_transformers_that_is_a_target_gets_an_adapter(targets):
+    model = inject(fresh("LlamaForSequenceClassification", 1), LoRAConfig(r=2, target_modules=targets))
+    assert model.lora_originals == {} and "score" in dict(lora_modules(model))
+
+
+def test_a_target_that_a_head_has_too_leaves_it_trained_in_full():
+    model = inject(fresh("RobertaForSequenceClassification", 1), LoRAConfig(r=2, target_modules=["query", "dense"]))
+    assert list(model.lora_originals) == ["classifier"]
+
+
+def test_a_list_of_heads_is_not_trained_by_default():
+    with pytest.warns(UserWarning, match="classifier of Vgg: neither trained nor in"):
+        model = inject(Vgg(nn.ModuleList([nn.Linear(4, 2)])), LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert model.lora_originals == {}
+
+
+def test_a_second_head_beside_the_output_embeddings_is_named():
+    config = transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, num_labels=1)
+    with pytest.warns(UserWarning, match="^multiple_choice_head of GPT2DoubleHeadsModel: neither") as seen:
+        inject(transformers.GPT2DoubleHeadsModel(config), LoRAConfig(r=2, target_modules=["c_attn"]))
+    assert all(warning.filename == __file__ for warning in seen if "neither" in str(warning.message))
+    head = nn.DataParallel(tiny_model("llama").lm_head)
+    model = tiny_model("llama")
+    model.lm_head = head
+    assert task_heads(model) == ((), ())

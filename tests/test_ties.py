@@ -181,11 +181,92 @@ class Twice(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-@pytest.mark.parametrize("how", [{}, {"modules_to_save": ["first"]}])
-def test_a_layer_under_two_names_is_announced(how):
+def test_a_layer_under_two_names_is_announced():
     model = Twice()
     model.other = nn.Linear(8, 8)
-    with pytest.warns(UserWarning, match="first: the same layer is used at second too, where .* is not trained"):
-        inject(model, LoRAConfig(r=2, **how))
+    with pytest.warns(
+        UserWarning, match="first: the same layer is used at second too, where .* is not trained"
+    ) as seen:
+        inject(model, LoRAConfig(r=2))
+    assert all(warning.filename == __file__ for warning in seen)
     assert type(model.second) is nn.Linear
     assert not model.second.weight.requires_grad
+
+
+def test_a_layer_under_two_names_is_trained_in_full_as_one(tmp_path):
+    def fresh():
+        model = Twice()
+        model.other = nn.Linear(8, 8)
+        return model
+
+    model, x = fresh(), torch.randn(2, 8)
+    base, original = model(x), model.first
+    with pytest.warns(UserWarning, match="second too, where it is trained with it, which PEFT does not do"):
+        inject(model, LoRAConfig(r=2, modules_to_save=["first"]))
+    assert model.first is model.second is not original
+    perturb(model, 0.1)
+    with adapters_disabled(model):
+        assert model.first is model.second is original and torch.equal(model(x), base)
+    assert not torch.allclose(model(x), base)
+    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="is trained with it"):
+        assert torch.equal(load_adapter(fresh(), tmp_path)(x), model(x))
+
+
+class Shared(nn.Module):
+    """As transformers 4 builds T5: the very embedding is in the encoder too, and the output layer has its weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.shared = nn.Embedding(12, 8)
+        self.encoder = nn.ModuleDict({"embed": self.shared, "q": nn.Linear(8, 8)})
+        self.lm_head = nn.Linear(8, 12, bias=False)
+        self.lm_head.weight = self.shared.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.encoder["q"](self.encoder["embed"](ids)))
+
+
+@pytest.mark.filterwarnings("ignore:.*is trained with it")
+@pytest.mark.filterwarnings("error:.*no longer the same weight")
+def test_one_embedding_at_two_places_stays_one(tmp_path):
+    model = Shared()
+    base = model(IDS)
+    inject(model, LoRAConfig(r=2, target_modules=["q"], modules_to_save=["shared"]))
+    assert tuple(model.lora_originals) == ("shared", "lm_head")
+    assert model.shared is model.encoder["embed"] and model.shared.weight is model.lm_head.weight
+    perturb(model, 0.1)
+    want = model(IDS)
+    save_adapter(model, tmp_path)
+    again = load_adapter(Shared(), tmp_path)
+    assert torch.equal(again(IDS), want) and again.shared.weight is again.lm_head.weight
+    with adapters_disabled(model):
+        assert torch.equal(model(IDS), base)
+    torch.testing.assert_close(merge(model)(IDS), want)
+
+
+def test_merging_a_tied_t5_is_refused_where_transformers_would_tie_it_again(monkeypatch):
+    model, inner = adapted("t5", "adapter on the head"), adapted("t5", "inner layers")
+    before = logits(model)
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ValueError, match="transformers 4.57.1 makes them one again when it loads a t5 model"):
+        merge(model)
+    assert torch.equal(logits(model), before)
+    merge(inner)
+
+
+def test_only_weights_that_came_apart_are_split():
+    class Tied(transformers.BartForConditionalGeneration):
+        def __init__(self, config):
+            super().__init__(config)
+            self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.g.weight = self.f.weight
+
+    model = Tied(transformers.BartConfig(**BART))
+    with pytest.warns(UserWarning, match="no longer the same weight") as seen:
+        merge(inject(model, LoRAConfig(r=2, target_modules=["lm_head"], init="both_gaussian")))
+    assert [w.filename for w in seen if "no longer" in str(w.message)] == [__file__]
+    assert model.f.weight is model.g.weight
+    assert model.model.shared.weight is not model.lm_head.weight
+    assert model.config.tie_word_embeddings is False

@@ -76,13 +76,47 @@ def data_parallel(model):
     return nn.DataParallel(compiled(model))
 
 
+class MyDataParallel(nn.DataParallel):
+    """As many write it."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+class _FabricModule(nn.Module):
+    """Stands for Lightning's, which is told by its name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._forward_module = self._original_module = module
+
+    def forward(self, *args, **kwargs):
+        return self._forward_module(*args, **kwargs)
+
+    def state_dict(self, *args, **kwargs):
+        return self._original_module.state_dict(*args, **kwargs)
+
+
+def in_fabric(model):
+    model.model.layers[1] = _FabricModule(model.model.layers[1])
+    return _FabricModule(model)
+
+
+def in_own_data_parallel(model):
+    model.lm_head = MyDataParallel(model.lm_head)
+    return MyDataParallel(model)
+
+
 def distributed(model):
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model.lm_head.weight.requires_grad_(True)
     return DistributedDataParallel(parts_compiled(model))
 
 
-AROUND = [data_parallel, parts_compiled]
+AROUND = [data_parallel, parts_compiled, in_fabric, in_own_data_parallel]
 WRAPPERS = [*AROUND, distributed]
 wrappers = pytest.mark.parametrize("wrap", WRAPPERS)
 
@@ -281,6 +315,14 @@ def test_distributed_data_parallel_would_not_know_new_parameters(tmp_path):
             call()
     after = dict(wrapped.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_model_of_ones_own_with_such_a_name_is_no_wrapper():
+    class AveragedModel(nn.Sequential):
+        pass
+
+    model = inject(AveragedModel(nn.Linear(4, 4)), LoRAConfig(r=2))
+    assert [name for name, _ in lora_modules(model)] == ["0"]
 
 
 def peft_model():

@@ -22,25 +22,40 @@ def task_heads(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     Heads are those of transformers' classes for classification, question answering, multiple choice, next sentence
     prediction, CTC and speaker verification, and `score` and `classifier` of any other model. A model with output
-    embeddings, as every language model, has none.
+    embeddings, as every language model, has none; these embeddings are not listed as anything else either.
     """
     embeddings = getattr(model, "get_output_embeddings", None)
-    if embeddings is not None and embeddings() is not None:
-        return (), ()
+    output = embeddings() if embeddings is not None else None
+    output = unwrapped(output) if output is not None else None
     children = {
         name: unwrapped(child) for name, child in model.named_children() if any(True for _ in child.parameters())
     }
     base = unwrapped(model.base_model) if hasattr(model, "base_model_prefix") else model
     has_task = re.search(_TASKS, type(model).__name__) is not None
     if base is model:
-        return tuple(name for name in children if name in (_NAMES if has_task else CLASSIFIERS)), ()
-    top = [name for name, child in children.items() if child is not base]
-    heads = tuple(name for name in top if (has_task or name in CLASSIFIERS) and _fits_files(model, name, top))
+        known = _NAMES if has_task else CLASSIFIERS
+        top = [] if output is not None else [name for name in children if name in known]
+        heads = tuple(name for name in top if _is_trainable(children[name]))
+        return heads, tuple(name for name in top if name not in heads)
+    top = [name for name, child in children.items() if child is not base and not _contains(child, output)]
     loose = (name for name, _ in model.named_parameters(recurse=False))
+    heads = ()
+    if output is None:
+        likely = (name for name in top if has_task or name in CLASSIFIERS)
+        heads = tuple(name for name in likely if _is_trainable(children[name]) and _has_own_name(model, name, top))
     return heads, (*(name for name in top if name not in heads), *loose)
 
 
-def _fits_files(model: nn.Module, name: str, top: list[str]) -> bool:
-    """Whether it can be trained, and PEFT's format can name it: that takes every path that ends in the name."""
-    others = (path for path, _ in model.named_modules() if path.endswith(name) and path not in top)
-    return not any(others) and all(parameter.is_floating_point() for parameter in getattr(model, name).parameters())
+def _contains(module: nn.Module, part: nn.Module | None) -> bool:
+    return any(each is part for each in module.modules())
+
+
+def _is_trainable(head: nn.Module) -> bool:
+    """Whether it can be one of the modules_to_save: it has a forward, and its parameters can have gradients."""
+    lists = isinstance(head, (nn.ModuleList, nn.ModuleDict))
+    return not lists and all(parameter.is_floating_point() for parameter in head.parameters())
+
+
+def _has_own_name(model: nn.Module, name: str, top: list[str]) -> bool:
+    """Whether PEFT's format can name it: that takes every path that ends in the name."""
+    return not any(path.endswith(name) and path not in top for path, _ in model.named_modules())

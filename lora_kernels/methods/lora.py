@@ -10,7 +10,6 @@ import copy
 import difflib
 import itertools
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.arguments import warn
 from lora_kernels.methods.heads import CLASSIFIERS, task_heads
-from lora_kernels.methods.ties import note_untied, settle, split, tied_weights, untied, users
+from lora_kernels.methods.ties import check_untying, note_untied, settle, split, tied_weights, untied, users
 from lora_kernels.nn.bypassed import CHANGED, bypassed_layers
-from lora_kernels.nn.hooks import is_offloaded
+from lora_kernels.nn.hooks import is_offloaded, shared_hooks
 from lora_kernels.nn.lora_linear import (
     WEIGHT_DTYPES,
     FusedLoRALinear,
@@ -61,7 +61,8 @@ class LoRAConfig:
             with the adapter. They get no adapter. A copy of a tied weight is no longer tied, but for an embedding that
             only holds the weight of others (T5's `shared`): these are trained and saved with it, as one weight. None
             (default): the heads of a model for classification, question answering and the like
-            (`methods.heads.task_heads`), and nothing of a language model; () leaves a head as it is.
+            (`methods.heads.task_heads`) that target_modules doesn't name, and nothing of a language model; () leaves a
+            head as it is.
         exclude_modules: modules that get no adapter: a regular expression or a list, as in target_modules.
         use_dora: weight-decomposed LoRA (Liu et al. 2024), see FusedLoRALinear.
 
@@ -167,6 +168,7 @@ def plan(model: nn.Module, config: LoRAConfig, from_file: bool = False) -> Plan:
         _check_names_exist(argument, getattr(config, argument) or (), modules, linears)
 
     heads, others = task_heads(model)
+    heads = tuple(name for name in heads if not _is_target(name, config.target_modules, modules))
     by_default = config.modules_to_save is None
     saved = heads if by_default else tuple(name for name in modules if _matches(name, config.modules_to_save))
     # An empty modules_to_save says that nothing but adapters is wanted.
@@ -236,6 +238,15 @@ def plan(model: nn.Module, config: LoRAConfig, from_file: bool = False) -> Plan:
     return Plan(adapters, saved, problems, frozen)
 
 
+def _is_target(head: str, targets: str | Sequence[str], modules: Iterable[str]) -> bool:
+    """Whether the targets name this head or modules in it, as "classifier.0" does. "dense" alone names no head, though
+    one may have a layer of that name."""
+    if targets == ALL_LINEAR:
+        return False
+    mentioned = re.search(rf"\b{re.escape(head)}\b", targets if isinstance(targets, str) else " ".join(targets))
+    return bool(mentioned) and any(inside(name, [head]) and _matches(name, targets) for name in modules)
+
+
 def _check_names_exist(
     argument: str, names: str | Sequence[str], modules: Mapping[str, nn.Module], linears: Sequence[str]
 ) -> None:
@@ -293,16 +304,16 @@ def inject(model: nn.Module, config: LoRAConfig, tokenizer: Any = None, from_fil
     for reason in dict.fromkeys(planned.problems.values()):
         names = [name for name, problem in planned.problems.items() if problem == reason]
         what = "LoRA adapters without effect, which stay frozen" if names[0] in planned.adapters else "no LoRA adapter"
-        warnings.warn(f"{shorten(names)}: {what}, since {reason}", stacklevel=3)
+        warn(f"{shorten(names)}: {what}, since {reason}")
     if planned.frozen_heads:
-        warnings.warn(
+        warn(
             f"{', '.join(planned.frozen_heads)} of {type(model).__name__}: neither trained nor in the adapter's files, "
-            "so a head with new weights stays random; modules_to_save names what is trained in full",
-            stacklevel=3,
+            "so a head with new weights stays random; modules_to_save names what is trained in full"
         )
     for name, others in _other_places(model, (*planned.adapters, *planned.modules_to_save)).items():
-        there = f"the same layer is used at {shorten(others)} too, where it stays as it is and is not trained"
-        warnings.warn(f"{name}: {there}", stacklevel=2)
+        stays = "it stays as it is and is not trained"
+        here = stays if name in planned.adapters else "it is trained with it, which PEFT does not do"
+        warn(f"{name}: the same layer is used at {shorten(others)} too, where {here}")
     for parameter in model.parameters():
         # Parameters of lazy layers lack requires_grad_.
         parameter.requires_grad = False
@@ -334,7 +345,8 @@ def _other_places(model: nn.Module, names: Collection[str]) -> dict[str, list[st
 
 def _train_copy(model: nn.Module, name: str) -> None:
     original = model.lora_originals[name] = get_submodule(model, name)
-    replace_module(model, name, copy.deepcopy(unwrapped(original)).requires_grad_(True))
+    inner = unwrapped(original)
+    replace_module(model, name, copy.deepcopy(inner, shared_hooks(inner)).requires_grad_(True))
 
 
 def train_in_full(model: nn.Module, name: str) -> None:
@@ -385,8 +397,8 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
 
     W + scaling · lora_b · lora_a, with DoRA's magnitudes where there are, is made in float32 and rounded once to the
     weight's dtype. An adapter on a layer that the model never calls has no effect, and none after merging. The trained
-    modules_to_save stay. Where that leaves tied weights unequal, all tied weights become parameters of their own and
-    the config says so, for save_pretrained to write each of them. What comes back is a plain model, for that or for
+    modules_to_save stay. Where that leaves tied weights unequal, they become parameters of their own and the config
+    says so, for save_pretrained to write each of them. What comes back is a plain model, for that or for
     inference; its parameters remain frozen (`model.requires_grad_(True)` to train them).
 
     NF4 weights, those without an adapter too, are dequantised: the merged model is dense. With quantize="nf4" they stay
@@ -395,7 +407,7 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     the gaps between NF4's values is mostly lost.
 
     Returns the model. Raises ValueError if it carries no adapters, or, with the model unchanged, if a merged weight is
-    not finite or, with quantize, a layer is a Conv1D.
+    not finite, if, with quantize, a layer is a Conv1D, or if transformers before 5 would tie a T5's weights again.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
@@ -414,6 +426,7 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
             raise ValueError(f"{name} is a Conv1D; quantize='nf4' takes torch.nn.Linear only")
     tied = tied_weights(model)
     together = [names for names in tied if names not in untied(model, tied)]
+    check_untying(model, tied, [name for name, layer in layers.items() if not layer.bypassed])
     errors, survivals = {}, {}
     for name in list(layers):
         # pop: the replaced layer's weight is freed before the next one is merged

@@ -6,18 +6,20 @@ save_pretrained and from_pretrained.
 
 from __future__ import annotations
 
-import warnings
+import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_kernels.arguments import warn
 from lora_kernels.nn.wrappers import get_submodule, named_parameters, unwrapped
 
 # Where the config says "tied", their code also scales the decoder's output, so it has to go on saying so. transformers
-# doesn't tie weights that a file has with different values.
+# 5 doesn't tie weights that a file has with different values; transformers 4 does.
 _SCALED_WHERE_TIED = ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
 
 
@@ -32,11 +34,13 @@ def one_weight(named: Iterable[tuple[str, nn.Parameter]]) -> list[list[str]]:
 def tied_weights(model: nn.Module) -> list[list[str]]:
     """Groups of paths with one parameter, in the base model where adapters were injected."""
     originals: Mapping[str, nn.Module] = getattr(model, "lora_originals", {})
-    replaced = (*(f"{path}." for path in originals), "parked_adapters.")
-    named = [item for item in named_parameters(model) if not item[0].startswith(replaced)]
-    for path, original in originals.items():
-        named += [(f"{path}.{key}", p) for key, p in named_parameters(original)]
-    return one_weight(named)
+    named = {name: p for name, p in named_parameters(model) if not name.startswith("parked_adapters.")}
+    copied = {
+        id(named[f"{path}.{key}"]): parameter
+        for path, original in originals.items()
+        for key, parameter in named_parameters(original)
+    }
+    return one_weight((name, copied.get(id(p), p)) for name, p in named.items())
 
 
 def untied(model: nn.Module, groups: Iterable[list[str]]) -> list[list[str]]:
@@ -51,21 +55,35 @@ def note_untied(model: nn.Module, groups: Iterable[list[str]]) -> None:
     apart = untied(model, groups)
     if not apart:
         return
-    cleared = [config for config in _configs(model) if getattr(config, "tie_word_embeddings", False)]
-    cleared = [config for config in cleared if getattr(config, "model_type", None) not in _SCALED_WHERE_TIED]
+    cleared = [config for config in _tying(model) if getattr(config, "model_type", None) not in _SCALED_WHERE_TIED]
     for config in cleared:
         config.tie_word_embeddings = False
     flag = "; model.config.tie_word_embeddings is now False" if cleared else ""
-    warnings.warn(
-        f"{', '.join(apart[0])} are no longer the same weight, since they weren't all trained together{flag}",
-        stacklevel=4,
-    )
+    warn(f"{', '.join(apart[0])} are no longer the same weight, since they weren't all trained together{flag}")
 
 
-def split(model: nn.Module, groups: Iterable[list[str]]) -> None:
-    """Gives each path in `groups` a parameter of its own: save_pretrained writes a shared one only once, and without
-    the config's flag nothing puts it in the other places again."""
+def check_untying(model: nn.Module, groups: list[list[str]], adapted: Collection[str]) -> None:
+    """Raises ValueError where merging the layers `adapted` unties one of `groups` and no file can keep it so."""
+    scaled = [c.model_type for c in _tying(model) if getattr(c, "model_type", None) in _SCALED_WHERE_TIED]
+    version = getattr(sys.modules.get("transformers"), "__version__", "5")
+    if not scaled or int(version.partition(".")[0]) >= 5:
+        return
+    apart = untied(model, groups) + [names for names in groups if any(_parent(name) in adapted for name in names)]
+    if apart:
+        raise ValueError(
+            f"merging would make {' and '.join(apart[0])} different weights, and transformers {version} makes them one "
+            f"again when it loads a {scaled[0]} model: merge with transformers >= 5, or keep the adapter's files"
+        )
+
+
+def split(model: nn.Module, groups: list[list[str]]) -> None:
+    """Gives each path a parameter of its own, in those of `groups` that came apart and in those that the config's flag
+    tied before it was cleared: save_pretrained writes a shared one only once, and nothing would tie it again."""
+    keys = [] if _tying(model) else [key for m in model.modules() for key in getattr(m, "_tied_weights_keys", ()) or ()]
+    apart = untied(model, groups)
     for names in groups:
+        if names not in apart and not any(re.search(rf"(^|\.){key}$", name) for key in keys for name in names):
+            continue
         taken = set()
         for name in names:
             parameter = _attribute(model, name)
@@ -74,7 +92,7 @@ def split(model: nn.Module, groups: Iterable[list[str]]) -> None:
             taken.add(id(parameter))
 
 
-def stand_ins(model: nn.Module) -> dict[str, list[str]]:
+def weight_holders(model: nn.Module) -> dict[str, list[str]]:
     """The embeddings that only hold the weight of others, as T5's `shared` does: it stands beside the encoder and the
     decoder, whose own embeddings have its weight. {its parameter: the parameters that are used instead}, by path."""
     found = {}
@@ -89,17 +107,21 @@ def stand_ins(model: nn.Module) -> dict[str, list[str]]:
 
 
 def users(model: nn.Module, saved: Iterable[str]) -> tuple[str, ...]:
-    """The paths of the modules that use the weight of such an embedding in the modules `saved`, but for those there."""
-    trained = tuple(f"{path}." for path in saved)
-    paths = [_parent(other) for name, used in stand_ins(model).items() if name.startswith(trained) for other in used]
-    return tuple(dict.fromkeys(path for path in paths if not f"{path}.".startswith(trained)))
+    """The paths of the modules that have to be trained with the modules `saved`: where one of these is such an
+    embedding, those that use its weight. A path of the same module, or inside `saved`, is not among them."""
+    trained, found = tuple(f"{path}." for path in saved), {}
+    for name, used in weight_holders(model).items():
+        if name.startswith(trained):
+            holder = _module(model, _parent(name))
+            found |= {_parent(other): None for other in used if _module(model, _parent(other)) is not holder}
+    return tuple(path for path in found if not f"{path}.".startswith(trained))
 
 
 def settle(model: nn.Module) -> None:
     """After inject: copies that modules_to_save trains of such an embedding and of those that use its weight become one
     weight again, where they have the same values; what is untied nevertheless is noted."""
     trained = tuple(f"{path}." for path in model.lora_originals)
-    for name, used in stand_ins(model).items():
+    for name, used in weight_holders(model).items():
         weight = _attribute(model, name)
         for other in used:
             if name.startswith(trained) and other.startswith(trained) and torch.equal(_attribute(model, other), weight):
@@ -128,6 +150,11 @@ def _set_attribute(model: nn.Module, path: str, value: Any) -> None:
 
 def _module(model: nn.Module, path: str) -> nn.Module:
     return unwrapped(get_submodule(model, path))
+
+
+def _tying(model: nn.Module) -> list[Any]:
+    """The configs that say that the embeddings are tied."""
+    return [config for config in _configs(model) if getattr(config, "tie_word_embeddings", False)]
 
 
 def _configs(model: nn.Module) -> list[Any]:

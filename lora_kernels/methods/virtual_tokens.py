@@ -72,7 +72,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
     """The decoder of a Hugging Face causal LM; ValueError if it isn't one or the tokens don't fit its context."""
-    fits = hasattr(model, "get_decoder") and not any(task_heads(model))
+    fits = hasattr(model, "get_decoder") and (model.get_output_embeddings() is not None or not any(task_heads(model)))
     decoder = unwrapped(find_decoder(model)) if fits else None
     config = getattr(model, "config", None)
     if decoder is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -40,6 +41,32 @@ def carry_hooks(replaced: nn.Module, module: nn.Module) -> None:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(module, replaced._hf_hook)
+
+
+def add_hooks(wrapper: nn.Module, module: nn.Module) -> None:
+    """Gives `module` the hooks of the wrapper of what it replaces, and leaves the wrapper without.
+
+    Where both have hooks of one kind, the handles of the wrapper's no longer remove them.
+    """
+    ours, theirs = module.__dict__, wrapper.__dict__
+    for name in _HOOKS:
+        if theirs[name] and ours[name] and isinstance(ours[name], dict):
+            ours[name].update(theirs[name])
+            theirs[name].clear()
+        elif theirs[name]:
+            ours[name], theirs[name] = theirs[name], ours[name]
+
+
+def shared_hooks(module: nn.Module) -> dict[int, Any]:
+    """The memo for copy.deepcopy with which a copy of `module` shares the hooks inside, so that the handles that torch
+    gave for them remove them there too. Hooks that are methods of its own parts are copied."""
+    parts = {id(part): part for part in module.modules()}
+    found = [getattr(part, name) for part in parts.values() for name in _HOOKS]
+    return {
+        id(hooks): hooks
+        for hooks in found
+        if isinstance(hooks, dict) and not any(id(getattr(h, "__self__", None)) in parts for h in hooks.values())
+    }
 
 
 def is_offloaded(module: nn.Module, outer: Iterable[nn.Module]) -> bool:

@@ -268,6 +268,10 @@ class FusedLoRALinear(nn.Module):
     transformers' Conv1D (`fan_in_fan_out`) keeps that weight's stored shape [K, N]. Input x [..., K], output y
     [..., N].
 
+    In evaluation without gradients, nn.TransformerEncoderLayer and nn.TransformerEncoder read their layers' weights and
+    never call them, so that a layer put there by hand has no effect: use `lora_kernels.inject`, which makes them call
+    it, or `torch.backends.mha.set_fastpath_enabled(False)`.
+
     Raises ValueError naming the argument that is out of range.
     """
 

@@ -1,25 +1,27 @@
-"""Models inside wrappers (torch.compile, DistributedDataParallel, DataParallel), around the whole or single parts.
+"""Models inside wrappers (torch.compile, DistributedDataParallel, DataParallel, Fabric), around all or single parts.
 
 Paths here are those of the model without wrappers, as adapter files have them.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from lora_kernels.nn.hooks import FAST_PATHS, carry_hooks, set_fast_path
+from lora_kernels.nn.hooks import FAST_PATHS, add_hooks, carry_hooks, set_fast_path
 from lora_kernels.nn.lora_linear import FusedLoRALinear
 from lora_kernels.sharded import is_sharded
 
-# The attribute that holds the wrapped module, by the name of the class, which may belong to a package that isn't there.
+# The attribute that holds the wrapped module, by the name of the class or of one that it is derived from. The class may
+# belong to a package that isn't there.
 _WRAPPERS = {
     "AveragedModel": "module",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "OptimizedModule": "_orig_mod",  # of torch.compile
+    "_FabricModule": "_forward_module",  # of Lightning's Fabric
 }
 # Those that can't be seen through: the way out.
 _PEFT = "PEFT's model.unload() gives the base model, and load_adapter loads what PEFT has saved"
@@ -35,9 +37,14 @@ _OPAQUE = {
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """What is inside the wrappers around `module`; itself without any."""
-    while (name := _WRAPPERS.get(type(module).__name__)) is not None:
-        module = getattr(module, name)
+    while (inner := _inside(module)) is not None:
+        module = inner
     return module
+
+
+def _inside(module: Any) -> nn.Module | None:
+    """What the wrapper `module` holds; None if it is no wrapper, as a model of another author with such a name."""
+    return module._modules.get(_listed(_WRAPPERS, type(module))) if isinstance(module, nn.Module) else None
 
 
 def bare(model: nn.Module, adding: bool = False) -> nn.Module:
@@ -49,9 +56,9 @@ def bare(model: nn.Module, adding: bool = False) -> nn.Module:
     """
     for part in model.modules():
         kind = type(part).__name__
-        if (way_out := _opaque(type(part))) is not None:
+        if (way_out := _listed(_OPAQUE, type(part))) is not None:
             raise ValueError(f"model {_is_or_has(model, part)} a {kind}, which can't be seen through: {way_out}")
-        if adding and kind == "DistributedDataParallel":
+        if adding and any(base.__name__ == "DistributedDataParallel" for base in type(part).__mro__):
             raise ValueError(
                 f"model {_is_or_has(model, part)} a {kind}, which does not synchronise parameters that are added later:"
                 " inject or load adapters into the model first, then wrap it"
@@ -64,9 +71,9 @@ def bare(model: nn.Module, adding: bool = False) -> nn.Module:
     return unwrapped(model)
 
 
-@functools.cache
-def _opaque(kind: type) -> str | None:
-    return next((_OPAQUE[base.__name__] for base in kind.__mro__ if base.__name__ in _OPAQUE), None)
+def _listed(table: Mapping[str, str], kind: type) -> str | None:
+    """What `table` has for the name of the class or of the nearest one that it is derived from."""
+    return next((table[base.__name__] for base in kind.__mro__ if base.__name__ in table), None)
 
 
 def _is_or_has(model: nn.Module, part: nn.Module) -> str:
@@ -77,14 +84,15 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) as `model.named_modules()`, without the wrappers."""
     model = unwrapped(model)
     for path, module in model.named_modules():
-        if type(module).__name__ not in _WRAPPERS:
+        if _inside(module) is None:
             yield _path(model, path), module
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(path, parameter) of each place that has one, without the wrappers: a tied one comes several times."""
     model = unwrapped(model)
-    return [(_path(model, path), parameter) for path, parameter in model.named_parameters(remove_duplicate=False)]
+    named = model.named_parameters(remove_duplicate=False)
+    return list({_path(model, path): parameter for path, parameter in named}.items())
 
 
 def get_submodule(model: nn.Module, path: str) -> nn.Module:
@@ -97,15 +105,25 @@ def get_submodule(model: nn.Module, path: str) -> nn.Module:
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` in the place of what stands at the path, with its hooks and in its mode (training or not).
 
+    A layer with an adapter goes to this path only, every other module to all the paths of what it replaces.
     torch's encoders around it call their layers where these have adapters, see `hooks.set_fast_path`.
     """
     replaced = get_submodule(model, path)
     if module.training is not replaced.training:
         module.train(replaced.training)
-    carry_hooks(unwrapped(replaced), unwrapped(module))
+    inner = unwrapped(module)
+    carry_hooks(unwrapped(replaced), inner)
+    wrapper = replaced
+    while (inside := _inside(wrapper)) is not None:
+        add_hooks(wrapper, inner)
+        wrapper = inside
     names = path.split(".")
     outer = [unwrapped(get_submodule(model, ".".join(names[:depth]))) for depth in range(len(names))]
-    setattr(outer[-1], names[-1], module)
+    places = [(outer[-1], names[-1])]
+    if not isinstance(inner, FusedLoRALinear):
+        places += [(part, name) for part in model.modules() for name, m in part._modules.items() if m is replaced]
+    for part, name in places:
+        setattr(part, name, module)
     for encoder in outer:
         if isinstance(encoder, tuple(FAST_PATHS)):
             set_fast_path(encoder, not any(isinstance(part, FusedLoRALinear) for part in encoder.modules()))
@@ -121,7 +139,7 @@ def _path(model: nn.Module, path: str) -> str:
     """A path of `model` without the wrappers on the way."""
     names, module = [], model
     for name in path.split("."):
-        if _WRAPPERS.get(type(module).__name__) != name:
+        if _inside(module) is None or name not in module._modules:
             names.append(name)
         module = getattr(module, name, None)
     return ".".join(names)
