@@ -380,6 +380,7 @@ def test_target_kl_leaves_the_rollout(tmp_path, model_dir, data):
     assert (record["policy/minibatches"], record["policy/stopped_early"]) == (2, 1)
 
 
+@pytest.mark.filterwarnings("error:.*neither trained")  # of the value model's head, which it trains
 def test_micro_batches_and_checkpointing_change_nothing_but_memory(tmp_path, model_dir, data, monkeypatch):
     calls = []
     forward = LlamaMLP.forward

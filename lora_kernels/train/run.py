@@ -259,6 +259,8 @@ def method_config(config: TrainConfig) -> Any:
             use_rslora=config.use_rslora,
             init=config.init,
             use_dora=config.method == "dora",
+            # Heads have trainers of their own: what PPO puts beside the policy is its value model's.
+            modules_to_save=(),
         )
     if config.method == "adalora":
         return adalora.AdaLoRAConfig(
