@@ -1,4 +1,5 @@
 import os
+import signal
 from importlib import metadata
 
 # Triton's kernels run on CPU tensors in these tests; triton reads this when it is imported.
@@ -34,6 +35,18 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heeded():
+    """A shell's background jobs ignore SIGINT, and jobs under nohup SIGHUP; so would the processes that tests start."""
+    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in heeded if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, heeded[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(params=ISAS)

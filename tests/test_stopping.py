@@ -27,17 +27,6 @@ def train_stoppable(output_dir, **changes):
     return train_tiny(output_dir, eval_set=tiny_dataset(5, seed=9), **{**plan, **changes})
 
 
-@pytest.fixture(autouse=True)
-def heeded():
-    """Under nohup this process ignores SIGHUP, and so would those that it starts."""
-    ignored = [number for number in stopping._SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def raise_at(number, step, times=1):
     """A callback that has this process get a signal when a record of the step is written."""
 
