@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import tempfile
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -444,7 +445,11 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         "everything works. Written by `python tools/supported_models.py`; tests compare it with the stored",
         "results, and these with the code for a few families. A family that isn't here was not tried.",
         "",
-        *(f"- **{name}**: {stage.__doc__}" for name, stage in STAGES.items()),
+        *(
+            line
+            for name, stage in STAGES.items()
+            for line in textwrap.wrap(f"- **{name}**: {stage.__doc__}", 100, subsequent_indent="  ")
+        ),
         "",
         "A cell that isn't **yes** says why. *refused*: an error names the reason. *untested*: transformers,",
         "PEFT or bitsandbytes cannot do it with this model, so there is nothing to compare with. *wrong* and",
