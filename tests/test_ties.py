@@ -270,3 +270,32 @@ def test_only_weights_that_came_apart_are_split():
     assert model.f.weight is model.g.weight
     assert model.model.shared.weight is not model.lm_head.weight
     assert model.config.tie_word_embeddings is False
+
+
+class Repeated(transformers.PreTrainedModel):
+    """As Zamba: the second block has the weights of the first, which `_tied_weights_keys` says of the block alone."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first, self.second = (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
+        self._tied_weights_keys = {config.key: "first"}
+        self.post_init()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("key", ["second", r"sec\w+\.(?!rotary)"])
+@pytest.mark.filterwarnings("ignore:.*no longer the same weight")
+def test_all_weights_of_a_tied_block_are_saved_when_one_comes_apart(key, tmp_path):
+    torch.manual_seed(1)
+    model = Repeated(transformers.PretrainedConfig(tie_word_embeddings=True, key=key)).eval()
+    nn.init.normal_(model.first[1].weight)
+    assert model.first[1].weight is model.second[1].weight
+    perturb(inject(model, LoRAConfig(r=2)), 0.1)
+    x = torch.randn(3, 8)
+    want = model(x)
+    merge(model).save_pretrained(tmp_path)
+    torch.testing.assert_close(Repeated.from_pretrained(tmp_path)(x), want, rtol=1e-5, atol=1e-6)

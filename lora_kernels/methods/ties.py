@@ -82,7 +82,8 @@ def split(model: nn.Module, groups: list[list[str]]) -> None:
     keys = [] if _tying(model) else [key for m in model.modules() for key in getattr(m, "_tied_weights_keys", ()) or ()]
     apart = untied(model, groups)
     for names in groups:
-        if names not in apart and not any(re.search(rf"(^|\.){key}$", name) for key in keys for name in names):
+        # A key is where a path begins: it may be that of a block, all of whose weights are tied to another's.
+        if names not in apart and not any(re.search(rf"(^|\.)(?:{key})", name) for key in keys for name in names):
             continue
         taken = set()
         for name in names:
