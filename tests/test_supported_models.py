@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -17,9 +19,11 @@ from supported_models import (  # noqa: E402
     LIMIT,
     STAGES,
     TABLE,
+    Trial,
     Untested,
     Wrong,
     cell,
+    compiled,
     outcome,
     read_results,
     report,
@@ -92,3 +96,31 @@ def test_a_cell_says_whose_fault_it_is():
     assert found(lambda: LoRAConfig(r=0)).startswith("refused: r ")
     assert found(lambda: int("x")).startswith("error: ValueError: invalid literal")
     assert cell("a|b") == "a/b" and len(cell("x" * 200)) == 100 and LIMIT > 0
+
+
+class Traced(nn.Module):
+    """A product whose values are multiplied by `factor` when traced, and whose weight then trains only if `trains`."""
+
+    def __init__(self, factor=1, trains=True):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.factor, self.trains = factor, trains
+
+    def forward(self, x):
+        traced = torch.compiler.is_compiling()
+        weight = self.weight.detach() if traced and not self.trains else self.weight
+        return {"logits": (x * weight + self.bias) * (self.factor if traced else 1)}
+
+
+class TracedTrial(Trial):
+    def __init__(self, base, adapted):
+        self.model, self.adapted, self.inputs = base, lambda: adapted, {"x": torch.ones(2, 3)}
+
+
+@pytest.mark.parametrize(("fault", "reason"), [({"factor": 2}, "logits differ"), ({"trains": False}, "no gradient")])
+def test_compilation_is_untested_where_the_base_model_compiles_wrongly(fault, reason):
+    compiled(TracedTrial(Traced(), Traced()))
+    with pytest.raises(Wrong, match=reason):
+        compiled(TracedTrial(Traced(), Traced(**fault)))
+    with pytest.raises(Untested, match=f"torch.compile of the base model: .*{reason}"):
+        compiled(TracedTrial(Traced(**fault), Traced(**fault)))

@@ -153,7 +153,7 @@ def same_gradients(found: dict[str, Tensor | None], expected: dict[str, Tensor |
     for name, gradient in expected.items():
         other = found[name]
         if (other is None) != (gradient is None):
-            raise Wrong(f"{name} has {'no' if other is None else 'a'} gradient")
+            raise Wrong(f"{'no' if other is None else 'an unexpected'} gradient for {name}")
         if gradient is not None:
             scale = max(gradient.abs().max().item(), 1e-3 * top)
             if not (other - gradient).abs().max().item() <= GRADIENTS * scale:
@@ -247,19 +247,23 @@ def generate(trial: Trial) -> None:
     same_padded_answers(trial, trial.adapted())
 
 
+def same_compiled(trial: Trial, model: Any) -> None:
+    logits, gradients = trial.step(model)
+    compiled_logits, compiled_gradients = trial.step(torch.compile(model, backend="aot_eager"))
+    same("compiled logits", compiled_logits, logits)
+    same_gradients(compiled_gradients, gradients)
+
+
 def compiled(trial: Trial) -> None:
     """`torch.compile` gives the same logits and gradients (traced by dynamo and autograd, run without inductor)."""
     model = trial.adapted()
     try:
-        logits, gradients = trial.step(torch.compile(model, backend="aot_eager"))
+        same_compiled(trial, model)
     except Exception:
         torch._dynamo.reset()
         with peer("torch.compile of the base model"):
-            trial.model.requires_grad_(True)
-            trial.gradients_of(torch.compile(trial.model, backend="aot_eager"))
+            same_compiled(trial, trial.fresh().requires_grad_(True))
         raise
-    same("compiled logits", logits, trial.adapted_logits)
-    same_gradients(gradients, trial.gradients)
 
 
 def checkpointing(trial: Trial) -> None:
@@ -451,9 +455,9 @@ def report(results: dict[str, dict[str, Any]]) -> str:
             for line in textwrap.wrap(f"- **{name}**: {stage.__doc__}", 100, subsequent_indent="  ")
         ),
         "",
-        "A cell that isn't **yes** says why. *refused*: an error names the reason. *untested*: transformers,",
-        "PEFT or bitsandbytes cannot do it with this model, so there is nothing to compare with. *wrong* and",
-        "*error* are faults: don't rely on that.",
+        "A cell that isn't **yes** says why. *refused*: an error names the reason. *untested*: torch,",
+        "transformers, PEFT or bitsandbytes cannot do it with this model, so there is nothing to compare",
+        "with. *wrong* and *error* are faults: don't rely on that.",
         "",
         f"| family | {' | '.join(STAGES)} |",
         "|---" * (len(STAGES) + 1) + "|",
