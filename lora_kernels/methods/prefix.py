@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from lora_kernels.nn.wrappers import bare, named_modules
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-    from transformers import Cache
+    from transformers import Cache, DynamicCache
 
 adapters_disabled = disabled
 _RANDOM_STD = 0.02
@@ -98,6 +99,11 @@ class PrefixKeyValues(VirtualTokens):
     def attach(self, model: nn.Module, decoder: nn.Module) -> None:
         if not _attention_modules(decoder):
             raise ValueError(f"model is a {type(model).__name__}; allowed: one whose attention layers take a cache")
+        if _keys_count_padding(model, decoder):
+            raise ValueError(
+                f"model is a {type(model).__name__}, whose cached keys depend on the padding before a token; "
+                "allowed: one that takes position_ids or whose keys have no position; or try PromptConfig"
+            )
         super().attach(model, decoder)
 
     def _hooks(self, decoder: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
@@ -189,8 +195,8 @@ def inject(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> nn.
     """Puts PrefixKeyValues before the keys and values of `model`, a causal LM, and freezes everything else.
 
     `tokenizer` is for init="text". Returns the model. Raises ValueError, with the model unchanged, if it isn't a
-    decoder-only LM of transformers whose layers cache keys and values of one shape, or if config doesn't fit it; a
-    short run of the decoder at the end shows the rest.
+    decoder-only LM of transformers whose layers cache keys and values of one shape, if padding before a token changes
+    its keys, or if config doesn't fit it; a short run of the decoder at the end shows the rest.
     """
     given, model = model, bare(model, adding=True)
     decoder = decoder_of(model, config.num_virtual_tokens)
@@ -207,19 +213,13 @@ def inject(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> nn.
     return given
 
 
-@torch.no_grad()
 def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tensor | None = None) -> list[Tensor]:
     """The keys and values [1, heads, n, head_dim] of each layer in turn for `ids` [n], by default n times token 0.
 
     Asking the model is the way to know their shapes that doesn't depend on how its config names things.
     """
-    from transformers import DynamicCache
-
     ids = torch.zeros(n, dtype=torch.long) if ids is None else ids
-    cache = DynamicCache()  # without the model's config it keeps what a sliding window would drop
-    with_cache = {cache_argument(decoder.forward): cache, "use_cache": True}
-    with refusing(model), eval_mode(decoder):
-        decoder(input_ids=ids[None].to(model.get_input_embeddings().weight.device), **with_cache)
+    cache = _cached(model, decoder, ids[None])
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     shapes = {None if state is None else tuple(state.shape) for state in states}
     if len(shapes) != 1 or None in shapes:
@@ -233,6 +233,35 @@ def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tenso
             "one for each"
         )
     return states
+
+
+def _cached(model: nn.Module, decoder: nn.Module, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
+    """What the decoder caches for `ids` [B, n]."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()  # without the model's config it keeps what a sliding window would drop
+    device = decoder.get_input_embeddings().weight.device
+    kwargs = {"input_ids": ids.to(device), cache_argument(decoder.forward): cache, "use_cache": True}
+    if mask is not None:
+        kwargs["attention_mask"] = mask.to(device)
+    with torch.no_grad(), refusing(model), eval_mode(decoder):
+        decoder(**kwargs)
+    return cache
+
+
+def _keys_count_padding(model: nn.Module, decoder: nn.Module) -> bool:
+    """Whether padding on a row's left changes its keys, as RoFormer's, which are rotated by column.
+
+    Such keys can't be moved behind the padding, where `_after` puts them.
+    """
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        return False
+    # The first layer's keys of a row's first token, which depend on nothing else but its position.
+    mask = torch.tensor([[0, 1], [1, 1]])
+    keys = _cached(model, decoder, torch.ones_like(mask), mask).layers[0].keys.float()
+    padded, alone = keys[0, :, 1], keys[1, :, 0]
+    # Rounding to 16 bits changes them by less than 1 %.
+    return bool((padded - alone).abs().mean() > 0.02 * alone.abs().mean())
 
 
 def flatten(states: list[Tensor]) -> tuple[Tensor, int, int]:
