@@ -3,7 +3,7 @@
 import pytest
 from chat_template_report import templates, tokenizer_for
 
-from lora_kernels.train.data import build_dataset
+from lora_kernels.data.dataset import build_dataset
 
 TURNS = 320
 

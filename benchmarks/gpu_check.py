@@ -59,11 +59,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # The package of this checkout, which is what the build stage builds, whether it is installed or not.
 sys.path.insert(0, str(ROOT))
 
-from lora_kernels import backends, lora_linear, quantize_nf4, strategy, vendor  # noqa: E402
+from lora_kernels import backends, lora_linear, quantize_nf4  # noqa: E402
+from lora_kernels.backends import choice as strategy  # noqa: E402
+from lora_kernels.backends.triton import vendor  # noqa: E402
 from lora_kernels.bench.cases import DROPOUT_P, LAYERS, SCALING, missing, split  # noqa: E402
 from lora_kernels.bench.measure import interleave, machine, write_report  # noqa: E402
 from lora_kernels.bench.peers import AddmmLoRA, peft_layer, peft_nf4_layer  # noqa: E402
-from lora_kernels.io.files import replacing  # noqa: E402
+from lora_kernels.files import replacing  # noqa: E402
 
 TOTAL_SECONDS = 465
 # {stage: its limit in seconds}, in their order, those that run at the same time together; what is left of the total may

@@ -72,7 +72,7 @@ Dropout dropout(const Tensor& rng, uint32_t threshold) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of lora_kernels. Tensors in, nothing out; use lora_kernels.cpu instead.";
+  m.doc() = "CPU kernels of lora_kernels. Tensors in, nothing out; use lora_kernels.backends.cpu instead.";
 
   m.def("isa_supported", [] {
     py::list names;

@@ -18,17 +18,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lora_kernels.data.chat import set_chat_template
+from lora_kernels.data.dataset import load_dataset
+from lora_kernels.data.messages import to_conversation
+from lora_kernels.data.records import load_records
+from lora_kernels.files import replacing
 from lora_kernels.io.adapters import load_adapter
-from lora_kernels.io.files import replacing
 from lora_kernels.io.models import load_model
-from lora_kernels.train.chat import set_chat_template
+from lora_kernels.models.generate import generate
 from lora_kernels.train.config import METHODS, SFTConfig
-from lora_kernels.train.data import load_dataset
-from lora_kernels.train.generate import generate
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import evaluate
-from lora_kernels.train.messages import to_conversation
-from lora_kernels.train.records import load_records
 from lora_kernels.train.sft import AnswerLoss, run_sft
 
 HERE = Path(__file__).parent

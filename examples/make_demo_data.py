@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-from lora_kernels.io.files import replacing
+from lora_kernels.files import replacing
 
 TRAIN_SIZE, EVAL_SIZE, CHINESE_SHARE = 360, 40, 0.2
 

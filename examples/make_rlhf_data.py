@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf_rule import rule_score
 
-from lora_kernels.io.files import replacing
+from lora_kernels.files import replacing
 
 SIZES = {"rlhf_sft": 320, "rlhf_pairs": 240, "rlhf_pairs_eval": 40, "rlhf_prompts": 96}
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")

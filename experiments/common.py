@@ -16,11 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-from lora_kernels.io.files import replacing, write_json
+from lora_kernels.data.dataset import TokenDataset, load_dataset, set_chat_template
+from lora_kernels.files import replacing, write_json
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import inject, trainable_summary
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import TokenDataset, load_dataset, set_chat_template
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import evaluate
 from lora_kernels.train.sft import AnswerLoss, train_sft

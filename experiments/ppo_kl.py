@@ -19,10 +19,10 @@ from common import EXAMPLES, RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lora_kernels.io.files import replacing, write_json
+from lora_kernels.files import replacing, write_json
 from lora_kernels.train.config import PPOConfig, SFTConfig
 from lora_kernels.train.loop import METRICS
-from lora_kernels.train.ppo import run_ppo
+from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.sft import run_sft
 
 OUTPUT = Path("outputs/ppo_kl")

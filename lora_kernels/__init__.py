@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lora_kernels.ops.lora_linear import lora_linear, lora_linear_group
     from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
     from lora_kernels.optim.loraplus import LoRAPlusAdamW
-    from lora_kernels.reference import Projection
+    from lora_kernels.types import Projection
 
 __version__ = "0.1.0"
 

@@ -10,10 +10,12 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lora_kernels.types import NF4, AdamWGroup, Projection
 
 unavailable: str | None = None
 
@@ -27,38 +29,6 @@ NF4_CODE = (
 NF4_SMALLEST_ABSMAX = 1e-38
 # Block scales that share one scale of their own under double quantisation.
 ABSMAX_BLOCK = 256
-
-
-class NF4(NamedTuple):
-    """A [N, K] weight in 4 bits, laid out as bitsandbytes does.
-
-    packed: uint8 [(N·K + 1) // 2]; element 2j of the row-major weight is the high half of byte j, 2j + 1 the low half.
-    absmax: one scale for each block of `block_size` elements, counted through the flat weight, the last one possibly
-        shorter; float32 [blocks], or uint8 [blocks] under double quantisation.
-    absmax_scale, absmax_offset: float32 [(blocks + 255) // 256] and float32 [] under double quantisation, else None:
-        a block's scale is then dynamic_code()[absmax] · absmax_scale + absmax_offset, rounded after either operation.
-
-    An element is NF4_CODE[its 4 bits] · its block's scale, in float32, rounded once to the dtype that is asked for.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    absmax_scale: Tensor | None
-    absmax_offset: Tensor | None
-    block_size: int
-    shape: tuple[int, int]
-
-
-class Projection(NamedTuple):
-    """One of the layers that read the same x, as query, key and value do; see `lora_linear_fwd` for what is what."""
-
-    weight: Tensor | NF4
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    bias: Tensor | None = None
-    lora_e: Tensor | None = None
-    column_scale: Tensor | None = None
 
 
 # Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11). Seven rounds are
@@ -369,27 +339,6 @@ def nf4_values(weight: NF4) -> Tensor:
 def dequantize_nf4(weight: NF4, out: Tensor) -> None:
     """Writes the dense weight to out [N, K]: NF4_CODE[code] · scale in float32, rounded once to the dtype of out."""
     out.copy_(nf4_values(weight))
-
-
-class AdamWGroup(NamedTuple):
-    """Tensors that share their settings: one list entry per parameter that has a gradient. All of it is contiguous.
-
-    params and grads: any floating dtypes. exp_avgs, exp_avg_sqs: of the parameter's shape, float32 (float64 for a
-    float64 parameter). steps: scalar tensors, float32, the number of steps taken so far. masters: the unrounded
-    float32 parameter for each float16 or bfloat16 one, None for the others.
-    """
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    exp_avgs: Sequence[Tensor]
-    exp_avg_sqs: Sequence[Tensor]
-    steps: Sequence[Tensor]
-    masters: Sequence[Tensor | None]
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
 
 
 def addresses(what: str, tensors: Sequence[Tensor | None]) -> list[int]:

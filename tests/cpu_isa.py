@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lora_kernels import cpu
+from lora_kernels.backends import cpu
 
 ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 

@@ -24,14 +24,14 @@ from lora_kernels import (
     merge,
     save_adapter,
 )
+from lora_kernels.data.dataset import build_dataset
 from lora_kernels.methods import training_hook
 from lora_kernels.methods.adalora import RankAllocator, Triplets, orthogonality
 from lora_kernels.methods.lora import lora_modules, replace_module
 from lora_kernels.nn.nf4_linear import NF4Linear
-from lora_kernels.report import plot_ranks
 from lora_kernels.train import loop
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import build_dataset
+from lora_kernels.train.plots import plot_ranks
 from lora_kernels.train.run import method_config
 from lora_kernels.train.sft import run_sft, train_sft
 

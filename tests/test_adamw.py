@@ -10,8 +10,9 @@ from cpu_isa import ISAS, instruction_set, threads
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lora_kernels import backends, cpu, reference
-from lora_kernels import triton as triton_backend
+from lora_kernels import backends, reference
+from lora_kernels.backends import cpu
+from lora_kernels.backends import triton as triton_backend
 from lora_kernels.methods.lora import LoRAConfig, inject
 from lora_kernels.optim import LoRAPlusAdamW, loraplus_groups
 from lora_kernels.testing import assert_close_to_reference

@@ -29,7 +29,6 @@ from lora_kernels import (
     LoRAPlusAdamW,
     NF4Linear,
     NF4Weight,
-    cpu,
     inject,
     load_adapter,
     lora_linear,
@@ -40,11 +39,12 @@ from lora_kernels import (
     reference,
     save_adapter,
 )
+from lora_kernels.backends import cpu
 from lora_kernels.ops.attention import causal_attention
+from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.ops.decoder import rms_norm, rotary, swiglu
 from lora_kernels.ops.lora_linear import frozen_linear
-from lora_kernels.reference import NF4, Projection
-from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
+from lora_kernels.types import NF4, Projection
 
 K, N, R = 64, 32, 2
 # Refused everywhere: torch's own products take some of them in some places only.
@@ -255,7 +255,7 @@ OURS = (
 )
 # Those that need the values, so that they refuse tensors that have none.
 NEED_VALUES = ("merge", "load_adapter", "save_adapter", "quantize_nf4", "chunked_cross_entropy", "chunked_logprobs")
-_LOSSES = "lora_kernels.train.losses"
+_LOSSES = "lora_kernels.ops.cross_entropy"
 ASKS_ONLY = "looks at what a tensor is, not at its values"
 SETTINGS = "settings, without tensors"
 # What is public and isn't tried, and why.

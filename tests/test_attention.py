@@ -12,9 +12,10 @@ from cpu_isa import instruction_set, threads
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_kernels import cpu, reference, use_backend
-from lora_kernels.nn import fused_decoder
-from lora_kernels.nn.fused_decoder import fuse_decoder
+from lora_kernels import reference, use_backend
+from lora_kernels.backends import cpu
+from lora_kernels.models import fuse as fused_decoder
+from lora_kernels.models.fuse import fuse_decoder
 from lora_kernels.ops.attention import causal_attention
 from lora_kernels.testing import assert_close_to_reference
 
@@ -100,7 +101,7 @@ def test_strides(isa) -> None:
 
 def test_nothing_else_is_written(isa, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results lie in the middle of larger tensors, whose other elements stay."""
-    from lora_kernels import cpu_decoder
+    from lora_kernels.backends.cpu import decoder as cpu_decoder
 
     whole = []
 

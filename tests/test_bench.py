@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from lora_kernels.bench import attention, cases, lora_linear, report, traffic
 from lora_kernels.bench.measure import Worker, interleave
-from lora_kernels.commands import app
+from lora_kernels.cli.commands import app
 from lora_kernels.testing import assert_close_to_reference
 
 

@@ -8,12 +8,12 @@ import pytest
 from tiny_chat import CHATML, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lora_kernels.train.chat import Renderer
-from lora_kernels.train.check import check_file
-from lora_kernels.train.data import build_dataset
-from lora_kernels.train.generate import encode_prompt, prompt_of
-from lora_kernels.train.messages import to_conversation
-from lora_kernels.train.preference import to_pair
+from lora_kernels.data.chat import Renderer
+from lora_kernels.data.check import check_file
+from lora_kernels.data.dataset import build_dataset
+from lora_kernels.data.messages import to_conversation
+from lora_kernels.data.pairs import to_pair
+from lora_kernels.models.generate import encode_prompt, prompt_of
 
 WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"

@@ -8,8 +8,8 @@ pytest.importorskip("trl")
 
 from chat_template_report import CASES, report, sweep, templates, tokenizer_for  # noqa: E402
 
-from lora_kernels.train.chat import Renderer  # noqa: E402
-from lora_kernels.train.messages import to_conversation  # noqa: E402
+from lora_kernels.data.chat import Renderer  # noqa: E402
+from lora_kernels.data.messages import to_conversation  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs" / "chat-templates.md"
 # What each case says, in the order in which it is learned; two lines are two turns.

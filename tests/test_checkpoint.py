@@ -19,7 +19,12 @@ from tiny_models import tiny_model
 from torch import nn
 
 from lora_kernels import load_adapter, save_adapter
-from lora_kernels.io.files import append, new_directory, replacing_files, write_json
+from lora_kernels.files import (
+    append,
+    new_directory,
+    replacing_files,
+    write_json,
+)
 from lora_kernels.methods import adalora, full, inject
 from lora_kernels.methods.lora import LoRAConfig
 from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_state, save_checkpoint, weights_digest

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from lora_kernels import LoRAConfig, PromptConfig, inject, save_adapter
 from lora_kernels.cli import not_installed
-from lora_kernels.commands import app
+from lora_kernels.cli.commands import app
+from lora_kernels.models.generate import generate, stop_tokens, turn_end
 from lora_kernels.train.compare import plan
 from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, described
-from lora_kernels.train.generate import generate, stop_tokens, turn_end
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -110,7 +110,7 @@ def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch, capfd):
 def test_only_the_first_process_says_what_all_have_to_say(tmp_path, monkeypatch, variable):
     import warnings
 
-    from lora_kernels import commands
+    from lora_kernels.cli import app as commands
 
     def warned(settings):
         # pytest shows warnings itself; this is what Python would print.
@@ -372,7 +372,7 @@ def test_one_line_says_which_package_a_command_lacks(tmp_path, tiny):
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys; from typer.testing import CliRunner; from lora_kernels.commands import app; "
+        "import sys; from typer.testing import CliRunner; from lora_kernels.cli.commands import app; "
         "assert CliRunner().invoke(app, ['sft', '--help']).exit_code == 0; "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )

@@ -11,7 +11,14 @@ import torch
 from cpu_isa import amx, multiply_bf16, threads
 from lora_cases import check_group, group_case, group_results, one_by_one
 
-from lora_kernels import Projection, cpu, lora_linear_group, quantize_nf4, reference, use_backend
+from lora_kernels import (
+    Projection,
+    lora_linear_group,
+    quantize_nf4,
+    reference,
+    use_backend,
+)
+from lora_kernels.backends import cpu
 from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 

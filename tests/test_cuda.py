@@ -4,7 +4,15 @@ import pytest
 import torch
 from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, check_group, group_case, group_results, strided
 
-from lora_kernels import backends, cuda, cuda_emulated, lora_linear, lora_linear_group, reference, use_backend
+from lora_kernels import (
+    backends,
+    lora_linear,
+    lora_linear_group,
+    reference,
+    use_backend,
+)
+from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import emulated as cuda_emulated
 from lora_kernels.testing import lora_inputs
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))

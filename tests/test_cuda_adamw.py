@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from lora_kernels import cuda_emulated
+from lora_kernels.backends.cuda import emulated as cuda_emulated
 from lora_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))

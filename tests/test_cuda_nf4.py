@@ -4,7 +4,8 @@ import pytest
 import torch
 from lora_cases import LoraCase, strided
 
-from lora_kernels import backends, cuda_emulated, reference
+from lora_kernels import backends, reference
+from lora_kernels.backends.cuda import emulated as cuda_emulated
 from lora_kernels.ops.nf4 import quantize_nf4
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))

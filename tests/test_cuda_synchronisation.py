@@ -8,7 +8,8 @@ import pytest
 import torch
 from lora_cases import LoraCase
 
-from lora_kernels import cuda_emulated, reference
+from lora_kernels import reference
+from lora_kernels.backends.cuda import emulated as cuda_emulated
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 

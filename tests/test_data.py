@@ -3,9 +3,9 @@ import pytest
 import torch
 from tiny_chat import CHATML, tiny_tokenizer
 
-from lora_kernels.train.chat import set_chat_template
-from lora_kernels.train.data import build_dataset
-from lora_kernels.train.messages import to_conversation
+from lora_kernels.data.chat import set_chat_template
+from lora_kernels.data.dataset import build_dataset
+from lora_kernels.data.messages import to_conversation
 
 
 def dataset_of(*records, tokenizer=None, max_length=256):

@@ -16,11 +16,11 @@ from rich.console import Console
 from tiny_chat import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
-from lora_kernels.commands import app
-from lora_kernels.train.check import check_file, marked
-from lora_kernels.train.generate import read_prompts
-from lora_kernels.train.label import append, label, mend
-from lora_kernels.train.preference import load_pairs
+from lora_kernels.cli.commands import app
+from lora_kernels.data.check import check_file, marked
+from lora_kernels.data.label import append, label, mend
+from lora_kernels.data.pairs import load_pairs
+from lora_kernels.models.generate import read_prompts
 
 PAIR = {"prompt": "say one", "chosen": "one", "rejected": "two two"}
 

@@ -19,8 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
-from lora_kernels import LoRAConfig, cpu, cpu_decoder, inject, reference, use_backend
-from lora_kernels.nn.fused_decoder import _rotating, fuse_decoder
+from lora_kernels import (
+    LoRAConfig,
+    inject,
+    reference,
+    use_backend,
+)
+from lora_kernels.backends import cpu
+from lora_kernels.backends.cpu import decoder as cpu_decoder
+from lora_kernels.models.fuse import _rotating, fuse_decoder
 from lora_kernels.ops import decoder
 from lora_kernels.ops.attention import causal_attention
 from lora_kernels.testing import assert_close_to_reference

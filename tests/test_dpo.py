@@ -11,12 +11,12 @@ from tiny_chat import tiny_llama, tiny_tokenizer
 from tiny_models import perturb
 from tiny_pairs import tiny_pairs
 
+from lora_kernels.data.pairs import build_pairs
 from lora_kernels.methods import FullConfig, PrefixConfig, PromptConfig, adapters_disabled, inject
 from lora_kernels.methods.lora import LoRAConfig
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.dpo import DPOLoss, reference_logprobs, run_dpo, train_dpo
 from lora_kernels.train.launch import make_accelerator
-from lora_kernels.train.preference import build_pairs
 
 CONFIGS = {
     "lora": LoRAConfig(r=4, lora_alpha=8),

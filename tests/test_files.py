@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from lora_kernels.io.files import replacing, replacing_files
+from lora_kernels.files import replacing, replacing_files
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -22,9 +22,9 @@ from lora_kernels import (
     save_adapter,
     trainable_summary,
 )
-from lora_kernels.commands import app
+from lora_kernels.cli.commands import app
+from lora_kernels.data.dataset import build_dataset
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import build_dataset
 from lora_kernels.train.sft import run_sft, train_sft
 
 

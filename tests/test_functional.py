@@ -11,15 +11,15 @@ from lora_kernels import (
     FusedLoRALinear,
     LoRAConfig,
     NF4Linear,
-    cpu,
     fuse_decoder,
     inject,
     lora_linear,
     lora_linear_group,
 )
+from lora_kernels.backends import cpu
 from lora_kernels.ops.attention import causal_attention
 from lora_kernels.ops.decoder import rms_norm, rotary, swiglu
-from lora_kernels.reference import Projection
+from lora_kernels.types import Projection
 
 M, K, N, R = 3, 6, 5, 2
 CHOICES = ("dense", "nf4", "dora", "dora of nf4")

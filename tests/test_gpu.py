@@ -9,9 +9,18 @@ import pytest
 import torch
 from lora_cases import GROUP, RNG, SCALING, LoraCase, check_group, group_case
 
-from lora_kernels import LoRAPlusAdamW, backends, cuda, lora_linear, quantize_nf4, reference, strategy, triton, vendor
-from lora_kernels.reference import NF4, Projection
+from lora_kernels import (
+    LoRAPlusAdamW,
+    backends,
+    lora_linear,
+    quantize_nf4,
+    reference,
+)
+from lora_kernels.backends import choice as strategy
+from lora_kernels.backends import cuda, triton
+from lora_kernels.backends.triton import vendor
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.types import NF4, Projection
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_sft import losses, settings, tiny_llama, train_tiny
 
-from lora_kernels import LoRAConfig, inject, strategy
+from lora_kernels import LoRAConfig, inject
+from lora_kernels.backends import choice as strategy
 from lora_kernels.train import sft
 from lora_kernels.train.graphs import DecoderGraphs, check_graphs
 from lora_kernels.train.sft import AnswerLoss

@@ -14,7 +14,7 @@ from test_sft import read_metrics, run_python, settings, train_tiny
 from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig
 from lora_kernels.train.dpo import run_dpo
 from lora_kernels.train.launch import check_launcher
-from lora_kernels.train.ppo import run_ppo
+from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.reward import run_reward
 from lora_kernels.train.sft import run_sft
 

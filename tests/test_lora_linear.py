@@ -399,7 +399,7 @@ def test_what_auto_takes_on_a_gpu(triton_works, cuda_works, monkeypatch):
     """Without Triton CUDA C++ runs all that it can; its lora_linear takes no float32."""
     from types import SimpleNamespace
 
-    from lora_kernels import cuda, triton
+    from lora_kernels.backends import cuda, triton
 
     for module, works in ((triton, triton_works), (cuda, cuda_works)):
         monkeypatch.setattr(module, "unavailable", None if works else "by decree")
@@ -412,7 +412,7 @@ def test_what_auto_takes_on_a_gpu(triton_works, cuda_works, monkeypatch):
 
 
 def test_an_unusable_backend_says_why(monkeypatch):
-    from lora_kernels import cpu
+    from lora_kernels.backends import cpu
 
     monkeypatch.setattr(cpu, "unavailable", "no compiler was found")
     with pytest.raises(RuntimeError, match="cpu backend.*no compiler was found"), use_backend("cpu"):

@@ -2,9 +2,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_kernels import cpu, cpu_decoder, recycling, use_backend
+from lora_kernels import use_backend
+from lora_kernels.backends import cpu
+from lora_kernels.backends.cpu import decoder as cpu_decoder
+from lora_kernels.backends.cpu import memory as recycling
+from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.testing import assert_close_to_reference
-from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 
 
 def full_cross_entropy(hidden, weight, labels, bias, softcap, scale):

@@ -11,9 +11,14 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from lora_kernels.files import cache_dir, new_directory
 from lora_kernels.io import models
-from lora_kernels.io.files import new_directory
-from lora_kernels.io.models import cache_dir, convert_gguf, load_model, resolve_dtype, smollm2_dir
+from lora_kernels.io.models import (
+    convert_gguf,
+    load_model,
+    resolve_dtype,
+    smollm2_dir,
+)
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -299,7 +304,7 @@ def test_smollm2_answers(monkeypatch):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     # Where several spaces precede a digit, only a tokenizer with the digit split keeps both spaces in one token.
     assert tokenizer.tokenize("Total:  2") == ["Total", ":", "ĠĠ", "2"]
-    from lora_kernels.train.generate import generate
+    from lora_kernels.models.generate import generate
 
     (answer,) = generate(model, tokenizer, ["What is the capital of France?"], max_new_tokens=12)
     assert "Paris" in answer

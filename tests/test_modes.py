@@ -16,12 +16,12 @@ from lora_kernels.methods import FullConfig, adapters_disabled, inject
 from lora_kernels.methods.lora import LoRAConfig, lora_modules
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.named import add_adapter, use_adapter
+from lora_kernels.models.generate import generate
 from lora_kernels.train.config import PPOConfig
 from lora_kernels.train.dpo import DPOLoss
-from lora_kernels.train.generate import generate
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import evaluate
-from lora_kernels.train.ppo import run_ppo
+from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.reward import RewardLoss, RewardModel, attach_head, evaluate_pairs
 from lora_kernels.train.run import enable_checkpointing
 from lora_kernels.train.sft import AnswerLoss

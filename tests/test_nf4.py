@@ -12,11 +12,20 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, NF4Linear, NF4Weight, cpu, lora_linear, quantize_nf4, reference, use_backend
+from lora_kernels import (
+    FusedLoRALinear,
+    NF4Linear,
+    NF4Weight,
+    lora_linear,
+    quantize_nf4,
+    reference,
+    use_backend,
+)
+from lora_kernels.backends import cpu
 from lora_kernels.ops.lora_linear import frozen_linear
 from lora_kernels.ops.nf4 import from_bitsandbytes, to_bitsandbytes
-from lora_kernels.reference import NF4
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.types import NF4
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import cpu, use_backend
+from lora_kernels import use_backend
+from lora_kernels.backends import cpu
 from lora_kernels.nn import INITS, FusedLoRALinear
 from lora_kernels.testing import assert_close_to_reference
 

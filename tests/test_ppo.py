@@ -20,20 +20,25 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from lora_kernels import use_backend
-from lora_kernels.commands import app
+from lora_kernels.cli.commands import app
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
 from lora_kernels.methods.named import adapter_names, use_adapter
+from lora_kernels.models.generate import encode_prompt
 from lora_kernels.testing import assert_close_to_reference
-from lora_kernels.train import ppo
 from lora_kernels.train.config import PPOConfig, RewardConfig
-from lora_kernels.train.generate import encode_prompt
-from lora_kernels.train.ppo import run_ppo
-from lora_kernels.train.ppo_learner import Learner
+from lora_kernels.train.ppo import trainer as ppo
+from lora_kernels.train.ppo.learner import Learner
+from lora_kernels.train.ppo.reward_function import FunctionReward, RewardError, load_function
+from lora_kernels.train.ppo.roles import Roles
+from lora_kernels.train.ppo.rollout import (
+    Episode,
+    collate,
+    micro_batches,
+    sample,
+)
+from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.reward import HEAD, attach_head, load_reward_model, run_reward
-from lora_kernels.train.rewards import FunctionReward, RewardError, load_function
-from lora_kernels.train.roles import Roles
-from lora_kernels.train.rollout import Episode, collate, micro_batches, sample
 from lora_kernels.train.sft import AnswerLoss
 
 TESTS = Path(__file__).parent

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_chat import tiny_tokenizer
 
-from lora_kernels.train.preference import build_pairs, load_pairs, to_pair
+from lora_kernels.data.pairs import build_pairs, load_pairs, to_pair
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -95,7 +95,7 @@ def test_bad_records(record, message):
 
 
 def test_tokens_and_masks_are_those_of_sft():
-    from lora_kernels.train.data import build_dataset
+    from lora_kernels.data.dataset import build_dataset
 
     tokenizer = tiny_tokenizer()
     records = [(FORMS["strings"], "f:1"), ({"prompt": "the cat", "chosen": "dog", "rejected": "a red bird"}, "f:2")]
@@ -173,7 +173,7 @@ def test_parquet(tmp_path):
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real preference files aren't here")
 @pytest.mark.parametrize("name", ["lf_dpo_en_demo.json", "lf_dpo_zh_demo.json", "pref_gsm8k_pairs.jsonl"])
 def test_real_files(name):
-    from lora_kernels.train.records import load_records
+    from lora_kernels.data.records import load_records
 
     pairs = [to_pair(record, where) for record, where in load_records(DATA / name)]
     assert len(pairs) == (300 if "lf" in name else 967)

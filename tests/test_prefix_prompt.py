@@ -27,8 +27,8 @@ from lora_kernels import (
     save_adapter,
     trainable_summary,
 )
+from lora_kernels.data.dataset import build_dataset
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import build_dataset
 from lora_kernels.train.sft import AnswerLoss, run_sft, train_sft
 
 KINDS = ["llama", "gpt2", "qwen2"]

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig,
 from typer.testing import CliRunner
 
 from lora_kernels import LoRAConfig, NF4Linear, NF4Weight, inject, load_adapter, merge, quantize_nf4, save_adapter
-from lora_kernels.commands import app
+from lora_kernels.cli.commands import app
+from lora_kernels.data.dataset import build_dataset
 from lora_kernels.io.models import load_model
 from lora_kernels.io.nf4 import save_nf4_model
 from lora_kernels.methods.lora import lora_modules, trainable_summary
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import build_dataset
 from lora_kernels.train.sft import run_sft, train_sft
 
 # Rows of whole blocks of 64: with AVX-512, bitsandbytes 0.50 dequantises others wrongly.

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_chat import tiny_records, tiny_tokenizer
 
-from lora_kernels.train import records as module
-from lora_kernels.train.data import load_dataset
-from lora_kernels.train.records import PROMPT_SUFFIXES, find_files, load_records
+from lora_kernels.data import records as module
+from lora_kernels.data.dataset import load_dataset
+from lora_kernels.data.records import PROMPT_SUFFIXES, find_files, load_records
 
 RECORDS = [
     {"instruction": "a\u2028b 😀", "output": "é" * 50, "n": [1, {"x": None}]},

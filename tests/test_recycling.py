@@ -10,8 +10,9 @@ import weakref
 import pytest
 import torch
 
-from lora_kernels import lora_linear, recycling
-from lora_kernels.recycling import Pool
+from lora_kernels import lora_linear
+from lora_kernels.backends.cpu import memory as recycling
+from lora_kernels.backends.cpu.memory import Pool
 
 MIB = 1 << 20
 

@@ -4,7 +4,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lora_kernels.report import plot_loss, plot_rewards, read_metrics, smooth
+from lora_kernels.train.plots import (
+    plot_loss,
+    plot_rewards,
+    read_metrics,
+    smooth,
+)
 
 
 def write(path, records, tail=""):

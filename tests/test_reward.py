@@ -12,12 +12,12 @@ from test_sft import read_metrics, run_python
 from tiny_chat import tiny_llama, tiny_tokenizer
 from tiny_pairs import tiny_pairs
 
+from lora_kernels.data.pairs import build_pairs
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, inject
 from lora_kernels.train import reward
 from lora_kernels.train.config import RewardConfig
 from lora_kernels.train.launch import make_accelerator
-from lora_kernels.train.preference import build_pairs
 from lora_kernels.train.reward import (
     Evaluation,
     RewardLoss,

@@ -18,12 +18,13 @@ from tiny_pairs import tiny_pairs
 
 from lora_kernels import backends
 from lora_kernels.methods.lora import lora_modules
-from lora_kernels.train import ppo, reward, run
+from lora_kernels.train import reward, run
 from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from lora_kernels.train.dpo import run_dpo
-from lora_kernels.train.ppo import run_ppo
+from lora_kernels.train.ppo import trainer as ppo
+from lora_kernels.train.ppo.reward_function import RewardError
+from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.reward import run_reward
-from lora_kernels.train.rewards import RewardError
 from lora_kernels.train.sft import run_sft
 
 TRAINERS = {

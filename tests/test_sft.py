@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_kernels import report
+from lora_kernels.data.dataset import TokenDataset, build_dataset
 from lora_kernels.methods.lora import LoRAConfig, inject
 from lora_kernels.train import loop, run
+from lora_kernels.train import plots as report
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import TokenDataset, build_dataset
 from lora_kernels.train.loop import StepPlan, lr_factor, truncate_metrics
 from lora_kernels.train.run import target_modules
 from lora_kernels.train.sft import AnswerLoss, run_sft, train_sft

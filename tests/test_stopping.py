@@ -13,8 +13,9 @@ from test_ppo import model_dir as model_dir
 from test_ppo import run_for_resume, steps_of
 from test_sft import TESTS, read_metrics, run_python, tiny_dataset, train_tiny
 
-from lora_kernels.train import compare, loop, ppo, stopping
+from lora_kernels.train import compare, loop, stopping
 from lora_kernels.train.checkpoint import save_checkpoint
+from lora_kernels.train.ppo import trainer as ppo
 from lora_kernels.train.stopping import Stopper, ended_by_signals, handling
 
 TIMINGS = ("tokens_per_second", "eval_seconds")

@@ -9,7 +9,10 @@ import pytest
 import torch
 from lora_cases import SCALING, LoraCase, strided
 
-from lora_kernels import lora_linear, reference, strategy, triton, use_backend, vendor
+from lora_kernels import lora_linear, reference, use_backend
+from lora_kernels.backends import choice as strategy
+from lora_kernels.backends import triton
+from lora_kernels.backends.triton import vendor
 from lora_kernels.ops.nf4 import quantize_nf4
 from lora_kernels.testing import lora_inputs
 

@@ -13,14 +13,14 @@ from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, check_group, grou
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import lora_linear_group, reference, use_backend
-from lora_kernels import triton as backend
+from lora_kernels.backends import triton as backend
 from lora_kernels.testing import lora_inputs
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from lora_kernels.triton import configs, lora_linear, lora_linear_bwd, lora_linear_fwd  # noqa: E402
+from lora_kernels.backends.triton import configs, lora_linear, lora_linear_bwd, lora_linear_fwd  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not lora_linear.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 

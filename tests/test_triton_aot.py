@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from triton_tools import applies, table, variants  # noqa: E402
 
-from lora_kernels.triton import configs  # noqa: E402
+from lora_kernels.backends.triton import configs  # noqa: E402
 
 
 def compile_and_check(*options):

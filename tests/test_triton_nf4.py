@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear, quantize_nf4, reference, use_backend
-from lora_kernels import triton as backend
+from lora_kernels.backends import triton as backend
 from lora_kernels.ops.lora_linear import frozen_linear
-from lora_kernels.reference import NF4, NF4_CODE
+from lora_kernels.reference import NF4_CODE
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.types import NF4
 
 pytest.importorskip("triton")
 from test_triton import (  # noqa: E402
@@ -25,8 +26,8 @@ from test_triton import (  # noqa: E402
 )
 from triton.runtime import interpreter  # noqa: E402
 
-from lora_kernels.triton import configs, lora_linear_bwd, lora_linear_fwd  # noqa: E402
-from lora_kernels.triton.common import INTERPRETED  # noqa: E402
+from lora_kernels.backends.triton import configs, lora_linear_bwd, lora_linear_fwd  # noqa: E402
+from lora_kernels.backends.triton.common import INTERPRETED  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 

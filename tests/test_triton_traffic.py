@@ -5,8 +5,8 @@ import torch
 from lora_cases import LoraCase
 
 pytest.importorskip("triton")
+from lora_kernels.backends.triton import lora_linear  # noqa: E402
 from lora_kernels.bench.traffic import triton_launches  # noqa: E402
-from lora_kernels.triton import lora_linear  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not lora_linear.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 

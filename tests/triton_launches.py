@@ -48,8 +48,8 @@ def describe(value):
 
 def main():
     triton.runtime.driver.set_active(Driver())
+    from lora_kernels.backends.triton import common, configs, lora_linear
     from lora_kernels.reference import quantize_nf4
-    from lora_kernels.triton import common, configs, lora_linear
 
     # So that these small products are many blocks, and their tiles fetched by the copy engine.
     configs._FULL = 1

@@ -204,14 +204,14 @@ def variants(full: bool = False, dtypes: bool = False) -> list[dict]:
 
 def applies(chip: int | str, variant: dict) -> bool:
     """Whether a launch on the chip can take this variant."""
-    from lora_kernels.triton import configs
+    from lora_kernels.backends.triton import configs
 
     return variant["kernel"] != "tma_gemm" or configs.by_tma(configs.families()[chip], 4096, 4096)
 
 
 def compile_variant(chip: int | str, variant: dict) -> dict:
     """Compile one variant for one chip and read the binary: registers, spills, shared memory, what is in its loops."""
-    from lora_kernels.triton import configs, lora_linear, nf4
+    from lora_kernels.backends.triton import configs, lora_linear, nf4
 
     if variant.get("op") == "adamw":
         return compile_adamw(chip, variant)
@@ -307,7 +307,7 @@ def compile_variant(chip: int | str, variant: dict) -> dict:
 def compile_adamw(chip: int | str, variant: dict) -> dict:
     import triton.language as tl
 
-    from lora_kernels.triton import adamw, configs
+    from lora_kernels.backends.triton import adamw, configs
 
     kernel = getattr(adamw, f"_{variant['kernel']}_kernel")
     options = {"num_warps": configs.ADAMW["num_warps"], "num_stages": configs.ADAMW["num_stages"]}
@@ -331,7 +331,7 @@ def _compile(chip: int | str, kernel, signature: dict, constants: dict, attrs: d
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from lora_kernels.triton import configs
+    from lora_kernels.backends.triton import configs
 
     target = GPUTarget("cuda", chip, 32) if isinstance(chip, int) else GPUTarget("hip", chip, 64)
     source = triton.compiler.ASTSource(kernel, signature, constants, attrs)
@@ -374,7 +374,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from lora_kernels.triton import configs
+    from lora_kernels.backends.triton import configs
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(

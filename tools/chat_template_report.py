@@ -13,9 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_kernels.io.files import replacing
-from lora_kernels.train.chat import Renderer
-from lora_kernels.train.messages import Conversation, to_conversation
+from lora_kernels.data.chat import Renderer
+from lora_kernels.data.messages import Conversation, to_conversation
+from lora_kernels.files import replacing
 
 _SPECIAL = re.compile(
     r"<[|｜][^<>\s]*?[|｜]?>|<[^<>\s|/]*\|>|</?(?:start|end)_of_\w+>|<(?:bos|eos|sop|image)>|\[gMASK\]|<\|?END_\w+\|?>"

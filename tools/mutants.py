@@ -19,9 +19,9 @@ from pathlib import Path
 
 # Module -> functions of the fixed sample, as mutmut's patterns spell them.
 SAMPLE = {
-    "lora_kernels/strategy.py": ["x_time_ms", "x_choose", "xǁChoicesǁ*"],
+    "lora_kernels/backends/choice.py": ["x_time_ms", "x_choose", "xǁChoicesǁ*"],
     "lora_kernels/train/rl.py": ["*"],
-    "lora_kernels/train/losses.py": ["*"],
+    "lora_kernels/ops/cross_entropy.py": ["*"],
 }
 TESTS = {"lora_kernels/train/rl.py": ["tests/test_rl_ppo.py", "tests/test_trl.py"]}
 ARGUED = "\n## What is argued\n"

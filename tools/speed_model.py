@@ -16,8 +16,8 @@ from pathlib import Path
 import binaries
 import kernel_report
 
-from lora_kernels.parts import ceil_div, in_parts
-from lora_kernels.triton import configs
+from lora_kernels.backends.parts import ceil_div, in_parts
+from lora_kernels.backends.triton import configs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = """# Predicted speed of the kernels

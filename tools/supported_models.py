@@ -43,7 +43,7 @@ from lora_kernels import (
     merge,
     save_adapter,
 )
-from lora_kernels.io.files import replacing
+from lora_kernels.files import replacing
 from lora_kernels.io.nf4 import load_nf4_model
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from lora_kernels.bench.cases import SCALING
 from lora_kernels.bench.peers import AddmmLoRA, bitsandbytes_linear, peft_layer
 from lora_kernels.bench.train import SMOLLM2_135M, adapted, step_of
 from lora_kernels.bench.train import R as RANK
-from lora_kernels.nn.fused_decoder import fuse_decoder
+from lora_kernels.models.fuse import fuse_decoder
 
 # name -> (settings of its LlamaConfig, rows of a batch, tokens of a row)
 MODELS = {

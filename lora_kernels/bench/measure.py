@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from lora_kernels import cpu
-from lora_kernels.io.files import write_json
+from lora_kernels.backends import cpu
+from lora_kernels.files import write_json
 
 Step = Callable[[], Any]
 

@@ -43,7 +43,7 @@ def ppo_step(contender: str, method: str, dtype: str) -> Step:
 def _run_ppo(contender: str, common: dict[str, Any]) -> None:
     from lora_kernels.io.models import load_model
     from lora_kernels.train.config import PPOConfig
-    from lora_kernels.train.ppo import run_ppo
+    from lora_kernels.train.ppo.trainer import run_ppo
 
     quantize = "nf4" if common["method"] == "qlora" else None
     copies = [

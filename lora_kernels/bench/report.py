@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.bench.cases import name_of
-from lora_kernels.io.files import replacing
+from lora_kernels.files import replacing
 
 Row = Mapping[str, Any]
 # Columns of a contender, in the order of the tables: (field, title, how a number is written).

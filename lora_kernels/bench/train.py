@@ -55,7 +55,7 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module
 
     if contender.startswith("ours"):
         from lora_kernels.io.nf4 import load_nf4_model
-        from lora_kernels.nn.fused_decoder import fuse_decoder
+        from lora_kernels.models.fuse import fuse_decoder
         from lora_kernels.train.run import return_freed_memory
 
         # As the trainers do.

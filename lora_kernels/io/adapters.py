@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lora_kernels.files import replacing_files
 from lora_kernels.io import peft, peft_adalora, peft_prompt
-from lora_kernels.io.files import replacing_files
 from lora_kernels.methods import adalora, adapter_config, full, lora, prefix, prompt
 from lora_kernels.nn.wrappers import bare, state_dict
 from lora_kernels.sharded import fill

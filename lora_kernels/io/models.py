@@ -7,16 +7,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from lora_kernels.io.files import new_directory
+from lora_kernels.files import cache_dir, new_directory
 
 if TYPE_CHECKING:
     import torch
@@ -49,19 +47,6 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _TOKEN_CONTROL, _TOKEN_USER_DEFINED = 3, 4
-
-
-def cache_dir() -> Path:
-    """`$LORA_KERNELS_CACHE`, else `lora-kernels` in the platform's cache directory. Not created here."""
-    if path := os.environ.get("LORA_KERNELS_CACHE"):
-        return Path(path).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "lora-kernels"
 
 
 def convert_gguf(path: str | Path, out_dir: str | Path) -> Path:
@@ -298,7 +283,7 @@ def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | str:
         return getattr(torch, dtype)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    from lora_kernels.cpu import native_bfloat16
+    from lora_kernels.backends.cpu import native_bfloat16
 
     return torch.bfloat16 if native_bfloat16() else torch.float32
 

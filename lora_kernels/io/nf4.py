@@ -137,7 +137,7 @@ def save_nf4_model(
     """
     from huggingface_hub import save_torch_state_dict
 
-    from lora_kernels.io.files import new_directory
+    from lora_kernels.files import new_directory
     from lora_kernels.methods.lora import is_injected
 
     model = bare(model)

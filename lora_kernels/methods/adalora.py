@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.arguments import check_integer, check_number
+from lora_kernels.checks import check_integer, check_number
 from lora_kernels.methods import lora
 from lora_kernels.methods.lora import ALL_LINEAR, LoRAConfig, lora_modules
 from lora_kernels.nn.lora_linear import RANK_DIMENSION, FusedLoRALinear

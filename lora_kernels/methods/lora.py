@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.arguments import warn
+from lora_kernels.checks import warn
 from lora_kernels.methods.heads import CLASSIFIERS, task_heads
 from lora_kernels.methods.ties import check_untying, note_untied, settle, split, tied_weights, untied, users
 from lora_kernels.nn.bypassed import CHANGED, bypassed_layers

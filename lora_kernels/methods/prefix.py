@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.arguments import check_integer
+from lora_kernels.checks import check_integer
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import (
     CACHE_ARGUMENTS,

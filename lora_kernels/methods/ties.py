@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.arguments import warn
+from lora_kernels.checks import warn
 from lora_kernels.nn.wrappers import get_submodule, named_parameters, unwrapped
 
 # Where the config says "tied", their code also scales the decoder's output, so it has to go on saying so. transformers

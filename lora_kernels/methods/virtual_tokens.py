@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.arguments import check_integer
+from lora_kernels.checks import check_integer
 from lora_kernels.methods.heads import task_heads
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.nn.wrappers import bare, named_modules, unwrapped

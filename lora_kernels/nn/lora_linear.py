@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from lora_kernels import backends, cpu
-from lora_kernels.arguments import check_integer, check_number
+from lora_kernels import backends
+from lora_kernels.backends import cpu
+from lora_kernels.checks import check_integer, check_number
 from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.ops.decoder import version_of
@@ -28,8 +29,8 @@ from lora_kernels.ops.lora_linear import (
     lora_linear_group,
 )
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
-from lora_kernels.reference import Projection
 from lora_kernels.sharded import is_sharded, whole
+from lora_kernels.types import Projection
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # No quantised weight is kept in one of these.

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels import backends, cpu, cpu_decoder, reference
+from lora_kernels import backends, reference
+from lora_kernels.backends import cpu
+from lora_kernels.backends.cpu import decoder as cpu_decoder
 from lora_kernels.ops.decoder import with_rows
 
 MAX_HEAD_DIM = 256

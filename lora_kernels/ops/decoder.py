@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels import backends, cpu, cpu_decoder, reference
+from lora_kernels import backends, reference
+from lora_kernels.backends import cpu
+from lora_kernels.backends.cpu import decoder as cpu_decoder
 
 _RECIPE = "lora_kernels_recipe"
 

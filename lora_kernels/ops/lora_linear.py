@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels import backends, cpu, reference, strategy
+from lora_kernels import backends, reference
+from lora_kernels.backends import choice as strategy
+from lora_kernels.backends import cpu
 from lora_kernels.ops.decoder import is_fused
 from lora_kernels.ops.nf4 import NF4Weight
-from lora_kernels.reference import NF4, Projection
+from lora_kernels.types import NF4, Projection
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

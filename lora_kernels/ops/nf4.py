@@ -12,9 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import backends, recycling, reference
-from lora_kernels.reference import ABSMAX_BLOCK, NF4, dynamic_code, nf4_code
+from lora_kernels import backends, reference
+from lora_kernels.backends.cpu import memory as recycling
+from lora_kernels.reference import ABSMAX_BLOCK, dynamic_code, nf4_code
 from lora_kernels.sharded import is_sharded
+from lora_kernels.types import NF4
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

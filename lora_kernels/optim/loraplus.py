@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import backends, sharded
-from lora_kernels.arguments import check_number
-from lora_kernels.reference import AdamWGroup, widened
+from lora_kernels.checks import check_number
+from lora_kernels.reference import widened
+from lora_kernels.types import AdamWGroup
 
 _LORA_B = ("lora_b", "lora_B")  # ours and PEFT's
 _LORA_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from lora_kernels.lazy import exports
 
 if TYPE_CHECKING:
+    from lora_kernels.data.dataset import build_dataset, load_dataset
+    from lora_kernels.data.pairs import build_pairs, load_pairs
+    from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
     from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-    from lora_kernels.train.data import build_dataset, load_dataset
     from lora_kernels.train.dpo import run_dpo, train_dpo
-    from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
-    from lora_kernels.train.ppo import PPOResult, run_ppo
-    from lora_kernels.train.preference import build_pairs, load_pairs
+    from lora_kernels.train.ppo.trainer import PPOResult, run_ppo
     from lora_kernels.train.reward import RewardModel, load_reward_model, run_reward, train_reward
     from lora_kernels.train.run import TrainResult
     from lora_kernels.train.sft import run_sft, train_sft

@@ -17,7 +17,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_kernels.io.files import reading, replacing, write_json, writing
+from lora_kernels.files import (
+    reading,
+    replacing,
+    write_json,
+    writing,
+)
 from lora_kernels.train.launch import wait_for_everyone
 
 LAST = "checkpoint-last"

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.io.files import reading, replacing, write_json
+from lora_kernels.files import reading, replacing, write_json
 from lora_kernels.train.config import WITH_LORA_B, SFTConfig
 from lora_kernels.train.stopping import ended_by_signals, handling
 
@@ -92,7 +92,7 @@ def compare(
     write_json(output_dir / f"{TABLE}.json", rows)
     with replacing(output_dir / f"{TABLE}.md") as path:
         path.write_text(markdown(rows), encoding="utf-8")
-    from lora_kernels.report import plot_comparison
+    from lora_kernels.train.plots import plot_comparison
 
     plot_comparison(rows, output_dir / f"{TABLE}.png")
     return rows
@@ -154,14 +154,14 @@ def _run_in_process(name: str, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """What a process of its own does: train, then load what was saved and let it answer."""
+    from lora_kernels.data.chat import set_chat_template
+    from lora_kernels.data.dataset import load_dataset
     from lora_kernels.io.adapters import is_model_directory, load_adapter
     from lora_kernels.io.models import load_model
     from lora_kernels.methods import merge, trainable_summary
-    from lora_kernels.report import read_metrics
-    from lora_kernels.train.chat import set_chat_template
-    from lora_kernels.train.data import load_dataset
     from lora_kernels.train.launch import make_accelerator
     from lora_kernels.train.loop import METRICS, evaluate
+    from lora_kernels.train.plots import read_metrics
     from lora_kernels.train.sft import AnswerLoss, run_sft
 
     config = SFTConfig(**job["config"])
@@ -207,9 +207,9 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exact_matches(model: Any, tokenizer: Any, config: SFTConfig, prompts: int, max_new_tokens: int) -> tuple[int, int]:
     """How many of the first records' last answers the model gives exactly, and how many it was asked for."""
-    from lora_kernels.train.data import to_conversation
-    from lora_kernels.train.generate import generate
-    from lora_kernels.train.records import load_records
+    from lora_kernels.data.dataset import to_conversation
+    from lora_kernels.data.records import load_records
+    from lora_kernels.models.generate import generate
 
     conversations = [to_conversation(*found) for found in itertools.islice(load_records(config.eval_data), prompts)]
     asked = [conversation.messages[:-1] for conversation in conversations]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from lora_kernels.io.files import replacing
+from lora_kernels.files import replacing
 
 # Peak learning rates that work with AdamW. Schulman et al. 2025 find LoRA's best about ten times that of full
 # fine-tuning; virtual tokens need far more (Lester et al. 2021 take 0.3 with Adafactor).
@@ -104,7 +104,7 @@ class TrainConfig:
         "Model and data",
         "Training data: .json, .jsonl, .json.gz, .jsonl.gz or .parquet; a file, a directory or a quoted pattern, "
         "several of them with commas or by repeating the flag.",
-        "See `lora_kernels.train.records` for the files, and `lora_kernels.train.messages` for what they hold.",
+        "See `lora_kernels.data.records` for the files, and `lora_kernels.data.messages` for what they hold.",
     )
     eval_data: str | list[str] | None = setting(
         None, "Model and data", "Evaluation data, same forms; the adapter with the best loss on it is kept."
@@ -241,7 +241,7 @@ class TrainConfig:
         True,
         "Hardware",
         "On CPUs, compute RMSNorm, SwiGLU, rotary embedding and attention by kernels and keep less for backward.",
-        "See `lora_kernels.nn.fused_decoder`; the results are the same up to rounding.",
+        "See `lora_kernels.models.fuse`; the results are the same up to rounding.",
     )
     resume: bool = setting(
         False,

@@ -10,15 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_kernels.backends import backend_option
+from lora_kernels.data.dataset import batches_by_length
+from lora_kernels.data.pairs import PairDataset, load_pairs
 from lora_kernels.io.peft import add_saved_adapter
 from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.methods.named import REFERENCE, reference
+from lora_kernels.ops.cross_entropy import IGNORE_INDEX
 from lora_kernels.train.config import DPOConfig
-from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.launch import computed_together, make_accelerator
 from lora_kernels.train.loop import Callback, to_device
-from lora_kernels.train.losses import IGNORE_INDEX
-from lora_kernels.train.preference import PairDataset, load_pairs
 from lora_kernels.train.rl import dpo_loss, pair_sums
 from lora_kernels.train.run import TrainResult, check_context, start, train
 from lora_kernels.train.sft import AnswerLoss

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels import strategy
-from lora_kernels.parts import ceil_div
+from lora_kernels.backends import choice as strategy
+from lora_kernels.backends.parts import ceil_div
 
 # Rows are padded to one of so many lengths: each has graphs of its own, with the gradients of all parameters.
 _LENGTHS = 8

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from lora_kernels.io.files import append, reading, replacing
+from lora_kernels.data.dataset import batches_by_length
+from lora_kernels.files import append, reading, replacing
 from lora_kernels.methods import training_hook
 from lora_kernels.methods.lora import shorten
 from lora_kernels.methods.modes import eval_mode
@@ -37,7 +38,6 @@ from lora_kernels.train.checkpoint import (
     weights_digest,
 )
 from lora_kernels.train.config import TrainConfig
-from lora_kernels.train.data import batches_by_length
 from lora_kernels.train.launch import check_launcher, wait_for_everyone
 from lora_kernels.train.progress import Progress
 from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run

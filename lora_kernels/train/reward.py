@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from lora_kernels.backends import backend_option
+from lora_kernels.data.chat import Renderer, set_chat_template
+from lora_kernels.data.dataset import batches_by_length, collate
+from lora_kernels.data.messages import Conversation, Message, asked
+from lora_kernels.data.pairs import PairDataset, load_pairs
+from lora_kernels.data.records import describe
+from lora_kernels.files import write_json
 from lora_kernels.io.adapters import load_adapter
-from lora_kernels.io.files import write_json
 from lora_kernels.io.models import load_model
 from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.methods.virtual_tokens import context_length, find_decoder
-from lora_kernels.report import plot_rewards
-from lora_kernels.train.chat import Renderer, set_chat_template
+from lora_kernels.models.generate import generate
 from lora_kernels.train.config import RewardConfig
-from lora_kernels.train.data import batches_by_length, collate
-from lora_kernels.train.generate import generate
 from lora_kernels.train.launch import computed_together, make_accelerator, wait_for_everyone
 from lora_kernels.train.loop import Callback
-from lora_kernels.train.messages import Conversation, Message, asked
-from lora_kernels.train.preference import PairDataset, load_pairs
-from lora_kernels.train.records import describe
+from lora_kernels.train.plots import plot_rewards
 from lora_kernels.train.rl import pair_sums, reward_loss
 from lora_kernels.train.run import TEMPLATE, Run, TrainResult, check_context, start, train
 

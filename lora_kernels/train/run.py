@@ -23,24 +23,29 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import recycling
 from lora_kernels.backends import backend_option
+from lora_kernels.backends.cpu import memory as recycling
+from lora_kernels.data.chat import set_chat_template
+from lora_kernels.data.messages import Prompt
+from lora_kernels.data.records import (
+    PROMPT_SUFFIXES,
+    Source,
+    describe,
+    find_files,
+)
+from lora_kernels.files import replacing, replacing_files
 from lora_kernels.io.adapters import save_adapter as save_to_directory
-from lora_kernels.io.files import replacing, replacing_files
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
 from lora_kernels.methods.virtual_tokens import context_length, learned_positions
-from lora_kernels.nn.fused_decoder import fuse_decoder
-from lora_kernels.report import plot_loss, plot_ranks
+from lora_kernels.models.fuse import fuse_decoder
+from lora_kernels.models.generate import encode_prompt, read_prompts, stop_at_turn_end
 from lora_kernels.train.adapter import check_adapter, go_on
-from lora_kernels.train.chat import set_chat_template
 from lora_kernels.train.checkpoint import find_checkpoint, saved_run
 from lora_kernels.train.config import ADALORA, TrainConfig
-from lora_kernels.train.generate import encode_prompt, read_prompts, stop_at_turn_end
 from lora_kernels.train.launch import make_accelerator, wait_for_everyone
 from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop
-from lora_kernels.train.messages import Prompt
-from lora_kernels.train.records import PROMPT_SUFFIXES, Source, describe, find_files
+from lora_kernels.train.plots import plot_loss, plot_ranks
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"
@@ -89,7 +94,7 @@ class Run:
 
     @property
     def rendering(self) -> dict[str, Any]:
-        """What `lora_kernels.train.chat.Renderer` is to be told of the model and the run."""
+        """What `lora_kernels.data.chat.Renderer` is to be told of the model and the run."""
         rows = self.model.get_input_embeddings().weight.shape[0]
         return {"date": datetime.date.fromisoformat(self.config.date), "vocab_size": rows}
 

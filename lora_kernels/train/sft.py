@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels.backends import backend_option
+from lora_kernels.data.dataset import TokenDataset, load_dataset
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import find_decoder
 from lora_kernels.nn.lora_linear import is_linear
+from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.data import TokenDataset, load_dataset
 from lora_kernels.train.graphs import DecoderGraphs, check_graphs, last_hidden_state
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import Callback
-from lora_kernels.train.losses import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.train.run import TrainResult, check_context, start, train
 
 _CHECK_TOKENS = 8

@@ -1,0 +1,83 @@
+"""RMSNorm, SwiGLU, rotary position embedding, causal attention and cross-entropy on the CPU, by C++ kernels.
+
+`lora_kernels.reference` has their formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import cpu
+from lora_kernels.backends.cpu import memory as recycling
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """y [..., K] and rstd [...] of contiguous x [..., K] and weight [K] of one dtype; rstd is float32."""
+    y, rstd = recycling.empty(*x.shape, dtype=x.dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    cpu._launch("rms_norm_fwd", x=x, weight=weight, eps=eps, offset=offset, y=y, rstd=rstd)
+    return y, rstd
+
+
+def rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    """dx [..., K]; dy and x are contiguous."""
+    dx = recycling.empty(*x.shape, dtype=x.dtype)
+    cpu._launch("rms_norm_bwd", dy=dy, x=x, rstd=rstd, weight=weight, offset=offset, dx=dx)
+    return dx
+
+
+def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """gate ∘ sigmoid(gate) ∘ up of contiguous tensors of one shape and dtype."""
+    y = recycling.empty(*gate.shape, dtype=gate.dtype)
+    cpu._launch("swiglu_fwd", gate=gate, up=up, y=y)
+    return y
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dgate and dup; all contiguous."""
+    dgate, dup = (recycling.empty(*gate.shape, dtype=gate.dtype) for _ in range(2))
+    cpu._launch("swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup)
+    return dgate, dup
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    """[B, heads, T, D] of which all heads of a row lie side by side, as linear layers make and take them."""
+    B, heads, T, D = like.shape
+    # Not a view: one that comes out of an autograd Function can't be changed in place.
+    return recycling.empty(B, T, heads, D, dtype=like.dtype).transpose_(1, 2)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
+    """y [B, H, T, D] of x [B, H, T, D], whose last stride is 1, and contiguous cos and sin [B or 1, T, D], all of one
+    dtype; or, transposed, dx of dy."""
+    y = _empty_heads(x)
+    cpu._launch("rotary", x=x, cos=cos, sin=sin, transposed=transposed, y=y)
+    return y
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o [B, H, T, D], whose memory is that of a contiguous [B, T, H, D], and lse [B, H, T], float32.
+
+    q is [B, H, T, D], k and v are [B, KV, T, D], of one dtype and with the last stride 1.
+    """
+    o, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    cpu._launch("attention_fwd", q=q, k=k, v=v, o=o, lse=lse, scale=scale)
+    return o, lse
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, laid out as o is; the last stride of dout is 1."""
+    dq, dk, dv = (_empty_heads(t) for t in (q, k, v))
+    tensors = {"q": q, "k": k, "v": v, "o": o, "dout": dout, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
+    cpu._launch("attention_bwd", **tensors, scale=scale)
+    return dq, dk, dv
+
+
+def cross_entropy(logits: Tensor, target: Tensor, scale: float, with_gradient: bool) -> Tensor:
+    """-log softmax(scale · logits)[target] [M], float32, of contiguous logits [M, V] and target [M], int64 from 0 to
+    V - 1. Its gradient is written over the logits, if asked for."""
+    nll = logits.new_empty(target.shape, dtype=torch.float32)
+    cpu._launch("cross_entropy", logits=logits, target=target, scale=scale, with_gradient=with_gradient, nll=nll)
+    return nll

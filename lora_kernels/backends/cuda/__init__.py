@@ -1,0 +1,603 @@
+"""The CUDA C++ backend: NVIDIA GPUs from compute capability 8.0, without torch's or Triton's compilers.
+
+The same kernels, compiled as host code, run on CPU tensors in `lora_kernels.backends.cuda.emulated`. Nothing is
+synchronised: kernels are queued on the current stream of the tensors' device. Shapes, dtypes and semantics are those of
+`lora_kernels.reference`; activations are bfloat16 or float16, which is what tensor cores multiply.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.parts import ceil_div, in_parts
+from lora_kernels.reference import (
+    ABSMAX_BLOCK,
+    addresses,
+    dropout_scale,
+    dropout_threshold,
+    dynamic_code,
+)
+from lora_kernels.types import NF4, AdamWGroup, Projection
+
+# The name of a kernel, and its arguments by name: numbers, tensors and parts of one, as (tensor, first byte, bytes).
+_Launch = tuple[str, dict[str, Any]]
+
+
+class _RankParts(NamedTuple):
+    """h, or dh, as a product takes it: `parts` [splits, M, R] float32, which it adds up and keeps in `kept` [M, R]
+    unless that is None; just_queued: lora_h makes them just before."""
+
+    parts: Tensor | tuple | None
+    splits: int = 1
+    kept: Tensor | None = None
+    just_queued: bool = False
+
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
+
+
+# From how many columns of x on h is made in parts.
+_COLUMNS_WORTH_PARTS = 2048
+
+
+@cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    return dynamic_code().to(device)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Kernels:
+    """The backend's functions over one extension module: `_cuda`, or `_simt` for the emulator.
+
+    `unavailable` is None when the kernels can run on this machine, else the reason why not; `built_where` is its hint
+    where the extension is missing.
+    """
+
+    def __init__(self, extension: str, device_type: str, built_where: str) -> None:
+        self.device_type = device_type
+        self.unavailable: str | None = None
+        try:
+            self._extension: ModuleType = importlib.import_module(f"lora_kernels.{extension}")
+        except ImportError as error:
+            self.unavailable = f"the extension lora_kernels.{extension} can't be imported ({error}); {built_where}"
+            return
+        self._dtypes = {
+            torch.float32: self._extension.FLOAT32,
+            torch.bfloat16: self._extension.BFLOAT16,
+            torch.float16: self._extension.FLOAT16,
+        }
+        if device_type == "cuda":
+            self.unavailable = self._unusable_gpu()
+
+    def _unusable_gpu(self) -> str | None:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        if not torch.cuda.is_available():
+            return f"torch sees no CUDA GPU ({self._extension.device_error() or 'no device is visible'})"
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            if gpu.major < 8:
+                return f"GPU {index} is a {gpu.name} (sm_{gpu.major}{gpu.minor}); sm_80 and newer are supported"
+        return None
+
+    def _check_device(self, name: str, t: Tensor) -> None:
+        if self.unavailable is not None:
+            raise RuntimeError(f"the CUDA C++ kernels can't run here: {self.unavailable}")
+        if t.device.type != self.device_type:
+            raise ValueError(f"{name} is on {t.device}: this backend takes tensors on {self.device_type} only")
+
+    def _check(self, x: Tensor, **adapters: Tensor | None) -> None:
+        self._check_device("x", x)
+        if x.dtype not in ACTIVATION_DTYPES:
+            raise ValueError(
+                f"x is {x.dtype}: the CUDA C++ kernels take bfloat16 and float16; for float32 use the triton backend"
+            )
+        for name, adapter in adapters.items():
+            if adapter is not None and adapter.dtype not in (torch.float32, x.dtype):
+                raise ValueError(f"{name} is {adapter.dtype}; allowed: torch.float32 and x's {x.dtype}")
+
+    def _queue(self, on: Tensor, *launches: _Launch, through: Sequence[Tensor] = ()) -> None:
+        """Queue kernels, one after the other, on the current stream of the device of `on`; `through` is what they reach
+        by way of a table.
+
+        The launches keep their tensors alive until they are queued, after which torch's allocator gives their memory
+        away in stream order only.
+        """
+        device, stream = 0, 0
+        if on.is_cuda:
+            device = on.get_device()
+            # torch.cuda.current_stream takes longer than a launch.
+            stream = torch._C._cuda_getCurrentRawStream(device)
+        self._extension.queue(launches, device, stream)
+
+    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, tuple | None]:
+        """By name, memory for so many float32 as a kernel takes it, None for none; from one allocation."""
+        memory = torch.empty((sum(lengths.values()),), dtype=torch.float32, device=device)
+        parts, first = {}, 0
+        for name, length in lengths.items():
+            parts[name] = (memory, 4 * first, 4 * length) if length else None
+            first += length
+        return parts
+
+    def _block_target(self, x: Tensor) -> int:
+        """How many blocks keep the device busy."""
+        return 2 * _multiprocessors(x.get_device()) if x.is_cuda else 4
+
+    def _parts_of_h(self, x: Tensor, R: int) -> tuple[int, int]:
+        """How many parts to cut h's sum over the columns of x into, and the columns of one."""
+        M, K = x.shape
+        step = self._extension.H_COLUMNS
+        blocks = ceil_div(M, self._extension.H_ROWS) * ceil_div(R, self._extension.H_RANKS)
+        # The more parts, the longer each block of the product takes to add them up.
+        return in_parts(K, step, blocks, self._block_target(x), worth=_COLUMNS_WORTH_PARTS, least=2 * step)
+
+    def _gemm(
+        self, x, weight, transposed, column_scale, bias, u: _RankParts, lora_e, v, out, scale, threshold, rng
+    ) -> list[_Launch]:
+        """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
+        strides.
+
+        The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
+        """
+        launches, dtype = [], self._dtypes[x.dtype]
+        if isinstance(weight, NF4):
+            dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+            launches.append(self._dequantize(weight, dense))
+            weight = dense
+        stride_wn, stride_wk = weight.stride()
+        N, (M, K), R = weight.shape[0], x.shape, v.shape[0]
+        if transposed:
+            N, stride_wn, stride_wk = weight.shape[1], stride_wk, stride_wn
+        arguments = dict(
+            x=x,
+            ld_x=x.stride(0),
+            weight=weight,
+            stride_wn=stride_wn,
+            stride_wk=stride_wk,
+            column_scale=column_scale,
+            bias=bias,
+            u_parts=u.parts,
+            splits=u.splits,
+            u=u.kept,
+            just_queued=u.just_queued and not launches,
+            lora_e=lora_e,
+            lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
+            v=v,
+            v_dtype=self._dtypes[v.dtype],
+            stride_vr=v.stride(0),
+            stride_vn=v.stride(1),
+            out=out,
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            scale=scale,
+            threshold=threshold,
+            rng=rng if threshold else None,
+            dtype=dtype,
+        )
+        return [*launches, ("lora_gemm", arguments)]
+
+    def lora_linear_fwd(
+        self,
+        x: Tensor,
+        weight: Tensor | NF4,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        lora_e: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+        column_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches: one more where an
+        NF4 weight meets more rows than it is decoded for inside the product, and is dequantised first.
+
+        Arguments are those of `lora_kernels.reference.lora_linear_fwd`. x in float32 is taken for R = 0 and an NF4
+        weight only, which torch then multiplies dequantised: DoRA's norms need that. Raises ValueError for other x that
+        is not bfloat16 or float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type
+        of device, and for dropout without rng; RuntimeError with CUDA's message where a launch fails.
+        """
+        if x.dtype == torch.float32 and lora_b.shape[1] == 0 and isinstance(weight, NF4) and column_scale is None:
+            self._check_device("x", x)
+            dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+            self.dequantize_nf4(weight, dense)
+            return torch.nn.functional.linear(x, dense, bias), x.new_empty(len(x), 0)
+        layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
+        return self.lora_linear_group_fwd(x, [layer], dropout_p, rng)[0]
+
+    def lora_linear_group_fwd(
+        self, x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(y, h) of `lora_linear_fwd` for each layer, all queued at once. dropout(x) is one for all of them."""
+        results, launches = [], []
+        for layer in layers:
+            y, h, own = self._forward(x, *layer, dropout_p, rng)
+            results.append((y, h))
+            launches += own
+        self._queue(x, *launches)
+        return results
+
+    def _forward(
+        self, x, weight, lora_a, lora_b, scaling, bias, lora_e, column_scale, dropout_p, rng
+    ) -> tuple[Tensor, Tensor, list[_Launch]]:
+        """y and h, and the launches that make them."""
+        self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
+        (M, K), (N, R) = x.shape, lora_b.shape
+        threshold, dtype, launches = _threshold(dropout_p, rng), self._dtypes[x.dtype], []
+        splits, columns_per_split = self._parts_of_h(x, R)
+        h = torch.empty((M, R), dtype=torch.float32, device=x.device)
+        h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device) if splits > 1 else h
+        u = _RankParts(h_parts, splits, h if splits > 1 else None, just_queued=R > 0)
+        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        if R:
+            arguments = dict(
+                x=x,
+                ld_x=x.stride(0),
+                lora_a=lora_a,
+                lora_a_dtype=self._dtypes[lora_a.dtype],
+                h_parts=h_parts,
+                M=M,
+                K=K,
+                R=R,
+                columns_per_split=columns_per_split,
+                threshold=threshold,
+                rng=rng if threshold else None,
+                scale=dropout_scale(dropout_p),
+                dtype=dtype,
+            )
+            launches.append(("lora_h", arguments))
+        is_nf4 = isinstance(weight, NF4)
+        # The weight of a Conv1D is [K, N] in memory.
+        if self._extension.FEW_ROWS >= M and (is_nf4 or weight.stride(1) == 1):
+            arguments = self._nf4(weight) if is_nf4 else dict(weight=weight, ld_weight=weight.stride(0), N=N, K=K)
+            arguments |= dict(
+                x=x,
+                ld_x=x.stride(0),
+                column_scale=column_scale,
+                bias=bias,
+                h_parts=u.parts,
+                splits=u.splits,
+                h=u.kept,
+                just_queued=u.just_queued,
+                lora_b=lora_b,
+                lora_b_dtype=self._dtypes[lora_b.dtype],
+                lora_e=lora_e,
+                lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
+                y=y,
+                M=M,
+                R=R,
+                scaling=scaling,
+                dtype=dtype,
+            )
+            launches.append(("nf4_few_rows" if is_nf4 else "lora_few_rows", arguments))
+        else:
+            launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
+        return y, h, launches
+
+    def column_scale_bwd(
+        self, dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """dz = dy ∘ c and, with y, dc in float32: one pass, and an ordered sum of its [splits, N] parts.
+
+        Arguments are those of `lora_kernels.reference.column_scale_bwd`; errors as in `lora_linear_fwd`.
+        """
+        self._check(dy)
+        M, N = dy.shape
+        column_blocks = ceil_div(N, self._extension.SCALE_COLUMNS)
+        splits, rows_per_split = in_parts(M, self._extension.SCALE_ROWS, column_blocks, self._block_target(dy))
+        dz = torch.empty((M, N), dtype=dy.dtype, device=dy.device)
+        parts = None if y is None else torch.empty((splits, N), dtype=torch.float32, device=dy.device)
+        arguments = dict(
+            dy=dy,
+            ld_dy=dy.stride(0),
+            y=y,
+            bias=bias,
+            column_scale=column_scale,
+            dz=dz,
+            dscale_parts=parts,
+            M=M,
+            N=N,
+            rows_per_split=rows_per_split,
+            dtype=self._dtypes[dy.dtype],
+        )
+        self._queue(dy, ("column_scale_bwd", arguments))
+        return dz, None if parts is None else parts.sum(0)
+
+    def lora_linear_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        h: Tensor,
+        weight: Tensor | NF4,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        lora_e: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
+
+        Arguments and errors are those of `lora_linear_fwd`, h its second result. Sums are taken in a fixed order: the
+        result depends on the number of multiprocessors but not on timing.
+        """
+        layer = Projection(weight, lora_a, lora_b, scaling, None, lora_e)
+        dx, (grads,) = self.lora_linear_group_bwd([dy], x, [h], [layer], dropout_p, rng, needs[0], [needs[1:]])
+        return dx, *grads
+
+    def lora_linear_group_bwd(
+        self,
+        dys: Sequence[Tensor],
+        x: Tensor,
+        hs: Sequence[Tensor],
+        layers: Sequence[Projection],
+        dropout_p: float,
+        rng: Tensor | None,
+        need_x: bool,
+        needs: Sequence[Sequence[bool]],
+    ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+        """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd, all queued at once; a layer's
+        needs are in that order. dx is the sum of what each layer's would be, rounded."""
+        dxs, grads, launches = [], [], []
+        for dy, h, layer, layer_needs in zip(dys, hs, layers, needs, strict=True):
+            dx, own_grads, own = self._backward(dy, x, h, layer, dropout_p, rng, (need_x, *layer_needs))
+            dxs.append(dx)
+            grads.append(own_grads)
+            launches += own
+        if launches:
+            self._queue(x, *launches)
+        dx = dxs[0]
+        if need_x:
+            for other in dxs[1:]:
+                dx += other
+        return dx, grads
+
+    def _backward(
+        self, dy: Tensor, x: Tensor, h: Tensor, layer: Projection, dropout_p: float, rng: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None], list[_Launch]]:  # fmt: skip
+        """dx and (dlora_a, dlora_b, dlora_e) of one layer, and the launches that make them."""
+        weight, lora_a, lora_b, scaling, _, lora_e, _ = layer
+        self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
+        need_dx, need_da, need_db, need_de = needs[0], needs[1], needs[2], needs[3] and lora_e is not None
+        if not (need_dx or need_da or need_db or need_de):
+            return None, (None, None, None), []
+        threshold, keep_scale = _threshold(dropout_p, rng), dropout_scale(dropout_p)
+        rng = rng if threshold else None
+        (M, K), (N, R) = x.shape, lora_b.shape
+        need_dh = (need_dx or need_da) and R > 0
+        dtype, a_dtype, b_dtype = (self._dtypes[t.dtype] for t in (x, lora_a, lora_b))
+        e_dtype = dtype if lora_e is None else self._dtypes[lora_e.dtype]
+
+        column_blocks = ceil_div(N, self._extension.dh_columns(R))
+        splits, rows_per_split = in_parts(M, self._extension.DH_ROWS, column_blocks, self._block_target(x))
+        work = self._workspace(
+            x.device,
+            dh=M * R if need_dh else 0,
+            dh_parts=column_blocks * M * R if need_dh else 0,
+            db_parts=splits * N * R if need_db else 0,
+            de_parts=splits * column_blocks * R if need_de else 0,
+        )
+        dh = work.pop("dh")
+
+        def empty_like(t: Tensor, when: bool) -> Tensor | None:
+            return torch.empty(t.shape, dtype=t.dtype, device=t.device) if when else None
+
+        dx, dlora_a, dlora_b = empty_like(x, need_dx), empty_like(lora_a, need_da), empty_like(lora_b, need_db)
+        dlora_e = empty_like(lora_e, need_de)
+        launches = []
+        if need_dh or need_db or need_de:
+            arguments = dict(
+                **work,
+                dy=dy,
+                ld_dy=dy.stride(0),
+                h=h.contiguous(),
+                lora_b=lora_b,
+                lora_b_dtype=b_dtype,
+                M=M,
+                N=N,
+                R=R,
+                rows_per_split=rows_per_split,
+                dtype=dtype,
+            )
+            launches.append(("lora_dh_dlora_b", arguments))
+            arguments = dict(
+                **work,
+                dh=dh,
+                dlora_b=dlora_b,
+                dlora_e=dlora_e,
+                dlora_b_dtype=b_dtype,
+                dlora_e_dtype=e_dtype,
+                lora_e=lora_e,
+                lora_e_dtype=e_dtype,
+                column_blocks=column_blocks,
+                splits=splits,
+                M=M,
+                N=N,
+                R=R,
+                scaling=scaling,
+                dtype=dtype,
+            )
+            launches.append(("lora_reduce", arguments))
+        if need_da:
+            arguments = dict(
+                x=x,
+                ld_x=x.stride(0),
+                dh=dh,
+                dlora_a=dlora_a,
+                dlora_a_dtype=a_dtype,
+                M=M,
+                K=K,
+                R=R,
+                threshold=threshold,
+                rng=rng,
+                scale=keep_scale,
+                dtype=dtype,
+            )
+            launches.append(("lora_dlora_a", arguments))
+        if need_dx:
+            u = _RankParts(dh)
+            launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
+        return dx, (dlora_a, dlora_b, dlora_e), launches
+
+    def _nf4(self, weight: NF4) -> dict:
+        """The arguments that describe an NF4 weight to a kernel."""
+        N, K = weight.shape
+        return {
+            "packed": weight.packed,
+            "absmax": weight.absmax,
+            "absmax_scale": weight.absmax_scale,
+            "absmax_code": None if weight.absmax_scale is None else _dynamic_code(weight.packed.device),
+            "absmax_offset": weight.absmax_offset,
+            "block_shift": weight.block_size.bit_length() - 1,
+            "N": N,
+            "K": K,
+        }
+
+    def quantize_nf4(self, weight: Tensor, block_size: int, double_quant: bool) -> NF4:
+        """NF4 of a contiguous weight [N, K] of float32, bfloat16 or float16; see reference.quantize_nf4.
+
+        A block with an element that is not finite gets an absmax that is not finite.
+        """
+        self._check_device("weight", weight)
+        size, device = weight.numel(), weight.device
+        blocks = ceil_div(size, block_size)
+        packed = torch.empty(((size + 1) // 2,), dtype=torch.uint8, device=device)
+        absmax = torch.empty((blocks,), dtype=torch.float32, device=device)
+        arguments = dict(
+            weight=weight,
+            dtype=self._dtypes[weight.dtype],
+            size=size,
+            block_shift=block_size.bit_length() - 1,
+            packed=packed,
+            absmax=absmax,
+        )
+        self._queue(weight, ("nf4_quantize", arguments))
+        if not double_quant:
+            return NF4(packed, absmax, None, None, block_size, tuple(weight.shape))
+        offset = absmax.mean()
+        codes = torch.empty((blocks,), dtype=torch.uint8, device=device)
+        absmax_scale = torch.empty((ceil_div(blocks, ABSMAX_BLOCK),), dtype=torch.float32, device=device)
+        arguments = dict(
+            absmax=absmax,
+            blocks=blocks,
+            absmax_offset=offset,
+            absmax_code=_dynamic_code(device),
+            codes=codes,
+            absmax_scale=absmax_scale,
+        )
+        self._queue(weight, ("nf4_quantize_absmax", arguments))
+        return NF4(packed, codes, absmax_scale, offset, block_size, tuple(weight.shape))
+
+    def dequantize_nf4(self, weight: NF4, out: Tensor) -> None:
+        """Writes the dense weight to out, a contiguous [N, K], in one launch; see reference.dequantize_nf4."""
+        self._check_device("weight", weight.packed)
+        self._queue(out, self._dequantize(weight, out))
+
+    def _dequantize(self, weight: NF4, out: Tensor) -> _Launch:
+        return "nf4_dequantize", self._nf4(weight) | dict(out=out, dtype=self._dtypes[out.dtype])
+
+    def adamw_step(
+        self, groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache: dict[str, Any]
+    ) -> Tensor | None:
+        """One AdamW step over all tensors, in place, in two launches; see reference.adamw_step.
+
+        Parameters and gradients are float32, bfloat16 or float16, on one device. Nothing synchronises. The tables of
+        addresses and settings are kept in `cache` and written anew when they change; a CUDA graph can hold a step that
+        changes none of them, which is any but the first while gradients stay where they are. Raises ValueError for
+        another dtype or device, RuntimeError where a graph is being captured and a table has to be written.
+        """
+        params = [param for group in groups for param in group.params]
+        grads = [grad for group in groups for grad in group.grads]
+        for name, tensors in (("a parameter", params), ("a gradient", grads)):
+            for tensor in tensors:
+                self._check_device(name, tensor)
+                if tensor.device != params[0].device or tensor.dtype not in self._dtypes:
+                    raise ValueError(
+                        f"{name} is {tensor.dtype} on {tensor.device}; the CUDA C++ kernels take float32, bfloat16 and "
+                        f"float16, all on one device (the first parameter is on {params[0].device})"
+                    )
+        device, chunk = params[0].device, self._extension.ADAMW_CHUNK
+        columns = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+        state = [[t for group in groups for t in getattr(group, column)] for column in columns]
+        group_of = [index for index, group in enumerate(groups) for _ in group.params]
+        rows = []
+        places = (addresses(f"{name} of parameter", column) for name, column in zip(columns, state, strict=True))
+        for group, param, grad, *place in zip(group_of, params, grads, *places, strict=True):
+            rows += [*place, param.numel(), self._dtypes[param.dtype], self._dtypes[grad.dtype], group]
+        chunks = [(i, start) for i, param in enumerate(params) for start in range(0, max(param.numel(), 1), chunk)]
+        settings = [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay) for g in groups]
+        table = _kept(cache, "table", [*rows, *chain(*chunks)], torch.int64, device)
+        settings = _kept(cache, "settings", [*chain(*settings), max_grad_norm or 0.0], torch.float64, device)
+
+        clips = max_grad_norm is not None
+        scalars = torch.empty((len(params), self._extension.ADAMW_SCALARS), dtype=torch.float32, device=device)
+        partials = torch.empty((len(chunks),), dtype=torch.float32, device=device) if clips else None
+        grad_norm = torch.empty((), dtype=torch.float32, device=device) if clips else None
+        arguments = dict(
+            tensors=table,
+            chunks=table[len(rows) :],
+            groups=settings,
+            scalars=scalars,
+            partials=partials,
+            max_grad_norm=settings[-1:],
+            grad_norm=grad_norm,
+            count=len(chunks),
+        )
+        through = [t for column in state for t in column if t is not None]
+        self._queue(table, ("adamw_prepare", arguments), ("adamw_step", arguments), through=through)
+        return grad_norm
+
+
+def _kept(cache: dict[str, Any], name: str, values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values in memory of the device that `cache` keeps, copied there only if they are not what it holds."""
+    held, table = cache.get(name, (None, None))
+    if held == values:
+        return table
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the {name} of adamw_step changed while a CUDA graph is captured; take a step with the same tensors first"
+        )
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    if table is None or table.shape != host.shape:
+        table = torch.empty_like(host, device=device)
+    # In the stream's order, without waiting: an earlier step has read the old values by then.
+    table.copy_(host, non_blocking=True)
+    cache[name] = (values, table)
+    return table
+
+
+def _threshold(dropout_p: float, rng: Tensor | None) -> int:
+    threshold = dropout_threshold(dropout_p)
+    if threshold and rng is None:
+        raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
+    return threshold
+
+
+_kernels = Kernels("_cuda", "cuda", "it is built where nvcc is found")
+unavailable = _kernels.unavailable
+lora_linear_fwd = _kernels.lora_linear_fwd
+lora_linear_bwd = _kernels.lora_linear_bwd
+lora_linear_group_fwd = _kernels.lora_linear_group_fwd
+lora_linear_group_bwd = _kernels.lora_linear_group_bwd
+column_scale_bwd = _kernels.column_scale_bwd
+quantize_nf4 = _kernels.quantize_nf4
+dequantize_nf4 = _kernels.dequantize_nf4
+adamw_step = _kernels.adamw_step

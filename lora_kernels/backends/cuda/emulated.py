@@ -1,0 +1,67 @@
+"""The CUDA C++ kernels on CPU tensors, under the emulator in csrc/simt: slow, for tests of what `cuda` will run.
+
+A kernel that races, deadlocks, misaligns a vector or leaves its tensors is a RuntimeError that names kernel, block,
+thread and line. The environment variable LORA_KERNELS_SIMT_SCHEDULE (forward, reversed, or shuffled:SEED) sets the
+order in which threads run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.cuda import Kernels
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _buffer(value: Any) -> tuple[int, int] | None:
+    """(address, bytes) of a tensor or a part of one; None for any other argument of a kernel."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), _extent(value)
+    if isinstance(value, tuple):
+        memory, first, count = value
+        return memory.data_ptr() + first, count
+    return None
+
+
+class EmulatedKernels(Kernels):
+    def _queue(self, on: Tensor, *launches: tuple[str, dict[str, Any]], through: Sequence[Tensor] = ()) -> None:
+        """As `Kernels._queue`; each kernel may access the memory of its own tensors and nothing else."""
+        reached = {f"tensor {index}": tensor for index, tensor in enumerate(through)}
+        for launch in launches:
+            buffers = {name: _buffer(value) for name, value in (launch[1] | reached).items()}
+            buffers = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+            # What the kernel before may still be writing.
+            parts = "h_parts" if "h_parts" in buffers else "u_parts"
+            late = parts if launch[1].get("just_queued") else ""
+            self._extension.set_buffers(buffers, late)
+            super()._queue(on, launch)
+
+    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, Tensor | None]:
+        """As `Kernels._workspace`; each from its own allocation, so that what leaves one doesn't enter the next."""
+        return {
+            name: torch.empty((length,), dtype=torch.float32, device=device) if length else None
+            for name, length in lengths.items()
+        }
+
+
+_kernels = EmulatedKernels("_simt", "cpu", "it is part of a build in place, for tests")
+unavailable = _kernels.unavailable
+lora_linear_fwd = _kernels.lora_linear_fwd
+lora_linear_bwd = _kernels.lora_linear_bwd
+lora_linear_group_fwd = _kernels.lora_linear_group_fwd
+lora_linear_group_bwd = _kernels.lora_linear_group_bwd
+column_scale_bwd = _kernels.column_scale_bwd
+quantize_nf4 = _kernels.quantize_nf4
+dequantize_nf4 = _kernels.dequantize_nf4
+adamw_step = _kernels.adamw_step

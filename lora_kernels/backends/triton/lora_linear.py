@@ -1,0 +1,882 @@
+"""Fused LoRA linear in Triton: two launches forward, at most four backward, no atomics, no saved dropout mask.
+
+There is one more for a sum that is cut into parts (`configs.PARTS`; those of h are added up in the product), and for
+an NF4 weight that is dequantised first. A group of layers has one h, one dlora_a and one dx.
+
+Forward:   h = dropout(x) lora_aᵀ;  y = c ∘ (x Wᵀ + scaling (h ∘ lora_e) lora_bᵀ) + bias in one accumulator.
+Backward:  dh and dlora_b in one pass over dy, an ordered sum of their partials, dlora_a, then
+           dx = dy W + dropout'(dh lora_a). The mask is drawn again from (seed, offset) wherever it is needed.
+           With a column scale c, a pass before it makes dc, and dz = c ∘ dy, which takes the place of dy.
+Shapes and dtypes are those of `lora_kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.backends.parts import ceil_div, in_parts
+from lora_kernels.backends.triton import vendor
+from lora_kernels.reference import dropout_scale, dropout_threshold
+from lora_kernels.types import NF4, Projection
+
+from . import configs
+from .common import INTERPRETED, Launcher, cast, dot, let_next_kernel_start, wait_for_kernel_before
+from .nf4 import dequantize_nf4, load_tables, load_tile, tables
+
+__all__ = [
+    "INTERPRETED",
+    "MAX_GROUP",
+    "column_scale_bwd",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "lora_linear_group_bwd",
+    "lora_linear_group_fwd",
+]
+
+
+@triton.jit
+def _keep_mask(rng_ptr, m0, k0, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The [ROWS, COLS] tile of `reference.keep_mask` whose corner is (m0, k0); k0 is a multiple of 8."""
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1)
+    c0 = (k0 // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)[None, :]
+    c1 = (m0 + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
+    c2 = offset.to(tl.uint32)
+    c3 = (offset >> 32).to(tl.uint32)
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    zero = tl.zeros([ROWS, COLS // 8], tl.uint32)
+    r0, r1, r2, r3 = tl.philox_impl(c0 + zero, c1 + zero, c2 + zero, c3 + zero, key0, key1, 7)
+    # Lane j of a group of 8 is r[j % 4], low half for j < 4 and high half after.
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(ROWS, COLS // 8, 1, 4)
+    shift = (tl.arange(0, 2) * 16).to(tl.uint32)[None, None, :, None]
+    lanes = ((words >> shift) & 0xFFFF).to(tl.int32)
+    return lanes.reshape(ROWS, COLS) >= threshold
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _h_kernel(
+    x_ptr, lora_a_ptr, h_parts_ptr, rng_ptr, M, K, R, columns_per_split, threshold, inv_keep, stride_xm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums [splits, M, R] of h = dropout(x) lora_aᵀ, each over columns_per_split columns of x."""
+    if OVERLAPS:
+        let_next_kernel_start()
+    m0 = tl.program_id(0) * BLOCK_M
+    pid_s = tl.program_id(1)
+    rows = tl.arange(0, BLOCK_M)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_mask = (m0 + rows < M)[:, None]
+    r_mask = (r < R)[None, :]
+    first_column = pid_s * columns_per_split
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + (first_column + k)[None, :]
+    a_ptrs = lora_a_ptr + r.to(tl.int64)[None, :] * K + (first_column + k)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for k0 in range(first_column, min(first_column + columns_per_split, K), BLOCK_K):
+        k_left = K - k0
+        x = tl.load(x_ptrs, mask=m_mask & (k[None, :] < k_left), other=0.0)
+        a = cast(tl.load(a_ptrs, mask=r_mask & (k[:, None] < k_left), other=0.0), x.dtype)
+        if HAS_DROPOUT:
+            keep = _keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, tl.zeros_like(x))
+        acc = dot(x, a, acc, PRECISION)
+        x_ptrs += BLOCK_K
+        a_ptrs += BLOCK_K
+    h_ptrs = h_parts_ptr + (pid_s.to(tl.int64) * M + m0 + rows)[:, None] * R + r[None, :]
+    tl.store(h_ptrs, acc * inv_keep, mask=m_mask & r_mask)
+
+
+@triton.jit
+def _low_rank(
+    acc, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, parts, stride_up, stride_um, stride_vr, stride_vn,
+    HAS_E: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + (scale u ∘ lora_e) v for the tile at (m0, n0); u [M, R] float32, v [R, N].
+
+    With PARTS > 1, u is the sum of `parts` matrices, which the programs of the first columns store at u_sum.
+    """
+    m = m0 + tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        r = r0 + tl.arange(0, BLOCK_R)
+        at = m.to(tl.int64)[:, None] * stride_um + r[None, :]
+        mask = (m < M)[:, None] & (r < R)[None, :]
+        if PARTS == 1:
+            u = tl.load(u_ptr + at, mask=mask, other=0)
+        else:
+            p = tl.arange(0, PARTS)[:, None, None]
+            u = tl.sum(tl.load(u_ptr + p * stride_up + at[None], mask=(p < parts) & mask[None], other=0), 0)
+            if n0 == 0:
+                tl.store(u_sum_ptr + at, u, mask=mask)
+        u *= scale
+        if HAS_E:
+            u *= tl.load(lora_e_ptr + r, mask=r < R, other=0).to(tl.float32)[None, :]
+        v_ptrs = v_ptr + r.to(tl.int64)[:, None] * stride_vr + n.to(tl.int64)[None, :] * stride_vn
+        v = tl.load(v_ptrs, mask=(r < R)[:, None] & (n < N)[None, :], other=0)
+        acc = dot(cast(u, DTYPE), cast(v, DTYPE), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _dropped_low_rank(
+    u_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_um, stride_vr, stride_vn,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """mask ∘ (scale u v) for the tile at (m0, n0).
+
+    What a product starts from and not what it ends with: the masked term beside the product would take twice the
+    registers.
+    """
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    term = _low_rank(zero, u_ptr, None, None, v_ptr, scale, m0, n0, M, N, R, 1, 0, stride_um, stride_vr, stride_vn,
+                     False, PRECISION, DTYPE, 1, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+    return tl.where(_keep_mask(rng_ptr, m0, n0, threshold, BLOCK_M, BLOCK_N), term, 0.0)
+
+
+@triton.jit
+def _split_columns(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return acc.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _finish_scaled(
+    acc, out_ptr, stride_om, column_scale_ptr, bias_ptr, m0, n0, M, N,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store column_scale ∘ acc + bias for a slice of columns."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    acc *= tl.load(column_scale_ptr + n, mask=n < N, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _load_tile(ptr, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    m = m0 + tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    return tl.load(ptr + m.to(tl.int64)[:, None] * N + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_tile(out_ptr, stride_om, value, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows = tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    out_ptrs = out_ptr + m0.to(tl.int64) * stride_om + rows[:, None] * stride_om + n[None, :]
+    tl.store(out_ptrs, cast(value, out_ptr.dtype.element_ty), mask=(m0 + rows < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of this program's tile, by groups of GROUP_M rows of tiles, so that neighbours in time share
+    tiles of w in L2."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = pid // per_group * GROUP_M
+    group_m = min(tiles_m - first_m, GROUP_M)
+    return (first_m + pid % per_group % group_m) * BLOCK_M, pid % per_group // group_m * BLOCK_N
+
+
+@triton.jit
+def _finish(
+    acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, out_ptr, m0, n0, M, N, R, parts,
+    scale, stride_up, stride_um, stride_vr, stride_vn, stride_om,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Store column_scale ∘ (acc + (scale u ∘ lora_e) v) + bias for the tile at (m0, n0); with dropout, acc alone."""
+    if HAS_DROPOUT:
+        tl.static_assert(not HAS_E and not HAS_BIAS and not HAS_SCALE and PARTS == 1)
+    else:
+        acc = _low_rank(acc, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, scale, m0, n0, M, N, R, parts, stride_up, stride_um,
+                        stride_vr, stride_vn, HAS_E, PRECISION, DTYPE, PARTS, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+    if HAS_SCALE:
+        # Scale and bias cost many registers beside the accumulator, so the columns are finished slice by slice.
+        SLICE: tl.constexpr = BLOCK_N // SLICES
+        if SLICES == 1:
+            slices = (acc,)
+        elif SLICES == 2:
+            slices = _split_columns(acc, BLOCK_M, BLOCK_N)
+        else:
+            left, right = _split_columns(acc, BLOCK_M, BLOCK_N)
+            slices = _split_columns(left, BLOCK_M, BLOCK_N // 2) + _split_columns(right, BLOCK_M, BLOCK_N // 2)
+        for i in tl.static_range(SLICES):
+            _finish_scaled(slices[i], out_ptr, stride_om, column_scale_ptr, bias_ptr, m0, n0 + i * SLICE, M, N,
+                           HAS_BIAS, BLOCK_M, SLICE)  # fmt: skip
+    else:
+        if HAS_BIAS:
+            n = n0 + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        _store_tile(out_ptr, stride_om, acc, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _add_product(
+    acc, x_ptr, w_ptr, m0, n0, M, N, K, stride_xm, stride_wn, stride_wk,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + x w for the tile at (m0, n0); x [M, K], w [K, N] with strides (wk, wn)."""
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
+    w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + k[:, None] * stride_wk + cols[None, :] * stride_wn
+    m_mask = (m0 + rows < M)[:, None]
+    n_mask = (n0 + cols < N)[None, :]
+    for k0 in range(0, K, BLOCK_K):
+        x = tl.load(x_ptrs, mask=m_mask if EVEN_K else m_mask & (k[None, :] < K - k0), other=0.0)
+        w = tl.load(w_ptrs, mask=n_mask if EVEN_K else n_mask & (k[:, None] < K - k0), other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+    return acc
+
+
+@triton.jit
+def _add_nf4_product(
+    acc, x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr, m0, n0, M, N, K, stride_xm,
+    COLUMNS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGNED: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_add_product` of an NF4 weight, whose rows are the columns of w, or with COLUMNS its rows."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DOUBLE_QUANT: tl.constexpr = absmax_scale_ptr is not None
+    code, dynamic = load_tables(tables_ptr, DOUBLE_QUANT)
+    absmax_offset = tl.load(absmax_offset_ptr) if DOUBLE_QUANT else 0.0
+    rows = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m0.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
+    m_mask = (m0 + rows < M)[:, None]
+    for k0 in range(0, K, BLOCK_K):
+        x = tl.load(x_ptrs, mask=m_mask if EVEN_K else m_mask & (k[None, :] < K - k0), other=0.0)
+        x_ptrs += BLOCK_K
+        if COLUMNS:
+            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, k0, n0, K, N,
+                          BLOCK_SIZE, ALIGNED, BLOCK_K, BLOCK_N, EVEN_K, False)  # fmt: skip
+            w = cast(w, DTYPE)
+        else:
+            w = load_tile(w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset, code, dynamic, n0, k0, N, K,
+                          BLOCK_SIZE, ALIGNED, BLOCK_N, BLOCK_K, False, EVEN_K)  # fmt: skip
+            w = cast(w, DTYPE).T
+        acc = dot(x, w, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["threshold", "parts"])
+def _gemm_kernel(
+    x_ptr, w_ptr, x1_ptr, w1_ptr, x2_ptr, w2_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr,
+    column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, rng_ptr, product_ptr, out_ptr,
+    M, N, K, K1, K2, R, parts, scale, threshold, stride_xm, stride_wn, stride_wk, stride_x1m, stride_w1n, stride_w1k,
+    stride_x2m, stride_w2n, stride_w2k, stride_up, stride_um, stride_vr, stride_vn, stride_om,
+    WEIGHT: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, OVERLAPS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = column_scale ∘ (x [M, K] w + dropout((scale u ∘ lora_e) v)) + bias, the rank term after the K loop,
+    with dropout before it.
+
+    Forward: x, Wᵀ, h, lora_bᵀ, without dropout. Backward: dy, W, dh, lora_a (and N, K change places); of a group also
+    x1 w1 and x2 w2, the dy and W of its other layers.
+    WEIGHT says what w is: "dense"; "nf4_rows", NF4 whose rows are the columns of out (forward); "nf4_cols", NF4 whose
+    columns are (backward). BLOCK_SIZE and ALIGNED are those of `nf4.load_tile`. With product [M, N] in float32, that is
+    the large product already, and K is zero.
+    With OVERLAPS, the kernel before may still run until the K loop is done: it must write nothing that this one reads
+    before, with dropout not even u.
+    """
+    if OVERLAPS:
+        let_next_kernel_start()
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if HAS_DROPOUT:
+        acc = _dropped_low_rank(u_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_um, stride_vr,
+                                stride_vn, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+        if product_ptr is not None:
+            acc += _load_tile(product_ptr, m0, n0, M, N, BLOCK_M, BLOCK_N)
+    elif product_ptr is not None:
+        acc = _load_tile(product_ptr, m0, n0, M, N, BLOCK_M, BLOCK_N)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if WEIGHT == "dense":
+        acc = _add_product(acc, x_ptr, w_ptr, m0, n0, M, N, K, stride_xm, stride_wn, stride_wk,
+                           EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        if x1_ptr is not None:
+            acc = _add_product(acc, x1_ptr, w1_ptr, m0, n0, M, N, K1, stride_x1m, stride_w1n, stride_w1k,
+                               EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        if x2_ptr is not None:
+            acc = _add_product(acc, x2_ptr, w2_ptr, m0, n0, M, N, K2, stride_x2m, stride_w2n, stride_w2k,
+                               EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    else:
+        acc = _add_nf4_product(acc, x_ptr, w_ptr, absmax_ptr, absmax_scale_ptr, absmax_offset_ptr, tables_ptr,
+                               m0, n0, M, N, K, stride_xm, WEIGHT == "nf4_cols", BLOCK_SIZE, ALIGNED,
+                               EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    if OVERLAPS:
+        wait_for_kernel_before()
+    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, out_ptr, m0, n0, M, N, R,
+            parts, scale, stride_up, stride_um, stride_vr, stride_vn, stride_om,
+            HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE, PARTS,
+            BLOCK_M, BLOCK_N, BLOCK_R, SLICES)  # fmt: skip
+
+
+@triton.jit
+def _add_fetched_product(
+    acc, x_desc, w_desc, m0, n0, K, W_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """`_add_product` of tiles that the copy engine (TMA) fetches; it fills with zeros what is outside."""
+    for k0 in range(0, K, BLOCK_K):
+        x = x_desc.load([m0, k0])
+        if W_ROWS:  # noqa: SIM108
+            w = w_desc.load([n0, k0]).T
+        else:
+            w = w_desc.load([k0, n0])
+        acc = dot(x, w, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["threshold", "parts"])
+def _tma_gemm_kernel(
+    x_desc, w_desc, x1_desc, w1_desc, x2_desc, w2_desc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr,
+    rng_ptr, out_ptr, M, N, K, K1, K2, R, parts, scale, threshold, stride_up, stride_um, stride_vr, stride_vn,
+    stride_om, W_ROWS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """_gemm_kernel of dense weights, tiles fetched by the copy engine.
+
+    W_ROWS says that the rows of w_desc are the columns of out.
+    """
+    if OVERLAPS:
+        let_next_kernel_start()
+    DTYPE: tl.constexpr = x_desc.dtype
+    m0, n0 = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if HAS_DROPOUT:
+        acc = _dropped_low_rank(u_ptr, v_ptr, rng_ptr, scale, threshold, m0, n0, M, N, R, stride_um, stride_vr,
+                                stride_vn, PRECISION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = _add_fetched_product(acc, x_desc, w_desc, m0, n0, K, W_ROWS, PRECISION, BLOCK_K)
+    if x1_desc is not None:
+        acc = _add_fetched_product(acc, x1_desc, w1_desc, m0, n0, K1, W_ROWS, PRECISION, BLOCK_K)
+    if x2_desc is not None:
+        acc = _add_fetched_product(acc, x2_desc, w2_desc, m0, n0, K2, W_ROWS, PRECISION, BLOCK_K)
+    if OVERLAPS:
+        wait_for_kernel_before()
+    _finish(acc, column_scale_ptr, bias_ptr, u_ptr, u_sum_ptr, lora_e_ptr, v_ptr, out_ptr, m0, n0, M, N, R,
+            parts, scale, stride_up, stride_um, stride_vr, stride_vn, stride_om,
+            HAS_SCALE, HAS_BIAS, HAS_E, HAS_DROPOUT, PRECISION, DTYPE, PARTS,
+            BLOCK_M, BLOCK_N, BLOCK_R, SLICES)  # fmt: skip
+
+
+@triton.jit
+def _dh_dlora_b_kernel(
+    dy_ptr, h_ptr, lora_b_ptr, dh_parts_ptr, db_parts_ptr, de_parts_ptr, M, N, R, rows_per_split, stride_dym, stride_hm,
+    NEED_DH: tl.constexpr, NEED_DB: tl.constexpr, NEED_DE: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of dy lora_b (over BLOCK_N columns) and dyᵀ h (over rows_per_split rows) from one read of dy.
+
+    Parts carry neither scaling nor lora_e: dh_parts [column blocks, M, R], db_parts [splits, N, R] and, since
+    dlora_e = Σ_n lora_b ∘ (dyᵀ h), de_parts [splits * column blocks, R].
+    """
+    if OVERLAPS:
+        let_next_kernel_start()
+    pid_n = tl.program_id(0)
+    pid_s = tl.program_id(1)
+    n0 = pid_n * BLOCK_N
+    cols = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r_mask = (r < R)[None, :]
+    n_mask = n0 + cols < N
+    nr_mask = n_mask[:, None] & r_mask
+    b_ptrs = lora_b_ptr + (n0 + cols).to(tl.int64)[:, None] * R + r[None, :]
+    b = cast(tl.load(b_ptrs, mask=nr_mask, other=0.0), dy_ptr.dtype.element_ty)
+    g = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    first_row = pid_s * rows_per_split
+    dy_ptrs = dy_ptr + first_row.to(tl.int64) * stride_dym + rows[:, None] * stride_dym + (n0 + cols)[None, :]
+    for m0 in range(first_row, min(first_row + rows_per_split, M), BLOCK_M):
+        m_mask = (m0 + rows < M)[:, None]
+        m = (m0 + rows).to(tl.int64)
+        dy = tl.load(dy_ptrs, mask=m_mask & n_mask[None, :], other=0.0)
+        if NEED_DH:
+            dh = dot(dy, b, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION)
+            dh_ptrs = dh_parts_ptr + (pid_n.to(tl.int64) * M + m)[:, None] * R + r[None, :]
+            tl.store(dh_ptrs, dh, mask=m_mask & r_mask)
+        if NEED_DB or NEED_DE:
+            h = tl.load(h_ptr + m[:, None] * stride_hm + r[None, :], mask=m_mask & r_mask, other=0.0)
+            g = dot(tl.trans(dy), cast(h, dy.dtype), g, PRECISION)
+        dy_ptrs += BLOCK_M * stride_dym
+    if NEED_DB:
+        db_ptrs = db_parts_ptr + (pid_s.to(tl.int64) * N + n0 + cols)[:, None] * R + r[None, :]
+        tl.store(db_ptrs, g, mask=nr_mask)
+    if NEED_DE:
+        b = tl.load(b_ptrs, mask=nr_mask, other=0.0).to(tl.float32)
+        de_ptrs = de_parts_ptr + (pid_s * tl.num_programs(0) + pid_n).to(tl.int64) * R + r
+        tl.store(de_ptrs, tl.sum(g * b, 0), mask=r < R)
+
+
+@triton.jit
+def _sum_parts(
+    parts_ptr, out_ptr, lora_e_ptr, block, parts, length, R, stride_out, scaling,
+    HAS_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """out = scaling lora_e[i % R] Σ_p parts[p, i] for one block of i, always in the same order; out has rows of R."""
+    i = block.to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    acc = tl.zeros([BLOCK_P, BLOCK_L], tl.float32)
+    for p0 in range(0, parts, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        ptrs = parts_ptr + p.to(tl.int64)[:, None] * length + i[None, :]
+        acc += tl.load(ptrs, mask=(p < parts)[:, None] & (i < length)[None, :], other=0.0)
+    total = tl.sum(acc, 0) * scaling
+    if HAS_E:
+        total *= tl.load(lora_e_ptr + i % R, mask=i < length, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i // R * stride_out + i % R, cast(total, out_ptr.dtype.element_ty), mask=i < length)
+
+
+@triton.jit(do_not_specialize=["dh_blocks", "db_blocks", "column_blocks", "splits"])
+def _reduce_kernel(
+    dh_parts_ptr, db_parts_ptr, de_parts_ptr, dh_ptr, dlora_b_ptr, dlora_e_ptr, lora_e_ptr,
+    dh_blocks, db_blocks, column_blocks, splits, M, N, R, stride_dhm, scaling,
+    NEED_DH: tl.constexpr, NEED_DB: tl.constexpr, NEED_DE: tl.constexpr, HAS_E: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """dh, dlora_b and dlora_e from the partial sums of _dh_dlora_b_kernel; each program finishes one block of one."""
+    if OVERLAPS:
+        wait_for_kernel_before()
+    pid = tl.program_id(0)
+    if NEED_DH:  # noqa: SIM102
+        if pid < dh_blocks:
+            _sum_parts(dh_parts_ptr, dh_ptr, lora_e_ptr, pid, column_blocks, M * R, R, stride_dhm, scaling,
+                       HAS_E, BLOCK_P, BLOCK_L)  # fmt: skip
+    if NEED_DB:  # noqa: SIM102
+        if (pid >= dh_blocks) & (pid < dh_blocks + db_blocks):
+            _sum_parts(db_parts_ptr, dlora_b_ptr, lora_e_ptr, pid - dh_blocks, splits, N * R, R, R, scaling,
+                       HAS_E, BLOCK_P, BLOCK_L)  # fmt: skip
+    if NEED_DE:  # noqa: SIM102
+        if pid >= dh_blocks + db_blocks:
+            _sum_parts(de_parts_ptr, dlora_e_ptr, lora_e_ptr, pid - dh_blocks - db_blocks, splits * column_blocks, R,
+                       R, R, scaling, False, BLOCK_P, BLOCK_L)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _dlora_a_kernel(
+    x_ptr, dh_ptr, da_parts_ptr, rng_ptr, M, K, R, rows_per_split, threshold, inv_keep, stride_xm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums [splits, R, K] of dlora_a = dhᵀ dropout(x), each over rows_per_split rows."""
+    if OVERLAPS:
+        let_next_kernel_start()
+    k0 = tl.program_id(0) * BLOCK_K
+    pid_s = tl.program_id(1)
+    k = k0 + tl.arange(0, BLOCK_K)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = pid_s * rows_per_split
+    rows = tl.arange(0, BLOCK_M)
+    r_mask = (r < R)[:, None]
+    k_mask = (k < K)[None, :]
+    x_ptrs = x_ptr + first_row.to(tl.int64) * stride_xm + rows[:, None] * stride_xm + k[None, :]
+    dh_ptrs = dh_ptr + first_row.to(tl.int64) * R + rows[None, :] * R + r[:, None]
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for m0 in range(first_row, min(first_row + rows_per_split, M), BLOCK_M):
+        m_left = M - m0
+        x = tl.load(x_ptrs, mask=(rows < m_left)[:, None] & k_mask, other=0.0)
+        dh = cast(tl.load(dh_ptrs, mask=(rows < m_left)[None, :] & r_mask, other=0.0), x.dtype)
+        if HAS_DROPOUT:
+            keep = _keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, tl.zeros_like(x))
+        acc = dot(dh, x, acc, PRECISION)
+        x_ptrs += BLOCK_M * stride_xm
+        dh_ptrs += BLOCK_M * R
+    acc *= inv_keep
+    out_ptrs = da_parts_ptr + (pid_s.to(tl.int64) * R + r)[:, None] * K + k[None, :]
+    tl.store(out_ptrs, cast(acc, da_parts_ptr.dtype.element_ty), mask=r_mask & k_mask)
+
+
+@triton.jit
+def _column_scale_bwd_kernel(
+    dy_ptr, y_ptr, bias_ptr, column_scale_ptr, dz_ptr, dscale_parts_ptr, M, N, rows_per_split, stride_dym,
+    HAS_BIAS: tl.constexpr, NEED_DSCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz = dy ∘ c and dscale_parts [splits, N] of Σ_m dy ∘ (y - bias) / c, one program for rows_per_split rows."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    n_mask = n < N
+    scale = tl.load(column_scale_ptr + n, mask=n_mask, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        bias = cast(tl.load(bias_ptr + n, mask=n_mask, other=0.0), tl.float32)
+    first_row = tl.program_id(1) * rows_per_split
+    for m0 in range(first_row, min(first_row + rows_per_split, M), BLOCK_M):
+        m = (m0 + rows).to(tl.int64)
+        mask = (m < M)[:, None] & n_mask[None, :]
+        dy = cast(tl.load(dy_ptr + m[:, None] * stride_dym + n[None, :], mask=mask, other=0.0), tl.float32)
+        at = m[:, None] * N + n[None, :]
+        tl.store(dz_ptr + at, cast(dy * scale[None, :], dz_ptr.dtype.element_ty), mask=mask)
+        if NEED_DSCALE:
+            y = cast(tl.load(y_ptr + at, mask=mask, other=0.0), tl.float32)
+            if HAS_BIAS:
+                y -= bias[None, :]
+            acc += dy * y
+    if NEED_DSCALE:
+        total = tl.where(scale == 0.0, 0.0, tl.sum(acc, 0) / tl.where(scale == 0.0, 1.0, scale))
+        tl.store(dscale_parts_ptr + tl.program_id(1).to(tl.int64) * N + n, total, mask=n_mask)
+
+
+@functools.lru_cache
+def _multiprocessors(index: int) -> int:
+    """Of the device of this index; 2 for the interpreter, whose index is -1."""
+    return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 2
+
+
+def _dequantized(weight: NF4, x: Tensor) -> Tensor:
+    dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    dequantize_nf4(weight, dense)
+    return dense
+
+
+class _LoraLauncher(Launcher):
+    """Adds what launches of `lora_linear` share: configurations, dot precision and dropout arguments."""
+
+    def __init__(self, x: Tensor, dropout_p: float, rng: Tensor | None, by_vendor: bool) -> None:
+        super().__init__("x", x)
+        self.by_vendor = by_vendor
+        self.threshold = dropout_threshold(dropout_p)
+        if self.threshold and rng is None:
+            raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
+        self.rng = rng
+        self.inv_keep = dropout_scale(dropout_p)
+        self.is_float32 = x.dtype == torch.float32
+        self.multiprocessors = _multiprocessors(self.index)
+        # Whether a product starts while the kernel before it still runs.
+        self.overlaps = configs.overlaps(self.family)
+        self.precision = "ieee"
+        if self.is_float32 and not torch.version.hip:
+            self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+    def config(self, kernel: str, rank: int, depth: int = 0, rows: int = 0, columns: int = 0) -> dict[str, int]:
+        return configs.lookup(self.family, kernel, rank, self.is_float32, depth, rows, columns)
+
+    def split(self, kernel: str, programs: int, length: int, step: int, most: int = 1 << 31) -> tuple[int, int]:
+        """`in_parts` for the sum of `kernel`, into `most` parts at most."""
+        parts = configs.PARTS[kernel]
+        target, least = parts.programs * self.multiprocessors, max(parts.least, ceil_div(length, most))
+        return in_parts(length, step, programs, target, parts.worth, least)
+
+    def h(self, x: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(h [M, R] = dropout(x) lora_aᵀ, None), or with many columns (h, which `product` is to make, the matrices
+        [parts, M, R] whose sum it is)."""
+        (m, k), rank = x.shape, lora_a.shape[0]
+        config = self.config("h", rank, k, m)
+        row_blocks, rank_blocks = ceil_div(m, config["BLOCK_M"]), ceil_div(rank, config["BLOCK_R"])
+        programs, most = row_blocks * rank_blocks, configs.most_parts_of_h(m)
+        splits, columns_per_split = self.split("h", programs, k, config["BLOCK_K"], most)
+        parts = torch.empty((splits, m, rank), dtype=torch.float32, device=x.device)
+        if rank:
+            self.launch(
+                _h_kernel, (row_blocks, splits, rank_blocks),
+                x, lora_a, parts, self.rng, m, k, rank, columns_per_split, self.threshold, self.inv_keep, x.stride(0),
+                HAS_DROPOUT=self.threshold > 0, PRECISION=self.precision, OVERLAPS=self.overlaps, **config,
+            )  # fmt: skip
+        if splits == 1:
+            return parts.view(m, rank), None
+        return torch.empty((m, rank), dtype=torch.float32, device=x.device), parts
+
+    def product(
+        self, terms: list[_Term], column_scale: Tensor | None, bias: Tensor | None, u: Tensor, u_parts: Tensor | None,
+        lora_e: Tensor | None, v: Tensor, out: Tensor, scale: float, backward: bool = False, may_overlap: bool = True,
+    ) -> None:  # fmt: skip
+        """out = column_scale ∘ (Σ x Wᵀ + (scale u ∘ lora_e) v) + bias, or backward Σ x W + dropout(scale u v), over the
+        terms (x, W).
+
+        v [R, N] has any strides. W [N, K] is dense with any strides, or NF4. With u_parts [parts, M, R], u [M, R] is
+        made: their sum. With `by_vendor` the large product is the vendor's, and finished by our kernel.
+        may_overlap: whether the kernel before makes nothing that this one reads, but for u when forward.
+        """
+        x, weight = terms[0]
+        (m, _), n = x.shape, out.shape[1]
+        dropout = backward and self.threshold > 0
+        overlaps = self.overlaps and may_overlap and v.shape[0] > 0 and not self.by_vendor
+        if self.by_vendor or len(terms) > 1 or not configs.decodes_inside(self.family, m, backward):
+            overlaps = overlaps and not any(isinstance(weight, NF4) for _, weight in terms)
+            terms = [(x, _dequantized(weight, x) if isinstance(weight, NF4) else weight) for x, weight in terms]
+            x, weight = terms[0]
+        product = None
+        if self.by_vendor:
+            products = (vendor.product(x, weight if backward else weight.T) for x, weight in terms)
+            product = functools.reduce(Tensor.add_, products)
+            terms = [(x[:, :0], weight[:0] if backward else weight[:, :0])]
+            x, weight = terms[0]
+        depths = [x.shape[1] for x, _ in terms]
+        aligned, kernel, kind = True, "gemm", {"WEIGHT": "dense", "BLOCK_SIZE": 1}
+        nf4_parts = (None, None, None, None)
+        if isinstance(weight, NF4):
+            aligned = weight.shape[1] % weight.block_size == 0
+            kernel = "nf4_cols" if backward else "nf4_rows"
+            kind = {"WEIGHT": kernel, "BLOCK_SIZE": weight.block_size}
+            kernel = kernel if aligned else "nf4_ragged"
+            nf4_parts = (*weight[1:4], tables(x.device))
+        rows = self.by_tma(terms, m, n, backward)
+        if product is not None:
+            kernel = "finish"
+        elif rows is not None:
+            kernel = "tma_gemm"
+        config = self.config(kernel, v.shape[0], math.gcd(*depths), m, n)
+        tiles = configs.tiles(config, m, n)
+        flags = {"HAS_SCALE": column_scale is not None, "HAS_BIAS": bias is not None, "HAS_E": lora_e is not None,
+                 "HAS_DROPOUT": dropout, "PRECISION": self.precision, "OVERLAPS": overlaps}  # fmt: skip
+        if overlaps:
+            flags["launch_pdl"] = True
+        none = _TERMS - len(terms)
+        depths += [0] * none
+        rng = self.rng if dropout else None
+        parts, made, stride_up = 1, None, 0
+        if u_parts is not None:
+            parts, made, stride_up = len(u_parts), u, u_parts.stride(0)
+        flags["PARTS"] = 1 << (parts - 1).bit_length()
+        low_rank = (u if u_parts is None else u_parts, made, lora_e, v)
+        if rows is not None:
+            flags |= {name: value for name, value in config.items() if name != "EVEN_K"}
+            x_block = [config["BLOCK_M"], config["BLOCK_K"]]
+            w_block = [config["BLOCK_N" if rows else "BLOCK_K"], config["BLOCK_K" if rows else "BLOCK_N"]]
+            descriptors = []
+            for x, weight in terms:
+                descriptors.append(TensorDescriptor.from_tensor(x, x_block))
+                stored = weight if weight.stride(1) == 1 else weight.T
+                descriptors.append(TensorDescriptor.from_tensor(stored, w_block))
+            self.launch(
+                _tma_gemm_kernel, (tiles, 1, 1), *descriptors, *[None] * (2 * none), column_scale, bias, *low_rank,
+                rng, out, m, n, *depths, v.shape[0], parts, scale, self.threshold, stride_up, u.stride(0), *v.stride(),
+                out.stride(0), W_ROWS=rows, **flags,
+            )  # fmt: skip
+            return
+        tensors, strides = [], []
+        for x, weight in terms:
+            tensors += (x, weight[0] if isinstance(weight, NF4) else weight)
+            wn, wk = (0, 0) if isinstance(weight, NF4) else weight.stride()
+            strides += (x.stride(0), wk, wn) if backward else (x.stride(0), wn, wk)
+        self.launch(
+            _gemm_kernel, (tiles, 1, 1), *tensors, *[None] * (2 * none), *nf4_parts, column_scale, bias, *low_rank, rng,
+            product, out, m, n, *depths, v.shape[0], parts, scale, self.threshold, *strides, *[0] * (3 * none),
+            stride_up, u.stride(0), *v.stride(), out.stride(0), **kind, ALIGNED=aligned, **flags, **config,
+        )  # fmt: skip
+
+    def by_tma(self, terms: list[_Term], m: int, n: int, backward: bool) -> bool | None:
+        """None where the copy engine can't fetch the tiles or gains nothing; else whether the columns of the result are
+        the rows of the weights as they lie in memory."""
+        if self.is_float32 or not configs.by_tma(self.family, m, n) or isinstance(terms[0][1], NF4):
+            return None
+        if not terms[0][0].shape[1]:
+            return None
+        ways = set()
+        for x, weight in terms:
+            stored = weight if weight.stride(1) == 1 else weight.T
+            if any(t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16 for t in (x, stored)):
+                return None
+            ways.add((stored is weight) != backward)
+        return ways.pop() if len(ways) == 1 else None
+
+    def dh_dlora_b(
+        self, dy: Tensor, h: Tensor, layer: Projection, dh: Tensor | None, need_db: bool, need_de: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dlora_b, dlora_e) of one layer, and dh [M, R] where it is not None."""
+        (m, n), rank = dy.shape, layer.lora_b.shape[1]
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device=dy.device) if when else None
+
+        need_dh = dh is not None
+        config = self.config("dh_dlora_b", rank)
+        column_blocks = ceil_div(n, config["BLOCK_N"])
+        splits, rows_per_split = self.split("dh_dlora_b", column_blocks, m, config["BLOCK_M"])
+        dh_parts = empty(column_blocks, m, rank, when=need_dh)
+        db_parts = empty(splits, n, rank, when=need_db)
+        de_parts = empty(splits * column_blocks, rank, when=need_de)
+        dlora_b = empty(n, rank, dtype=layer.lora_b.dtype, when=need_db)
+        dlora_e = empty(rank, dtype=layer.lora_e.dtype) if need_de else None
+        if not rank or not (need_dh or need_db or need_de):
+            return dlora_b, dlora_e
+        flags = {"NEED_DH": need_dh, "NEED_DB": need_db, "NEED_DE": need_de}
+        self.launch(
+            _dh_dlora_b_kernel, (column_blocks, splits, ceil_div(rank, config["BLOCK_R"])),
+            dy, h, layer.lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0), h.stride(0),
+            **flags, PRECISION=self.precision, OVERLAPS=self.overlaps, **config,
+        )  # fmt: skip
+        config = self.config("reduce", rank)
+        if self.overlaps:
+            flags["launch_pdl"] = True
+        dh_blocks = ceil_div(m * rank, config["BLOCK_L"]) if need_dh else 0
+        db_blocks = ceil_div(n * rank, config["BLOCK_L"]) if need_db else 0
+        de_blocks = ceil_div(rank, config["BLOCK_L"]) if need_de else 0
+        self.launch(
+            _reduce_kernel, (dh_blocks + db_blocks + de_blocks, 1, 1),
+            dh_parts, db_parts, de_parts, dh, dlora_b, dlora_e, layer.lora_e,
+            dh_blocks, db_blocks, column_blocks, splits, m, n, rank, dh.stride(0) if need_dh else 0, layer.scaling,
+            **flags, HAS_E=layer.lora_e is not None, OVERLAPS=self.overlaps, **config,
+        )  # fmt: skip
+        return dlora_b, dlora_e
+
+    def dlora_a(self, x: Tensor, dh: Tensor, dtype: torch.dtype) -> Tensor:
+        """Matrices [parts, R, K] whose sum is dhᵀ dropout(x); in float32, or a single one in `dtype`."""
+        (m, k), rank = x.shape, dh.shape[1]
+        config = self.config("dlora_a", rank, rows=m)
+        column_blocks, rank_blocks = ceil_div(k, config["BLOCK_K"]), ceil_div(rank, config["BLOCK_R"])
+        splits, rows_per_split = self.split("dlora_a", column_blocks * rank_blocks, m, config["BLOCK_M"])
+        parts = torch.empty((splits, rank, k), dtype=dtype if splits == 1 else torch.float32, device=x.device)
+        if rank:
+            self.launch(
+                _dlora_a_kernel, (column_blocks, splits, rank_blocks),
+                x, dh, parts, self.rng, m, k, rank, rows_per_split, self.threshold, self.inv_keep, x.stride(0),
+                HAS_DROPOUT=self.threshold > 0, PRECISION=self.precision, OVERLAPS=self.overlaps, **config,
+            )  # fmt: skip
+        return parts
+
+
+# x and the weight that multiplies it
+_Term = tuple[Tensor, Tensor | NF4]
+# So many products the kernels add up: the layers of a group.
+_TERMS = 3
+MAX_GROUP = _TERMS
+
+
+def _columns(layers: Sequence[Projection]) -> list[slice]:
+    """The columns of each layer's h in that of all."""
+    ends = list(itertools.accumulate((layer.lora_a.shape[0] for layer in layers), initial=0))
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _one_below_the_other(layers: Sequence[Projection]) -> Tensor:
+    return layers[0].lora_a if len(layers) == 1 else torch.cat([layer.lora_a for layer in layers])
+
+
+def lora_linear_group_fwd(
+    x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None, by_vendor: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """(y, h) of `lora_linear_fwd` for each of at most MAX_GROUP layers. dropout(x) is one for all of them, and x is
+    read once for all h, which are columns of one matrix."""
+    run = _LoraLauncher(x, dropout_p, rng, by_vendor)
+    ys = [torch.empty((x.shape[0], layer.weight.shape[0]), dtype=x.dtype, device=x.device) for layer in layers]
+    with run.device:
+        h, parts = run.h(x, _one_below_the_other(layers))
+        hs, all_parts = [h], [parts]
+        if len(layers) > 1:
+            hs = [h[:, columns] for columns in _columns(layers)]
+            all_parts = [None if parts is None else parts[:, :, columns] for columns in _columns(layers)]
+        for layer, y, h, parts in zip(layers, ys, hs, all_parts, strict=True):
+            run.product(
+                [(x, layer.weight)], layer.column_scale, layer.bias, h, parts, layer.lora_e, layer.lora_b.T, y,
+                layer.scaling,
+            )  # fmt: skip
+    return list(zip(ys, hs, strict=True))
+
+
+def lora_linear_fwd(
+    x: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None,
+    column_scale: Tensor | None = None, by_vendor: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
+
+    A sum over many columns of x is cut into parts, which the second launch adds up. With `by_vendor` the large product
+    is the vendor's (`lora_kernels.backends.triton.vendor`); the other arguments are those of
+    `lora_kernels.reference.lora_linear_fwd`.
+    Raises TypeError for other dtypes than float32, float16, bfloat16 and RuntimeError for CPU tensors outside Triton's
+    interpreter.
+    """
+    layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
+    return lora_linear_group_fwd(x, [layer], dropout_p, rng, by_vendor)[0]
+
+
+def column_scale_bwd(
+    dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """dz = dy ∘ c and, with y, dc in float32: one pass, and an ordered sum of its [splits, N] parts.
+
+    Arguments are those of `lora_kernels.reference.column_scale_bwd`; errors as in `lora_linear_fwd`.
+    """
+    run = Launcher("dy", dy)
+    m, n = dy.shape
+    config = configs.lookup(run.family, "column_scale_bwd", 0, False)
+    column_blocks = ceil_div(n, config["BLOCK_N"])
+    # As many programs as for the kernel that reads dy next; each of its rows costs little, so more would be no gain.
+    splits, rows_per_split = in_parts(m, config["BLOCK_M"], column_blocks, 2 * _multiprocessors(run.index))
+    dz = torch.empty((m, n), dtype=dy.dtype, device=dy.device)
+    parts = None if y is None else torch.empty((splits, n), dtype=torch.float32, device=dy.device)
+    with run.device:
+        run.launch(
+            _column_scale_bwd_kernel, (column_blocks, splits, 1),
+            dy, y, bias, column_scale, dz, parts, m, n, rows_per_split, dy.stride(0),
+            HAS_BIAS=bias is not None, NEED_DSCALE=y is not None, **config,
+        )  # fmt: skip
+    return dz, None if parts is None else parts.sum(0)
+
+
+def lora_linear_group_bwd(
+    dys: Sequence[Tensor], x: Tensor, hs: Sequence[Tensor], layers: Sequence[Projection], dropout_p: float,
+    rng: Tensor | None, need_x: bool, needs: Sequence[Sequence[bool]], by_vendor: bool = False,
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:  # fmt: skip
+    """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd; a layer's needs are in that order.
+
+    dx is the sum over the layers, rounded once as one layer's is, and x is read once for all dlora_a.
+    """
+    run = _LoraLauncher(x, dropout_p, rng, by_vendor)
+    (m, k), columns = x.shape, _columns(layers)
+    need_a = any(need for need, *_ in needs)
+    dh = dx = None
+    if need_x or need_a:
+        dh = torch.empty((m, columns[-1].stop), dtype=torch.float32, device=x.device)
+    grads = []
+    with run.device:
+        for dy, h, layer, ranks, (_, need_b, need_e) in zip(dys, hs, layers, columns, needs, strict=True):
+            part = dh if dh is None or len(layers) == 1 else dh[:, ranks]
+            grads.append(run.dh_dlora_b(dy, h, layer, part, need_b, need_e and layer.lora_e is not None))
+        lora_a, dlora_as = _one_below_the_other(layers), [None] * len(layers)
+        if need_a:
+            parts = run.dlora_a(x, dh, lora_a.dtype)
+        if need_x:
+            dx = torch.empty((m, k), dtype=x.dtype, device=x.device)
+            terms = [(dy, layer.weight) for dy, layer in zip(dys, layers, strict=True)]
+            # Where dlora_a comes between, dh is there before this starts.
+            run.product(terms, None, None, dh, None, None, lora_a, dx, run.inv_keep, backward=True, may_overlap=need_a)
+        if need_a:
+            # After dx, whose kernel may overlap with the one that made the parts.
+            dlora_a = parts.view(lora_a.shape) if len(parts) == 1 else parts.sum(0).to(lora_a.dtype)
+            dlora_as = [dlora_a]
+            if len(layers) > 1:
+                dlora_as = [
+                    dlora_a[ranks].to(layer.lora_a.dtype) if need else None
+                    for layer, ranks, (need, *_) in zip(layers, columns, needs, strict=True)
+                ]
+    return dx, [(dlora_a, *rest) for dlora_a, rest in zip(dlora_as, grads, strict=True)]
+
+
+def lora_linear_bwd(
+    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: tuple[bool, bool, bool, bool],
+    by_vendor: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false.
+
+    Arguments and errors are those of `lora_linear_fwd`, h its second result.
+    """
+    layer = Projection(weight, lora_a, lora_b, scaling, None, lora_e)
+    dx, (grads,) = lora_linear_group_bwd([dy], x, [h], [layer], dropout_p, rng, needs[0], [needs[1:]], by_vendor)
+    return dx, *grads

@@ -1,0 +1,1 @@
+"""Models as a whole: their decoder layers fused, and what they generate."""
