@@ -452,7 +452,7 @@ def test_unknown_isa_is_refused():
 
 @pytest.mark.parametrize("name", ["generic", "sse9"])
 def test_isa_by_environment(name):
-    code = "from lora_kernels import cpu; print(cpu._C.get_isa(), '|', cpu.unavailable)"
+    code = "from lora_kernels.backends import cpu; print(cpu._C.get_isa(), '|', cpu.unavailable)"
     environment = os.environ | {cpu.ISA_ENVIRONMENT_VARIABLE: name}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     if name == "generic":

@@ -343,7 +343,7 @@ def test_errors_name_the_argument():
 def test_cpu_tensors_without_the_interpreter_are_refused():
     script = """
 import torch
-from lora_kernels import triton as backend
+from lora_kernels.backends import triton as backend
 x = torch.zeros(2, 2)
 assert torch.cuda.is_available() or "TRITON_INTERPRET" in backend.unavailable, backend.unavailable
 try:
