@@ -149,6 +149,16 @@ def _nf4_weight(t):
     return NF4Weight(NF4(t["packed"], t["absmax"], None, None, 64, (N, K)), torch.float32).dequantize()
 
 
+def _changed_nf4(t):
+    """The 4-bit layer after something has replaced its tensors, as parallelize_module's like do."""
+    layer = NF4Linear(quantize_nf4(_draw(N, K)))
+    if "lora_a" in t:
+        layer = FusedLoRALinear.from_linear(layer, R, 4)
+        layer._parameters |= {name: t[name] for name in ("lora_a", "lora_b")}
+    layer.weight._buffers |= {name: t[name] for name in ("packed", "absmax")}
+    return layer(t["x"])
+
+
 def _logprobs(t):
     logits = t["hidden"] @ t["lm_head_weight"].T + t["bias"]
     return logits.log_softmax(1).gather(1, t["labels"][:, None]).squeeze(1)
@@ -187,6 +197,7 @@ def _adamw(t):
 
 
 _NF4 = quantize_nf4(_draw(N, K))
+_PARTS = {"packed": _NF4.packed, "absmax": _NF4.absmax}
 _ONES = torch.ones(K, K)
 _HEAD = {"hidden": (3, K), "lm_head_weight": (N, K), "bias": (N,), "labels": torch.tensor([0, 5, N - 1])}
 _ADAPTER = {"x": (3, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R)}
@@ -214,13 +225,19 @@ FUNCTIONS = {
     ),
     "save_adapter": (_saved, lambda t: t["lora_b"] @ t["lora_a"], {"lora_a": (R, K), "lora_b": (N, R)}),
     "load_adapter": (_loaded, lambda t: _ONES[:R, :K], {"lora_a": (R, K), "lora_b": (N, R)}),
-    "NF4Weight": (_nf4_weight, lambda t: _nf4_weight(t).clone(), {"packed": _NF4.packed, "absmax": _NF4.absmax}),
+    "NF4Weight": (_nf4_weight, lambda t: _nf4_weight(t).clone(), _PARTS),
     "frozen_linear": (
         lambda t: frozen_linear(**t),
         lambda t: t["x"] @ t["weight"].T + t["bias"],
         {"x": (3, K), "weight": (N, K), "bias": (N,)},
     ),
     "NF4Linear": (lambda t: NF4Linear(_NF4)(t["x"]), lambda t: t["x"] @ _NF4.dequantize().T, {"x": (3, K)}),
+    "NF4Linear of other tensors": (_changed_nf4, lambda t: t["x"] @ _nf4_weight(t).T, {"x": (3, K), **_PARTS}),
+    "FusedLoRALinear of other 4-bit tensors": (
+        _changed_nf4,
+        lambda t: _adapted({**t, "weight": _nf4_weight(t)}),
+        {"x": (3, K), "lora_a": (R, K), "lora_b": (N, R), **_PARTS},
+    ),
     "quantize_nf4": (_quantised, lambda t: quantize_nf4(t["weight"].clone()).dequantize(), {"weight": (N, K)}),
     "rms_norm": (
         lambda t: rms_norm(t["x"], t["weight"], 1e-6),

@@ -132,7 +132,9 @@ def is_memory(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.layout is not _STRIDED or t.is_neg() or t.is_nested or _is_batched(t):
+        if type(t) not in _PLAIN or t.layout is not _STRIDED or t.is_neg():
+            return False
+        if t.is_nested or t.is_quantized or _is_batched(t):
             return False
     return True
 

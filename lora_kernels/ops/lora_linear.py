@@ -398,9 +398,14 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
 def _tensors_of(x: Tensor, layers: Sequence[Projection]) -> list[Tensor | None]:
     tensors = [x]
     for weight, lora_a, lora_b, _, bias, lora_e, column_scale in layers:
-        tensors += weight.tensors()[:4] if isinstance(weight, NF4Weight) else (weight,)
+        tensors += _read_of(weight)
         tensors += (lora_a, lora_b, bias, lora_e, column_scale)
     return tensors
+
+
+def _read_of(weight: Tensor | NF4Weight) -> tuple[Tensor | None, ...]:
+    """The tensors that an op reads of a weight."""
+    return weight.tensors()[:4] if isinstance(weight, NF4Weight) else (weight,)
 
 
 def _call_layers(x: Tensor, layers: Sequence[Projection], dropout_p: float, direct: bool) -> tuple[Tensor, ...]:
@@ -472,10 +477,9 @@ def few_rows_projection(x: Tensor, layer: Projection) -> Projection | None:
     """The layer checked as `lora_linear` does and as `cpu.few_rows_layer` takes it, or None where it can't."""
     _check_layer(x, layer, direct=False)
     weight, lora_a, lora_b, _, bias, lora_e, column_scale = layer
-    dense = None if isinstance(weight, NF4Weight) else weight
-    if not _plain(dense, lora_a, lora_b, bias, lora_e, column_scale):
+    if not _plain(*_read_of(weight), lora_a, lora_b, bias, lora_e, column_scale):
         return None
-    return layer if dense is not None else layer._replace(weight=weight.tensors())
+    return layer._replace(weight=weight.tensors()) if isinstance(weight, NF4Weight) else layer
 
 
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -489,11 +493,11 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     past_the_op = _past_the_op(x, weight, bias)
     x, weight, bias = _under_autocast(x, weight, bias)
     if not past_the_op:
-        backends.check_dense(x=x, weight=weight if dense else weight.packed, bias=bias)
+        _check_dense(x, weight, bias=bias)
     _check_shapes(x, weight, bias)
     if dense and not past_the_op:
         return torch.nn.functional.linear(x, weight, bias)
-    if not dense and _trains_x_alone(x, bias):
+    if not dense and _trains_x_alone(x, weight, bias):
         return _Frozen.apply(x, weight.tensors(), bias)
     lora_a, lora_b = _no_adapter(x, weight)
     layer = Projection(weight, lora_a, lora_b, 1.0, bias)
@@ -517,10 +521,10 @@ def frozen_linear_dx(dy: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(dy, weight, out=out)
 
 
-def _trains_x_alone(x: Tensor, bias: Tensor | None) -> bool:
+def _trains_x_alone(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> bool:
     """Whether a gradient is taken of x but not of the bias, and nothing else sees the op."""
     is_trained = torch.is_grad_enabled() and x.requires_grad and not (bias is not None and bias.requires_grad)
-    return is_trained and backends.unwatched(x, bias)
+    return is_trained and backends.unwatched(x, *_read_of(weight), bias)
 
 
 # Elements of a dense weight below which torch's product is taken.
@@ -529,10 +533,9 @@ _DENSE_SIZE = 1 << 19
 
 def _past_the_op(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> bool:
     """Whether our own product is called past the op: by NF4, and by a dense weight where it is the faster one."""
-    dense = None if isinstance(weight, NF4Weight) else weight
-    if torch.is_grad_enabled() or not is_plain_on_cpu(x) or not _plain(dense, bias):
+    if torch.is_grad_enabled() or not is_plain_on_cpu(x) or not _plain(*_read_of(weight), bias):
         return False
-    if dense is None:
+    if isinstance(weight, NF4Weight):
         return True
     if weight.numel() < _DENSE_SIZE or weight.dtype != x.dtype:
         return False
@@ -570,9 +573,8 @@ def _check_layer(x: Tensor, layer: Projection, direct: bool) -> None:
     """direct: whether all tensors are `unwatched`, which are dense."""
     weight, lora_a, lora_b, _, bias, lora_e, column_scale = layer
     if not direct:
-        frozen = weight.packed if isinstance(weight, NF4Weight) else weight
         adapter = {"lora_a": lora_a, "lora_b": lora_b, "lora_e": lora_e, "column_scale": column_scale}
-        backends.check_dense(x=x, weight=frozen, bias=bias, **adapter)
+        _check_dense(x, weight, bias=bias, **adapter)
     _check_shapes(x, weight, bias)
     if lora_a.dim() != 2 or lora_a.shape[0] < 1:
         raise ValueError(f"lora_a has shape {list(lora_a.shape)}; expected [R, K], and the rank R must be at least 1")
@@ -583,6 +585,13 @@ def _check_layer(x: Tensor, layer: Projection, direct: bool) -> None:
         _check_tensor("lora_e", lora_e, (R,), x, dtypes)
     if column_scale is not None:
         _check_tensor("column_scale", column_scale, (N,), x, dtypes)
+
+
+def _check_dense(x: Tensor, weight: Tensor | NF4Weight, **others: Tensor | None) -> None:
+    if isinstance(weight, NF4Weight):
+        weight.check()
+        weight = weight.packed
+    backends.check_dense(x=x, weight=weight, **others)
 
 
 def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:

@@ -34,6 +34,8 @@ def _backend(*tensors: Tensor) -> ModuleType:
 
 def _check_parts(parts: NF4) -> None:
     tensors = {name: t for name, t in zip(NF4._fields[:4], parts[:4], strict=True) if t is not None}
+    if spread := next((name for name, t in tensors.items() if is_sharded(t)), None):
+        raise TypeError(f"{spread} is a DTensor; allowed: tensors that lie in one process, as what is quantised does")
     backends.check_dense(**tensors)
     (N, K), double = parts.shape, parts.absmax_scale is not None
     blocks = -(-N * K // parts.block_size)
@@ -41,8 +43,6 @@ def _check_parts(parts: NF4) -> None:
     if double:
         expected |= {"absmax_scale": (torch.float32, -(-blocks // ABSMAX_BLOCK)), "absmax_offset": (torch.float32, 1)}
     for name, t in tensors.items():
-        if is_sharded(t):
-            raise TypeError(f"{name} is a DTensor; allowed: tensors that lie in one process, as what is quantised does")
         if (t.dtype, t.numel()) != expected.get(name):
             raise ValueError(
                 f"{name} is {t.numel()} of {t.dtype}; with shape {[N, K]} and block_size {parts.block_size} expected "
@@ -102,6 +102,10 @@ class NF4Weight(nn.Module):
         parts = (buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"])
         return NF4(*parts, self.block_size, tuple(self.shape))
 
+    def check(self) -> None:
+        """Raises as the class does, should something have put other tensors in the place of its own."""
+        _check_parts(self.tensors())
+
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors lie."""
         buffers = self._buffers
@@ -113,13 +117,16 @@ class NF4Weight(nn.Module):
 
         dtype: floating point, by default that of `out` or of the original weight. out: a contiguous
         [N, K] tensor to write to, which saves the allocation. Raises TypeError for another dtype, ValueError for
-        another `out`.
+        another `out`, and as `check`.
         """
         dtype = dtype or (self.dtype if out is None else out.dtype)
         allowed = (*_DTYPES, torch.float64)
         if dtype not in allowed:
             raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, allowed))}")
-        if out is None and backends.by_formula(*self.buffers()):
+        by_formula = backends.by_formula(*self.buffers())
+        if by_formula:
+            self.check()
+        if out is None and by_formula:
             return reference.nf4_values(self.tensors()).to(dtype)
         if out is None:
             out = recycling.empty(*self.shape, dtype=dtype, device=self.device)
