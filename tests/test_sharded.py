@@ -20,6 +20,7 @@ from lora_kernels import (
     FullConfig,
     LoRAConfig,
     LoRAPlusAdamW,
+    NF4Linear,
     PrefixConfig,
     PromptConfig,
     adapters_disabled,
@@ -29,22 +30,35 @@ from lora_kernels import (
     merge,
     save_adapter,
 )
+from lora_kernels.io.nf4 import save_nf4_model
 from lora_kernels.io.peft import CONFIG_NAME, WEIGHTS_NAME
+from lora_kernels.methods import training_hook
 
 CONFIGS = {
     "lora": LoRAConfig(r=3, init="both_gaussian"),
     "saved": LoRAConfig(r=2, init="both_gaussian", modules_to_save=["lm_head"]),
     "dora": LoRAConfig(r=2, init="both_gaussian", use_dora=True),
-    "adalora": AdaLoRAConfig(init_r=4, target_r=2),
+    "adalora": AdaLoRAConfig(init_r=4, target_r=2, tinit=1, tfinal=1),
+    "qlora": LoRAConfig(r=3, init="both_gaussian"),
+    "qdora": LoRAConfig(r=2, init="both_gaussian", use_dora=True),
     "prompt": PromptConfig(num_virtual_tokens=3),
     "prefix": PrefixConfig(num_virtual_tokens=3),
     "full": FullConfig(),
 }
 
 
+def base_of(kind, dtype=torch.float64):
+    model = tiny_model("llama")
+    if kind.startswith("q"):
+        for path, layer in list(model.model.named_modules()):
+            if isinstance(layer, nn.Linear):
+                model.model.set_submodule(path, NF4Linear.from_linear(layer))
+    return model.to(dtype)
+
+
 def made(kind, dtype=torch.float64):
     torch.manual_seed(1)
-    return inject(tiny_model("llama").to(dtype), CONFIGS[kind])
+    return inject(base_of(kind, dtype), CONFIGS[kind])
 
 
 def shard(model):
@@ -236,6 +250,49 @@ def check_refusals(kind, rank, tmp):
         torch.testing.assert_close(loss_of(model), loss_of(tiny_model("llama").double()))
 
 
+def check_ranks_are_refused(kind, rank, tmp):
+    """Before the training or where the model is distributed in its course, with nothing changed."""
+    expected = r"lora_a of model\.layers\.0\S+ is a DTensor.* allowed: a model that is whole in each process"
+    with pytest.raises(ValueError, match=expected):
+        training_hook(shard(made("adalora")), 4)
+    model = made("adalora")
+    hook = training_hook(model, 4)
+    state = hook.state_dict()
+    optimizer, _ = trained(shard(model), 1)
+    before = loss_of(model).item()
+    for step in range(1, 6):
+        with pytest.raises(ValueError, match=expected):
+            hook.after_step(optimizer, step)
+    with pytest.raises(ValueError, match=expected):
+        hook.extra_loss()
+    with pytest.raises(ValueError, match=expected):
+        hook.load_state_dict(state, optimizer, 3)
+    assert hook.step == 0 and set(hook.ranks().values()) == {4} and loss_of(model).item() == before
+
+
+def check_a_4_bit_base_stays_whole(kind, rank, tmp):
+    model = shard(made("qlora"))
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert not any(isinstance(buffer, DTensor) for buffer in model.buffers())
+    with pytest.raises(ValueError, match=r"layers\.0.*the layer is distributed"):
+        merge(model, "nf4")
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight of model is a DTensor"):
+        save_nf4_model(shard(base_of("qlora")), f"{tmp}/nf4-{rank}")
+    assert not Path(f"{tmp}/nf4-{rank}").exists()
+    # FSDP2 leaves buffers alone; something else may spread them.
+    mesh = init_device_mesh("cpu", (2,))
+    weight.absmax = distribute_tensor(weight.absmax, mesh, [Shard(0)])
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(2, 32, dtype=torch.float64)
+    expected = "absmax is a DTensor; allowed: tensors that lie in one process"
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            for call in (lambda: loss_of(model), lambda: NF4Linear(weight)(x.float()), weight.dequantize):
+                with pytest.raises(TypeError, match=expected):
+                    call()
+    with pytest.raises(TypeError, match=expected), adapters_disabled(model):
+        layer(x)
+
+
 def check_the_op(kind, rank, tmp):
     """DTensors are torch's own to multiply, as in tensor parallelism."""
     mesh, generator = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
@@ -260,13 +317,15 @@ def check_the_op(kind, rank, tmp):
 
 
 CASES = {
-    **{f"train {kind}": (check_training, kind) for kind in ("lora", "saved", "dora", "full")},
-    **{f"files of {kind}": (check_files, kind) for kind in CONFIGS if kind != "adalora"},
+    **{f"train {kind}": (check_training, kind) for kind in CONFIGS if kind not in ("prompt", "prefix")},
+    **{f"files of {kind}": (check_files, kind) for kind in CONFIGS},
     **{f"optimizer {dtype}": (check_optimizer, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)},
     **{f"embeddings, dora {dora}": (check_changed_embeddings, dora) for dora in (False, True)},
     "masters": (check_low_precision_masters, None),
     "not finite": (check_what_is_no_number, None),
     "refusals": (check_refusals, None),
+    "ranks": (check_ranks_are_refused, None),
+    "4 bits": (check_a_4_bit_base_stays_whole, None),
     "op": (check_the_op, None),
 }
 

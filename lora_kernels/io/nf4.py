@@ -23,6 +23,7 @@ from lora_kernels.nn.lora_linear import is_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.nn.wrappers import bare, named_modules, state_dict
 from lora_kernels.ops.nf4 import QUANT_STATE, NF4Weight, from_bitsandbytes, quantize_nf4
+from lora_kernels.sharded import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -133,7 +134,7 @@ def save_nf4_model(
     """Writes a model with NF4 layers as a bitsandbytes checkpoint: transformers loads it, with the very same weights.
 
     `directory` must not exist or be empty; it appears when it is complete. Raises ValueError if it isn't, or if the
-    model has no NF4 layer or carries adapters.
+    model has no NF4 layer, carries adapters, or is distributed by fully_shard or tensor parallelism.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -146,6 +147,12 @@ def save_nf4_model(
     weights = [module for module in model.modules() if isinstance(module, NF4Weight)]
     if not weights:
         raise ValueError("model has no NF4 layer; load it with quantize='nf4', or save it with save_pretrained")
+    held = (*model.named_parameters(), *model.named_buffers())
+    if spread := next((name for name, tensor in held if is_sharded(tensor)), None):
+        raise ValueError(
+            f"{spread} of model is a DTensor, as fully_shard and tensor parallelism make them; allowed: a model that "
+            "lies in one process"
+        )
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     config.quantization_config = {

@@ -20,6 +20,7 @@ from lora_kernels.methods import lora
 from lora_kernels.methods.lora import ALL_LINEAR, LoRAConfig, lora_modules
 from lora_kernels.nn.lora_linear import RANK_DIMENSION, FusedLoRALinear
 from lora_kernels.nn.wrappers import bare
+from lora_kernels.sharded import is_sharded
 
 _STD = 0.02
 
@@ -117,10 +118,12 @@ def orthogonality(model: nn.Module) -> Tensor:
     """Mean over all lora_a and lora_b of ‖lora_a lora_aᵀ - I‖ and ‖lora_bᵀ lora_b - I‖, Frobenius; differentiable.
 
     The paper's R(P, Q) (equation 4) as its code has it: not squared, averaged over the matrices. A matrix without
-    ranks does not count.
+    ranks does not count. ValueError for a model that fully_shard or tensor parallelism has distributed.
     """
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-    for _, layer in lora_modules(model):
+    layers = dict(lora_modules(model))
+    _check_whole(layers)
+    for layer in layers.values():
         if layer.r:
             by_shape.setdefault(tuple(layer.lora_a.shape), []).append(layer.lora_a)
             by_shape.setdefault(tuple(layer.lora_b.shape[::-1]), []).append(layer.lora_b.t())
@@ -268,7 +271,8 @@ class TrainingHook:
         model: what `inject` was applied to.
         total_step: steps of the whole training; config.total_step, if given, has to be the same.
 
-    Raises ValueError if the config's tinit and tfinal don't fit total_step, or the ranks have been cut already.
+    Raises ValueError if the config's tinit and tfinal don't fit total_step, if the ranks have been cut already, or, in
+    the other functions too, if fully_shard or tensor parallelism has distributed the model.
     """
 
     def __init__(self, model: nn.Module, total_step: int) -> None:
@@ -277,6 +281,7 @@ class TrainingHook:
         if config.total_step not in (None, total_step):
             raise ValueError(f"total_step is {config.total_step} in the config; this training has {total_step} steps")
         self.layers: dict[str, FusedLoRALinear] = dict(lora_modules(model))
+        _check_whole(self.layers)
         cut = next((name for name, layer in self.layers.items() if layer.r != config.init_r), None)
         if cut is not None:
             raise ValueError(
@@ -298,6 +303,7 @@ class TrainingHook:
         Returns whether it has cut. Then the adapters are new, smaller parameters, in `optimizer` too with their part of
         its state, and a wrapper such as DistributedDataParallel has to be made anew.
         """
+        _check_whole(self.layers)
         self.step = step
         if step > self.allocator.last_step:
             return False
@@ -336,6 +342,7 @@ class TrainingHook:
 
     def load_state_dict(self, state: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> bool:
         """Goes back to the state after `step`; returns, as after_step, whether that meant to cut the ranks."""
+        _check_whole(self.layers)
         device = next(iter(self.layers.values())).lora_a.device
         self.allocator.load_state_dict({name: tensor.to(device) for name, tensor in state.items()})
         self.step = step
@@ -353,6 +360,17 @@ def _clip_factor(optimizer: torch.optim.Optimizer) -> float:
         return 1.0
     norm = float(norm)
     return min(1.0, largest / (norm + 1e-6)) if math.isfinite(norm) else 0.0
+
+
+def _check_whole(layers: Mapping[str, FusedLoRALinear]) -> None:
+    for name, layer in layers.items():
+        for field, tensor in zip(Triplets._fields, _triplets(layer), strict=True):
+            if is_sharded(tensor):
+                raise ValueError(
+                    f"{field} of {name} is a DTensor, as fully_shard and tensor parallelism make them; AdaLoRA cuts "
+                    "ranks away while it trains, and what distributed the model would not know the smaller parameters; "
+                    "allowed: a model that is whole in each process (DistributedDataParallel), or LoRA in its place"
+                )
 
 
 def _triplets(layer: FusedLoRALinear) -> Triplets:
