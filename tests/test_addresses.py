@@ -42,8 +42,10 @@ from lora_kernels import (
 from lora_kernels.backends import cpu
 from lora_kernels.ops.attention import causal_attention
 from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
-from lora_kernels.ops.decoder import rms_norm, rotary, swiglu
 from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.rms_norm import rms_norm
+from lora_kernels.ops.rotary import rotary
+from lora_kernels.ops.swiglu import swiglu
 from lora_kernels.types import NF4, Projection
 
 K, N, R = 64, 32, 2
@@ -286,6 +288,9 @@ LEFT_OUT = {
     "loraplus_groups": "sorts parameters by their names",
     "fuse_decoder": "puts modules into a decoder that call rms_norm, swiglu, rotary, causal_attention and lora_linear",
     "recomputing": "a context without tensors",
+    "remember": "keeps tensors, and reads none",
+    "adamw_step": "what LoRAPlusAdamW, which is tried, calls",
+    **dict.fromkeys(("check", "needs_no_graph"), ASKS_ONLY),
     "with_rows": "one operation of torch",
     "frozen_linear_dx": "takes what chunked_cross_entropy, which is tried, has checked and computed",
     **dict.fromkeys(("to_bitsandbytes", "from_bitsandbytes"), "rename tensors of files, in torch's operations"),

@@ -27,9 +27,13 @@ from lora_kernels import (
 )
 from lora_kernels.backends import cpu
 from lora_kernels.backends.cpu import decoder as cpu_decoder
+from lora_kernels.backends.cpu.cross_entropy import cross_entropy as cpu_cross_entropy
 from lora_kernels.models.fuse import _rotating, fuse_decoder
-from lora_kernels.ops import decoder
+from lora_kernels.ops import recompute
 from lora_kernels.ops.attention import causal_attention
+from lora_kernels.ops.rms_norm import rms_norm
+from lora_kernels.ops.rotary import rotary
+from lora_kernels.ops.swiglu import swiglu
 from lora_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
@@ -66,7 +70,7 @@ def check(actual: list[Tensor], function, inputs: list[Tensor]) -> None:
 def test_rms_norm(isa, dtype: torch.dtype, shape: tuple[int, ...], offset: float, contiguous: bool) -> None:
     x, dy = tensors(2, shape, dtype, contiguous)
     (weight,) = tensors(1, shape[-1:], dtype, contiguous)
-    y = decoder.rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS, offset)
+    y = rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS, offset)
     y.backward(dy)
     check([y.detach(), x.grad, weight.grad], lambda x, w: reference.rms_norm(x, w, EPS, offset), [x, weight, dy])
 
@@ -76,7 +80,7 @@ def test_rms_norm(isa, dtype: torch.dtype, shape: tuple[int, ...], offset: float
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu(isa, dtype: torch.dtype, shape: tuple[int, ...], contiguous: bool) -> None:
     gate, up, dy = tensors(3, shape, dtype, contiguous)
-    y = decoder.swiglu(gate.requires_grad_(), up.requires_grad_())
+    y = swiglu(gate.requires_grad_(), up.requires_grad_())
     y.backward(dy)
     check([y.detach(), gate.grad, up.grad], reference.swiglu, [gate, up, dy])
 
@@ -90,18 +94,18 @@ def test_rotary(isa, dtype: torch.dtype, B: int, H: int, T: int, D: int, project
     cos, sin = tensors(2, (1 if projected else B, T, D), dtype, contiguous=projected)
     x = (x.transpose(1, 2) if projected else x).detach().requires_grad_()
     dy = dy.transpose(1, 2) if projected else dy
-    y = decoder.rotary(x, cos, sin)
+    y = rotary(x, cos, sin)
     y.backward(dy)
     check([y.detach(), x.grad], lambda x: reference.rotary(x, cos.to(x.dtype), sin.to(x.dtype)), [x, dy])
     with torch.no_grad():
-        assert torch.equal(decoder.rotary(x, cos, sin), y)
+        assert torch.equal(rotary(x, cos, sin), y)
 
 
 @pytest.mark.parametrize(("cos_rows", "sin_rows"), [(2, 1), (1, 2)])
 def test_rotary_where_one_of_the_angles_is_the_same_for_all(cos_rows: int, sin_rows: int) -> None:
     x, dy = tensors(2, (2, 3, 4, 8), torch.float32)
     cos, sin = (tensors(1, (rows, 4, 8), torch.float32)[0] for rows in (cos_rows, sin_rows))
-    y = decoder.rotary(x.requires_grad_(), cos, sin)
+    y = rotary(x.requires_grad_(), cos, sin)
     y.backward(dy)
     check([y.detach(), x.grad], lambda x: reference.rotary(x, cos.to(x.dtype), sin.to(x.dtype)), [x, dy])
 
@@ -113,7 +117,7 @@ def cross_entropy(logits: Tensor, target: Tensor, scale: float = 1.0) -> tuple[T
         memory = torch.full((logits.numel() + 128,), 7.0).to(logits.dtype)
         inside = memory[64:-64].view(logits.shape)
         inside.copy_(logits)
-        losses.append(cpu_decoder.cross_entropy(inside, target, scale, with_gradient))
+        losses.append(cpu_cross_entropy(inside, target, scale, with_gradient))
         assert (memory[:64] == 7).all() and (memory[-64:] == 7).all()
         assert with_gradient or torch.equal(inside.nan_to_num(5), logits.nan_to_num(5))
     assert torch.equal(losses[0].nan_to_num(5), losses[1].nan_to_num(5))
@@ -186,17 +190,17 @@ def test_cross_entropy_adds_up_many_equal_terms(isa) -> None:
 def test_swiglu_of_extreme_values() -> None:
     gate = torch.tensor([-1e4, -200.0, -87.5, -20.0, -0.0, 0.0, 20.0, 87.5, 200.0, 1e4])
     up = torch.ones_like(gate)
-    y = decoder.swiglu(gate, up)
+    y = swiglu(gate, up)
     assert_close_to_reference(y, torch.nn.functional.silu(gate), gate.double() * gate.double().sigmoid(), "y")
     torch.testing.assert_close(y, torch.nn.functional.silu(gate), atol=1e-30, rtol=1e-5)
-    assert decoder.swiglu(torch.tensor([float("nan")]), torch.ones(1)).isnan().all()
+    assert swiglu(torch.tensor([float("nan")]), torch.ones(1)).isnan().all()
 
 
 def test_rms_norm_of_tiny_and_zero_rows() -> None:
     x = torch.tensor([[0.0, 0.0, 0.0], [1e-25, -2e-25, 3e-25]], requires_grad=True)
     weight = torch.tensor([1.0, 2.0, 3.0])
     dy = torch.ones(2, 3)
-    y = decoder.rms_norm(x, weight, 1e-6)
+    y = rms_norm(x, weight, 1e-6)
     y.backward(dy)
     check([y.detach(), x.grad], lambda x: reference.rms_norm(x, weight.to(x.dtype), 1e-6), [x, dy])
 
@@ -204,7 +208,7 @@ def test_rms_norm_of_tiny_and_zero_rows() -> None:
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_only_the_gradients_that_are_asked_for(needs: tuple[bool, bool]) -> None:
     a, b, dy = tensors(3, (4, 9), torch.float32)
-    for function in (lambda a, b: decoder.rms_norm(a, b[0], EPS), decoder.swiglu):
+    for function in (lambda a, b: rms_norm(a, b[0], EPS), swiglu):
         leaves = [t.clone().requires_grad_(need) for t, need in zip((a, b), needs, strict=True)]
         y = function(*leaves)
         assert y.requires_grad == any(needs)
@@ -233,25 +237,25 @@ def test_formulas_of_the_gradients(offset: float) -> None:
 def test_wrong_arguments() -> None:
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="weight has shape"):
-        decoder.rms_norm(x, torch.ones(2), EPS)
+        rms_norm(x, torch.ones(2), EPS)
     with pytest.raises(ValueError, match="torch.float64"):
-        decoder.rms_norm(x.double(), torch.ones(3).double(), EPS)
+        rms_norm(x.double(), torch.ones(3).double(), EPS)
     with pytest.raises(ValueError, match="torch.bfloat16"):
-        decoder.rms_norm(x, torch.ones(3).bfloat16(), EPS)
+        rms_norm(x, torch.ones(3).bfloat16(), EPS)
     with pytest.raises(ValueError, match="up has shape"):
-        decoder.swiglu(x, x[:1])
+        swiglu(x, x[:1])
     x = torch.ones(2, 3, 4, 6)
     with pytest.raises(ValueError, match=r"x has shape \[2, 3, 4, 5\]; allowed: \[B, H, T, D\] with an even D"):
-        decoder.rotary(x[..., :5], x[:, 0], x[:, 0])
+        rotary(x[..., :5], x[:, 0], x[:, 0])
     with pytest.raises(ValueError, match=r"sin has shape \[2, 3, 6\]; expected \[2 or 1, 4, 6\]"):
-        decoder.rotary(x, x[:, 0], x[:, 0, :3])
+        rotary(x, x[:, 0], x[:, 0, :3])
     with pytest.raises(ValueError, match="torch.bfloat16"):
-        decoder.rotary(x, x[:, 0], x[:, 0].bfloat16())
+        rotary(x, x[:, 0], x[:, 0].bfloat16())
 
 
 def test_no_second_derivative() -> None:
     x = torch.ones(2, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(decoder.swiglu(x, x).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(swiglu(x, x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -340,8 +344,8 @@ def test_rotary_position_embedding_is_ours(kind: str, monkeypatch: pytest.Monkey
     """In the fused model alone: the function that its class calls stays what it was."""
     plain, fused = pair(kind)
     calls = []
-    kernel = decoder.cpu_decoder.rotary
-    monkeypatch.setattr(decoder.cpu_decoder, "rotary", lambda *args, **kw: calls.append(1) or kernel(*args, **kw))
+    kernel = cpu_decoder.rotary
+    monkeypatch.setattr(cpu_decoder, "rotary", lambda *args, **kw: calls.append(1) or kernel(*args, **kw))
     loss_and_grads(plain)
     assert not calls
     loss_and_grads(fused)
@@ -362,7 +366,7 @@ def test_another_rotary_position_embedding_is_left_alone(monkeypatch: pytest.Mon
     model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **options))
     expected = loss_and_grads(model)
     fuse_decoder(model)
-    monkeypatch.setattr(decoder.cpu_decoder, "rotary", None)
+    monkeypatch.setattr(cpu_decoder, "rotary", None)
     assert "forward" in vars(model.model.layers[0].self_attn)
     torch.testing.assert_close(loss_and_grads(model)[0], expected[0])
 
@@ -371,13 +375,13 @@ def test_the_result_of_rotary_may_be_changed_in_place() -> None:
     """As that of the function which it replaces."""
     (x,) = (t.requires_grad_() for t in tensors(1, (1, 2, 5, 8), torch.float32))
     cos, sin = tensors(2, (1, 5, 8), torch.float32)
-    expected = torch.autograd.grad(2 * decoder.rotary(x, cos, sin).sum(), x)
-    assert torch.equal(torch.autograd.grad(decoder.rotary(x, cos, sin).mul_(2).sum(), x)[0], expected[0])
+    expected = torch.autograd.grad(2 * rotary(x, cos, sin).sum(), x)
+    assert torch.equal(torch.autograd.grad(rotary(x, cos, sin).mul_(2).sum(), x)[0], expected[0])
 
 
 def test_a_forward_pass_without_backward_leaves_nothing_behind() -> None:
     q, k = (t.requires_grad_() for t in tensors(2, (1, 2, 5, 8), torch.float32))
-    with decoder.recomputing():
+    with recompute.recomputing():
         o = causal_attention(q, k, k)
     storage = weakref.ref(o.untyped_storage())
     node = weakref.ref(o.grad_fn)
@@ -477,13 +481,13 @@ def test_results_are_not_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> N
     _, fused = pair("Llama")
     dropped = []
 
-    def pack(t: Tensor, own=decoder._pack) -> object:
+    def pack(t: Tensor, own=recompute._pack) -> object:
         packed = own(t)
-        if not isinstance(packed, decoder._Kept):
+        if not isinstance(packed, recompute._Kept):
             dropped.append((t.numel() // t.shape[-1], t.shape[-1]))
         return packed
 
-    monkeypatch.setattr(decoder, "_pack", pack)
+    monkeypatch.setattr(recompute, "_pack", pack)
     fused(input_ids=tiny_batch(), use_cache=False)
     rows = tiny_batch().numel()
     # Of each layer: the input of q, k and v, that of gate and up, and that of down.
@@ -492,10 +496,10 @@ def test_results_are_not_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_is_kept_after_backward() -> None:
     gate, up = tensors(2, (4, 9), torch.float32)
-    with decoder.recomputing():
-        y = decoder.swiglu(gate.requires_grad_() * 1, up)
+    with recompute.recomputing():
+        y = swiglu(gate.requires_grad_() * 1, up)
         loss = y.square().sum()
-    recipe = weakref.ref(getattr(y.untyped_storage(), decoder._RECIPE))
+    recipe = weakref.ref(getattr(y.untyped_storage(), recompute._RECIPE))
     del y
     assert recipe() is not None
     loss.backward()
@@ -506,8 +510,8 @@ def test_what_backward_needs_must_not_change() -> None:
     gate, up, dy = tensors(3, (4, 9), torch.float32)
     gate = gate.requires_grad_() * 1
     up.requires_grad_()
-    with decoder.recomputing():
-        y = decoder.swiglu(gate, up)
+    with recompute.recomputing():
+        y = swiglu(gate, up)
         z = y * y
     with torch.no_grad():
         gate.add_(1)
@@ -518,8 +522,8 @@ def test_what_backward_needs_must_not_change() -> None:
 def test_a_result_that_was_changed_is_kept() -> None:
     gate, up = tensors(2, (4, 9), torch.float32)
     gate.requires_grad_()
-    with decoder.recomputing():
-        y = decoder.swiglu(gate, up)
+    with recompute.recomputing():
+        y = swiglu(gate, up)
         with torch.no_grad():
             y.add_(1)
         z = y * y
@@ -544,8 +548,8 @@ def test_inference_mode() -> None:
     torch.testing.assert_close(found, expected)
     gate, up = tensors(2, (4, 9), torch.float32)
     with torch.inference_mode():
-        found = decoder.swiglu(gate * 1, up * 1)
-    assert torch.equal(found, decoder.swiglu(gate, up))
+        found = swiglu(gate * 1, up * 1)
+    assert torch.equal(found, swiglu(gate, up))
 
 
 def test_generation() -> None:
@@ -578,7 +582,7 @@ def test_what_is_kept_must_not_change() -> None:
 def test_rms_norm_of_one_row() -> None:
     x, dy = tensors(2, (9,), torch.float32)
     weight = torch.full((9,), 2.0)
-    y = decoder.rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS)
+    y = rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS)
     y.backward(dy)
     check([y.detach(), x.grad, weight.grad], lambda x, w: reference.rms_norm(x, w, EPS), [x, weight, dy])
 
@@ -586,8 +590,8 @@ def test_rms_norm_of_one_row() -> None:
 def test_inference_tensors_outside_of_inference_mode() -> None:
     with torch.inference_mode():
         x, gate = torch.randn(3, 8), torch.randn(3, 8)
-    torch.testing.assert_close(decoder.rms_norm(x, torch.ones(8), EPS), reference.rms_norm(x, torch.ones(8), EPS))
-    torch.testing.assert_close(decoder.swiglu(gate, x), reference.swiglu(gate, x))
+    torch.testing.assert_close(rms_norm(x, torch.ones(8), EPS), reference.rms_norm(x, torch.ones(8), EPS))
+    torch.testing.assert_close(swiglu(gate, x), reference.swiglu(gate, x))
 
 
 class SelfAttention(torch.nn.Module):

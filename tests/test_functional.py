@@ -18,7 +18,9 @@ from lora_kernels import (
 )
 from lora_kernels.backends import cpu
 from lora_kernels.ops.attention import causal_attention
-from lora_kernels.ops.decoder import rms_norm, rotary, swiglu
+from lora_kernels.ops.rms_norm import rms_norm
+from lora_kernels.ops.rotary import rotary
+from lora_kernels.ops.swiglu import swiglu
 from lora_kernels.types import Projection
 
 M, K, N, R = 3, 6, 5, 2

@@ -4,8 +4,8 @@ from torch.nn import functional as F
 
 from lora_kernels import use_backend
 from lora_kernels.backends import cpu
-from lora_kernels.backends.cpu import decoder as cpu_decoder
 from lora_kernels.backends.cpu import memory as recycling
+from lora_kernels.ops import cross_entropy
 from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.testing import assert_close_to_reference
 
@@ -134,9 +134,9 @@ def test_the_kernel_and_torch_agree(monkeypatch, dtype, softcap, trained):
     inputs, labels = make_inputs(bias=True)
     names = ("hidden", "weight", "bias")
     seen = []
-    kernel = cpu_decoder.cross_entropy
+    kernel = cross_entropy.cpu_cross_entropy
     monkeypatch.setattr(
-        cpu_decoder, "cross_entropy", lambda logits, *rest: seen.append(logits.dtype) or kernel(logits, *rest)
+        cross_entropy, "cpu_cross_entropy", lambda logits, *rest: seen.append(logits.dtype) or kernel(logits, *rest)
     )
 
     def run(function, backend):

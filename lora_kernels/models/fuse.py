@@ -16,9 +16,13 @@ from lora_kernels import backends, reference
 from lora_kernels.backends import cpu
 from lora_kernels.nn.lora_linear import is_linear, open_group
 from lora_kernels.nn.wrappers import unwrapped
-from lora_kernels.ops import decoder
 from lora_kernels.ops.attention import MAX_HEAD_DIM, causal_attention
+from lora_kernels.ops.cpu_only import is_fused
 from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.recompute import recomputing
+from lora_kernels.ops.rms_norm import rms_norm
+from lora_kernels.ops.rotary import rotary, takes_rotary
+from lora_kernels.ops.swiglu import swiglu
 
 # Linear layers of one module that read the same x.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -38,7 +42,7 @@ _IGNORED = {"cache_position", "num_items_in_batch", "output_hidden_states", "pos
 
 def fuse_decoder(model: nn.Module) -> int:
     """Compute the RMSNorms, SwiGLUs and rotary position embeddings of a Llama-like transformers model by
-    `lora_kernels.ops.decoder`, its causal attention by `lora_kernels.ops.attention`, adapted layers that read the same
+    `lora_kernels.ops`, its causal attention by `lora_kernels.ops.attention`, adapted layers that read the same
     x (query, key and value; gate and up) by one `lora_linear_group`, with one dropout, and the output embeddings by
     `frozen_linear`.
 
@@ -51,7 +55,7 @@ def fuse_decoder(model: nn.Module) -> int:
     injected; twice does no harm. In training, results that autograd would keep for the projections are computed again
     in backward.
 
-    Tensors that the kernels don't take (see `ops.decoder.is_fused`) go to the module's own forward.
+    Tensors that the kernels don't take (see `ops.cpu_only.is_fused`) go to the module's own forward.
 
     Attention is transformers' "sdpa" where the config says so; in these modules that calls `causal_attention` for whole
     rows without padding, and torch for everything else. To that end it is registered anew with transformers, once, and
@@ -142,7 +146,7 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
 
 
 def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with its rotary position embedding by `decoder.rotary`, if it has one that we know.
+    """`forward` with its rotary position embedding by `ops.rotary`, if it has one that we know.
 
     The function's code with other globals: its module's, as they are now, but for that name. So nobody else who uses
     the module sees a difference.
@@ -153,13 +157,13 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward
 
     @wraps(original)
-    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # With further arguments it may be something else.
-        if args or kwargs or not all(decoder.takes_rotary(t, cos, sin) for t in (q, k)):
+        if args or kwargs or not all(takes_rotary(t, cos, sin) for t in (q, k)):
             return original(q, k, cos, sin, *args, **kwargs)
-        return decoder.rotary(q, cos, sin), decoder.rotary(k, cos, sin)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
 
-    made = _with_rotary(forward, rotary)
+    made = _with_rotary(forward, rotated)
 
     @wraps(forward)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -169,13 +173,13 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _with_rotary(function: Callable[..., Any], rotary: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, made anew with `rotary` for its module's. Where it is a decorator's, what that wraps is made anew."""
+def _with_rotary(function: Callable[..., Any], rotated: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, made anew with `rotated` for its module's. What a decorator wraps is made anew too."""
     closure, inner = function.__closure__, getattr(function, "__wrapped__", None)
     if inner is not None:
-        cell = CellType(_with_rotary(inner, rotary))
+        cell = CellType(_with_rotary(inner, rotated))
         closure = tuple(cell if old.cell_contents is inner else old for old in closure)
-    module = {**function.__globals__, _ROTARY: rotary}
+    module = {**function.__globals__, _ROTARY: rotated}
     made = FunctionType(function.__code__, module, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
@@ -260,7 +264,7 @@ def _attention(sdpa: Callable[..., Any]) -> Callable[..., Any]:
 def _takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
     B, H, T, D = query.shape
     return (
-        decoder.is_fused(query)
+        is_fused(query)
         and key.shape == value.shape == (B, key.shape[1], T, D)
         and key.dtype == value.dtype == query.dtype
         and H % key.shape[1] == 0
@@ -283,9 +287,9 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if not decoder.is_fused(hidden_states, self.weight):
+    if not is_fused(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
-    return decoder.rms_norm(hidden_states, self.weight, _norm_eps(self), self.lora_kernels_offset)
+    return rms_norm(hidden_states, self.weight, _norm_eps(self), self.lora_kernels_offset)
 
 
 def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
@@ -293,9 +297,9 @@ def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    if not decoder.is_fused(x):
+    if not is_fused(x):
         return type(self).forward(self, x)
-    return self.down_proj(decoder.swiglu(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 for _function in (_norm_forward, _head_forward, _mlp_forward):
@@ -304,14 +308,14 @@ for _function in (_norm_forward, _head_forward, _mlp_forward):
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` inside `decoder.recomputing`, its signature kept, which others look at."""
+    """`forward` inside `recomputing`, its signature kept, which others look at."""
 
     @wraps(forward)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # torch.func's transforms refuse hooks on saved tensors.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.by_formula():
             return forward(self, *args, **kwargs)
-        with decoder.recomputing():
+        with recomputing():
             return forward(self, *args, **kwargs)
 
     return wrapped

@@ -20,7 +20,6 @@ from lora_kernels.backends import cpu
 from lora_kernels.checks import check_integer, check_number
 from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
-from lora_kernels.ops.decoder import version_of
 from lora_kernels.ops.lora_linear import (
     few_rows_projection,
     frozen_linear,
@@ -29,6 +28,7 @@ from lora_kernels.ops.lora_linear import (
     lora_linear_group,
 )
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
+from lora_kernels.ops.recompute import version_of
 from lora_kernels.sharded import is_sharded, whole
 from lora_kernels.types import Projection
 

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import backends, reference
-from lora_kernels.backends import cpu
 from lora_kernels.backends.cpu import decoder as cpu_decoder
-from lora_kernels.ops.decoder import with_rows
+from lora_kernels.ops.cpu_only import check, with_rows
 
 MAX_HEAD_DIM = 256
 
@@ -50,7 +49,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     backend can't run.
     """
     direct = backends.direct(q=q, k=k, v=v)
-    _check(q, k, v)
+    _check_shapes(q, k, v)
+    check(q=q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not direct:
         return reference.causal_attention(q, k, v, scale)
@@ -60,9 +60,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     return _CausalAttention.apply(q, k, v, scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if cpu.unavailable is not None:
-        raise RuntimeError(f"the cpu backend, which this op needs, can't run here: {cpu.unavailable}")
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or min(q.shape) < 1 or q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(
             f"q has shape {list(q.shape)}; allowed: [B, H, T, D], none of them 0, with D up to {MAX_HEAD_DIM}"
@@ -74,8 +72,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if v.shape != k.shape:
         raise ValueError(f"v has shape {list(v.shape)}; expected that of k, {list(k.shape)}")
-    if not q.is_cpu or q.dtype not in cpu._DTYPES:
-        raise ValueError(f"q is {q.dtype} on {q.device}; allowed: float32, bfloat16 and float16, on the CPU")
-    for name, t in (("k", k), ("v", v)):
-        if (t.device, t.dtype) != (q.device, q.dtype):
-            raise ValueError(f"{name} is {t.dtype} on {t.device}; expected q's {q.dtype} on {q.device}")

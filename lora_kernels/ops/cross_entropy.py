@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import backends
-from lora_kernels.backends.cpu import decoder as cpu_decoder
+from lora_kernels.backends.cpu.cross_entropy import cross_entropy as cpu_cross_entropy
 from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx, is_plain_on_cpu
 
 IGNORE_INDEX = -100
@@ -26,7 +26,7 @@ def _nll(
     logits = frozen_linear(rows, weight, bias)
     if logit_softcap is None and is_plain_on_cpu(logits):
         logits = logits.to(grad_dtype or logits.dtype)
-        nll = cpu_decoder.cross_entropy(logits, target, logit_scale, needs_grad)
+        nll = cpu_cross_entropy(logits, target, logit_scale, needs_grad)
         return nll, logits if needs_grad else None
 
     logits, target = logits.to(_accumulator(rows)), target[:, None]

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from lora_kernels import backends, reference
 from lora_kernels.backends import choice as strategy
 from lora_kernels.backends import cpu
-from lora_kernels.ops.decoder import is_fused
+from lora_kernels.ops.cpu_only import is_fused
 from lora_kernels.ops.nf4 import NF4Weight
 from lora_kernels.types import NF4, Projection
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels import backends, sharded
 from lora_kernels.checks import check_number
+from lora_kernels.ops.adamw import adamw_step
 from lora_kernels.reference import widened
 from lora_kernels.types import AdamWGroup
 
@@ -227,10 +228,8 @@ class LoRAPlusAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         groups = [self._tensors(group) for group in self.param_groups]
-        params = [parameter for group in groups for parameter in group.params]
-        if not params:
+        if not any(group.params for group in groups):
             return loss
-        widest = next((parameter for parameter in params if parameter.dtype == torch.float64), params[0])
         owners = [
             parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
         ]
@@ -245,11 +244,11 @@ class LoRAPlusAdamW(torch.optim.AdamW):
             # In 16 bits the clipped gradients would be rounded.
             groups = [group._replace(grads=[clip * widened(grad) for grad in group.grads]) for group in groups]
             max_grad_norm = None
-        norm = backends.resolve(widest).adamw_step(groups, max_grad_norm, self._cache)
+        norm = adamw_step(groups, max_grad_norm, self._cache)
         if not distributed:
             self.grad_norm = norm
-        # The kernels write behind torch's back; what was computed from the old values must be known to be old.
-        for parameter in (*params, *distributed):
+        # Of the parameters themselves, whose parts the op was given.
+        for parameter in distributed:
             torch.autograd.graph.increment_version(parameter)
         return loss
 

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU, rotary position embedding, causal attention and cross-entropy on the CPU, by C++ kernels.
+"""RMSNorm, SwiGLU, rotary position embedding and causal attention on the CPU, by C++ kernels.
 
 `lora_kernels.reference` has their formulas.
 """
@@ -73,11 +73,3 @@ def attention_bwd(
     tensors = {"q": q, "k": k, "v": v, "o": o, "dout": dout, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
     cpu._launch("attention_bwd", **tensors, scale=scale)
     return dq, dk, dv
-
-
-def cross_entropy(logits: Tensor, target: Tensor, scale: float, with_gradient: bool) -> Tensor:
-    """-log softmax(scale · logits)[target] [M], float32, of contiguous logits [M, V] and target [M], int64 from 0 to
-    V - 1. Its gradient is written over the logits, if asked for."""
-    nll = logits.new_empty(target.shape, dtype=torch.float32)
-    cpu._launch("cross_entropy", logits=logits, target=target, scale=scale, with_gradient=with_gradient, nll=nll)
-    return nll
