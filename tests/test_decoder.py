@@ -371,6 +371,25 @@ def test_another_rotary_position_embedding_is_left_alone(monkeypatch: pytest.Mon
     torch.testing.assert_close(loss_and_grads(model)[0], expected[0])
 
 
+def apply_rotary_pos_emb(q: Tensor, k: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None):
+    """As Qwen4-Exp's: the queries alone where there are no keys."""
+    rotated = reference.rotary(q, cos, sin)
+    return rotated if k is None else (rotated, reference.rotary(k, cos, sin))
+
+
+def test_rotary_position_embedding_with_other_arguments_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = tensors(2, (1, 2, 5, 8), torch.float32)
+    cos, sin = tensors(2, (1, 5, 8), torch.float32)
+    both = _rotating(lambda self: apply_rotary_pos_emb(q, k, cos, sin))
+    alone = _rotating(lambda self: apply_rotary_pos_emb(q, cos=cos, sin=sin))
+    expected = [reference.rotary(t, cos, sin) for t in (q, k)]
+    torch.testing.assert_close(list(both(None)), expected)
+    monkeypatch.setattr(cpu_decoder, "rotary", None)
+    torch.testing.assert_close(alone(None), expected[0])
+    with pytest.raises(TypeError):
+        both(None)
+
+
 def test_the_result_of_rotary_may_be_changed_in_place() -> None:
     """As that of the function which it replaces."""
     (x,) = (t.requires_grad_() for t in tensors(1, (1, 2, 5, 8), torch.float32))

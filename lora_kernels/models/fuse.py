@@ -157,10 +157,13 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward
 
     @wraps(original)
-    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # With further arguments it may be something else.
-        if args or kwargs or not all(takes_rotary(t, cos, sin) for t in (q, k)):
-            return original(q, k, cos, sin, *args, **kwargs)
+    def rotated(*args: Any, **kwargs: Any) -> Any:
+        # With other arguments it may be something else.
+        if kwargs or len(args) != len(_ROTARY_ARGUMENTS):
+            return original(*args, **kwargs)
+        q, k, cos, sin = args
+        if not all(takes_rotary(t, cos, sin) for t in (q, k)):
+            return original(q, k, cos, sin)
         return rotary(q, cos, sin), rotary(k, cos, sin)
 
     made = _with_rotary(forward, rotated)
