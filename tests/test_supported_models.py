@@ -28,6 +28,7 @@ from supported_models import (  # noqa: E402
     read_results,
     report,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from lora_kernels import LoRAConfig  # noqa: E402
 
@@ -39,6 +40,10 @@ def test_the_table_is_what_the_script_makes_of_its_results():
     assert set(results) == set(FAMILIES)
     assert all(list(result["stages"]) == list(STAGES) for result in results.values())
     assert TABLE.read_text(encoding="utf-8") == report(results)
+
+
+def test_every_causal_language_model_of_transformers_has_a_row():
+    assert set(FAMILIES) >= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def test_every_cell_is_a_yes_or_a_reason():
@@ -95,7 +100,7 @@ def test_a_cell_says_whose_fault_it_is():
     assert found(untested) == "untested: PEFT: no such"
     assert found(lambda: LoRAConfig(r=0)).startswith("refused: r ")
     assert found(lambda: int("x")).startswith("error: ValueError: invalid literal")
-    assert cell("a|b") == "a/b" and len(cell("x" * 200)) == 100 and LIMIT > 0
+    assert cell("a|b\nc") == "a/b c" and len(cell("x" * 200)) == 100 and LIMIT > 0
 
 
 class Traced(nn.Module):

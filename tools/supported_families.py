@@ -95,26 +95,56 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _DECODER = {"is_decoder": True}
 _LINEAR_LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}
+_GEMMA4 = {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 0,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_INDEXED = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 16,
+}
 FIELDS: dict[str, dict[str, Any]] = {
     "afmoe": {},
     "apertus": {},
     "arcee": {},
+    "aria_text": {},
+    "axk1": _MLA,
+    "axk2": _MLA,
     "bailing_hybrid": {"num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1]},
     "bart": {},
+    "beam": {},
     "bert": _DECODER,
     "bert-generation": _DECODER,
     "big_bird": {**_DECODER, "attention_type": "original_full"},
+    "bigbird_pegasus": {},
     "biogpt": {},
     "bitnet": {},
     "blenderbot": {},
     "blenderbot-small": {},
     "bloom": {},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
     "camembert": {**_DECODER, "max_position_embeddings": 130},
     "codegen": {},
     "cohere": {},
     "cohere2": {},
     "cohere2_moe": {},
+    "cohere_compass_text": {
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "cpmant": {"dim_head": 16, "dim_ff": 128, "prompt_length": 4, "prompt_types": 4, "segment_types": 4},
     "ctrl": {},
     "cwm": {},
@@ -125,21 +155,43 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_MLA, "head_dim": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _MLA,
+    "deepseek_v32": _MLA,
+    "deepseek_v4": {
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        "num_key_value_heads": 1,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 8,
+    },
     "diffllama": {},
     "doge": {},
     "dots1": {"moe_intermediate_size": 64, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"pyramid_num_routed": [-1, 4], "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "dots3_note_text": {"num_key_value_heads": 4},
     "electra": {**_DECODER, "embedding_size": 64},
+    "emu3": {},
     "ernie": _DECODER,
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_k": 2},
     "exaone4": {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone_moe": {},
     "falcon": {"num_kv_heads": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_expand": 1},
     "falcon_mamba": {},
     "flex_olmo": {},
+    "flint": {},
+    "fuyu": {},
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3": {},
     "gemma3_text": {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n": {},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -150,17 +202,20 @@ FIELDS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.0] * 4,
     },
-    "gemma4_text": {
-        "vocab_size_per_layer_input": VOCABULARY,
-        "hidden_size_per_layer_input": 16,
-        "num_kv_shared_layers": 0,
-        "head_dim": 16,
-        "global_head_dim": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_assistant": {},
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": {},
+    "gemma4_unified_assistant": {},
+    "gemma4_unified_text": {},
+    "git": {},
     "glm": {"partial_rotary_factor": 0.5},
     "glm4": {"partial_rotary_factor": 0.5},
     "glm4_moe": {},
+    "glm4_moe_lite": _MLA,
+    "glm_moe_dsa": _MLA,
+    "got_ocr2": {},
+    "gpt-sw3": {},
     "gpt2": {},
     "gpt_bigcode": {},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
@@ -169,20 +224,36 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "gptj": {},
     "granite": {},
+    "granite_swa": {},
     "granitemoe": {},
+    "granitemoe_swa": {},
     "granitemoehybrid": {"shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]},
     "granitemoeshared": {"shared_intermediate_size": 64},
     "helium": {},
+    "hrm_text": {},
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {"moe_topk": [2, 2]},
+    "hy_v3": {},
+    "hy_v4": {},
+    "hyperclovax": {},
+    "inkling2_text": {},
+    "inkling_text": {},
+    "internlm3": {},
+    "iquestcoder": {},
     "jais2": {},
     "jamba": {
         **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         "use_mamba_kernels": False,
     },
     "jetmoe": {"kv_channels": 16},
+    "kimi_linear": {},
+    "kolibri1": {},
+    "laguna": {},
     "lfm2": {"block_ff_dim": 128, "block_multiple_of": 16, "full_attn_idxs": [1]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {},
     "llama": {},
+    "llama4": {},
     "llama4_text": {
         **{"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 128},
         **{"interleave_moe_layer_step": 2, "attention_chunk_size": 64},
@@ -196,19 +267,31 @@ FIELDS: dict[str, dict[str, Any]] = {
     "marian": {},
     "mbart": {},
     "megatron-bert": _DECODER,
+    "mellum": {},
+    "mimo_v2_flash": {},
     "minicpm3": {"num_key_value_heads": 4},
     "minimax": {"layer_types": ["full_attention", "linear_attention"], "block_size": 16},
+    "minimax_m2": {},
+    "minimax_m3_vl_text": {},
     "ministral": {},
+    "ministral3": {},
     "mistral": {},
     "mixtral": {},
+    "mllama": {},
     "modernbert-decoder": {"local_attention": WINDOW},
+    "moshi": {},
+    "moss_transcribe_diarize": {},
     "mpt": {},
+    "musicgen": {},
+    "musicgen_melody": {},
     "mvp": {},
     "nanochat": {},
     "nemotron": {},
+    "nemotron_h": {},
     "olmo": {},
     "olmo2": {},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "olmo_hybrid": _LINEAR_LAYERS,
     "olmoe": {},
     "openai-gpt": {},
     "opt": {"word_embed_proj_dim": 32},
@@ -216,28 +299,45 @@ FIELDS: dict[str, dict[str, Any]] = {
     "persimmon": {},
     "phi": {},
     "phi3": {},
+    "phi4_multimodal": {},
     "phimoe": {},
     "plbart": {},
+    "prophetnet": {},
     "qwen2": {},
     "qwen2_moe": {},
     "qwen3": {},
+    "qwen3_5": {},
+    "qwen3_5_moe": {},
+    "qwen3_5_moe_text": {},
     "qwen3_5_text": _LINEAR_LAYERS,
     "qwen3_moe": {},
     "qwen3_next": _LINEAR_LAYERS,
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"lru_width": 64, "attention_window_size": 32, "block_types": ["recurrent", "attention"]},
+    "reformer": {**_DECODER, "axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8},
+    "rembert": _DECODER,
     "roberta": {**_DECODER, "max_position_embeddings": 130},
+    "roberta-prelayernorm": {**_DECODER, "max_position_embeddings": 130},
+    "roc_bert": {**_DECODER, "pronunciation_vocab_size": 64, "shape_vocab_size": 64},
     "roformer": _DECODER,
     "rwkv": {"attention_hidden_size": 64, "context_length": 128},
     "seed_oss": {},
     "smollm3": {},
+    "solar_open": {},
     "stablelm": {},
     "starcoder2": {},
     "trocr": {},
     "vaultgemma": {},
     "whisper": {},
     "xglm": {"attention_heads": 4},
+    "xlm": {},
     "xlm-roberta": {**_DECODER, "max_position_embeddings": 130},
+    "xlm-roberta-xl": {**_DECODER, "max_position_embeddings": 130},
+    "xlnet": {},
     "xlstm": {"num_heads": 4, "num_blocks": 2},
+    "xmod": {**_DECODER, "max_position_embeddings": 130, "default_language": "en_XX"},
+    "youtu": _MLA,
     "zamba": {
         **{
             "num_hidden_layers": 3,
@@ -252,6 +352,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         **{"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "attention_head_dim": 32},
         **{"attention_hidden_size": 128, "kv_channels": 16},
     },
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid"]},
 }
 
 
@@ -458,16 +559,24 @@ def config_of(family: str) -> Any:
     """The configuration of a tiny causal language model."""
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[family]
-    default = kind().to_dict()
+    return _tiny(CONFIG_MAPPING[family], FIELDS[family])
+
+
+def _tiny(kind: Any, changes: dict[str, Any]) -> Any:
+    defaults = kind()
+    default = defaults.to_dict()
     fields = {name: value for name, value in SIZES.items() if _takes(kind, default, name)}
     fields |= {
         name: value
         for name, value in PARTS.items()
         if default.get(kind.attribute_map.get(name, name)) is not None and _takes(kind, default, name)
     }
+    for name in kind.sub_configs:
+        if (part := getattr(defaults, name)) is not None:
+            fields[name] = _tiny(type(part), changes.get(name, {}))
     # None leaves a field to the class.
-    return kind(**{name: value for name, value in (fields | FIELDS[family]).items() if value is not None})
+    own = {name: value for name, value in changes.items() if name not in kind.sub_configs}
+    return kind(**{name: value for name, value in (fields | own).items() if value is not None})
 
 
 def _takes(kind: type, default: dict[str, Any], name: str) -> bool:
