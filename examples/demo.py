@@ -25,8 +25,9 @@ from lora_kernels.data.records import load_records
 from lora_kernels.files import replacing
 from lora_kernels.io.adapters import load_adapter
 from lora_kernels.io.models import load_model
+from lora_kernels.methods.registry import METHODS
 from lora_kernels.models.generate import generate
-from lora_kernels.train.config import METHODS, SFTConfig
+from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import evaluate
 from lora_kernels.train.sft import AnswerLoss, run_sft

@@ -9,10 +9,10 @@ from lora_kernels.lazy import exports
 if TYPE_CHECKING:
     from lora_kernels.backends import available, use_backend
     from lora_kernels.io.adapters import load_adapter, save_adapter
-    from lora_kernels.methods import adapters_disabled, inject, merge, trainable_summary
     from lora_kernels.methods.adalora import AdaLoRAConfig
+    from lora_kernels.methods.apply import adapters_disabled, inject, merge
     from lora_kernels.methods.full import FullConfig
-    from lora_kernels.methods.lora import LoRAConfig
+    from lora_kernels.methods.lora import LoRAConfig, trainable_summary
     from lora_kernels.methods.named import add_adapter, use_adapter
     from lora_kernels.methods.prefix import PrefixConfig
     from lora_kernels.methods.prompt import PromptConfig
@@ -36,18 +36,18 @@ _HOME = {
     "PrefixConfig": "methods.prefix",
     "Projection": "types",
     "PromptConfig": "methods.prompt",
-    "adapters_disabled": "methods",
+    "adapters_disabled": "methods.apply",
     "add_adapter": "methods.named",
     "available": "backends",
     "fuse_decoder": "models.fuse",
-    "inject": "methods",
+    "inject": "methods.apply",
     "load_adapter": "io.adapters",
     "lora_linear": "ops.lora_linear",
     "lora_linear_group": "ops.lora_linear",
-    "merge": "methods",
+    "merge": "methods.apply",
     "quantize_nf4": "ops.nf4",
     "save_adapter": "io.adapters",
-    "trainable_summary": "methods",
+    "trainable_summary": "methods.lora",
     "use_adapter": "methods.named",
     "use_backend": "backends",
 }

@@ -98,7 +98,8 @@ def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch, capfd):
 
     arguments = ("--model", "m", "--data", "d", "--output-dir", tmp_path)
     for command in ("sft", "reward", "dpo", "ppo"):
-        monkeypatch.setattr(f"lora_kernels.train.{command}.run_{command}", stopped)
+        module = "ppo.trainer" if command == "ppo" else command
+        monkeypatch.setattr(f"lora_kernels.train.{module}.run_{command}", stopped)
         result = run(command, *arguments, *(("--reward", "r.py:f") if command == "ppo" else ()))
         assert result.exit_code == 130 and "nothing is saved yet" in capfd.readouterr().err
     (tmp_path / "checkpoint-last").mkdir()
@@ -110,7 +111,7 @@ def test_who_stops_a_run_is_told_how_to_go_on(tmp_path, monkeypatch, capfd):
 def test_only_the_first_process_says_what_all_have_to_say(tmp_path, monkeypatch, variable):
     import warnings
 
-    from lora_kernels.cli import app as commands
+    from lora_kernels.cli import commands
 
     def warned(settings):
         # pytest shows warnings itself; this is what Python would print.

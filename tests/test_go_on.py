@@ -220,7 +220,7 @@ def test_lora_dropout_may_be_another_and_the_chat_template_is_the_adapters(files
         ({"target": "all-linear"}, "target is 'all-linear'"),
         ({"exclude_modules": "q_proj"}, "exclude_modules is 'q_proj'"),
         ({"method": "dora"}, "without DoRA's magnitudes; method must be lora or qlora"),
-        ({"method": "prefix"}, "has peft_type 'LORA', which goes on with method lora, qlora, dora; got 'prefix'"),
+        ({"method": "prefix"}, "has peft_type 'LORA', which goes on with method dora, lora, qlora; got 'prefix'"),
         ({"adapter": "prefix"}, "has peft_type 'PREFIX_TUNING', which goes on with method prefix; got 'lora'"),
         ({"adapter": "prefix", "method": "prefix", "num_virtual_tokens": 4}, "num_virtual_tokens is 4, .*prefix has 3"),
         ({"adapter": "adalora"}, "one of AdaLoRA.*as_lora=True"),

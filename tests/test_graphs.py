@@ -106,7 +106,7 @@ def test_a_run_with_graphs_is_the_run_without(tmp_path, captured, monkeypatch):
 
 def test_what_it_refuses(tmp_path):
     for changes, message in (
-        ({"method": "adalora"}, "method must be one of lora, qlora, dora, full with cuda_graphs, got 'adalora'"),
+        ({"method": "adalora"}, "method must be one of dora, full, lora, qlora with cuda_graphs, got 'adalora'"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1 with cuda_graphs, got 2"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing must be left out with cuda_graphs, got True"),
     ):

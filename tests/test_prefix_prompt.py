@@ -748,7 +748,7 @@ def test_what_does_not_fit_is_refused_by_name(config_class, tmp_path):
         ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2"),
         ({"modules_to_save": ["score"]}, "modules_to_save is"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens is None"),
-        ({"peft_type": "P_TUNING"}, "peft_type is 'P_TUNING'; supported: 'LORA', .*'PROMPT_TUNING'"),
+        ({"peft_type": "P_TUNING"}, "peft_type is 'P_TUNING'; supported: 'ADALORA', 'LORA', .*'PROMPT_TUNING'"),
     ):
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(raw | change))
         with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ from typing import Any
 from lora_kernels.bench import lora_linear
 from lora_kernels.bench.cases import DROPOUT_P, LAYERS, Case, Settings, missing, split, workers
 from lora_kernels.bench.measure import Step
+from lora_kernels.methods.registry import METHODS
 
 CONTENDERS = ("bare", "ours", "addmm", "peft", "ours-nf4", "peft-nf4")
 M, R = 2048, 16
@@ -45,7 +46,7 @@ def _run_ppo(contender: str, common: dict[str, Any]) -> None:
     from lora_kernels.train.config import PPOConfig
     from lora_kernels.train.ppo.trainer import run_ppo
 
-    quantize = "nf4" if common["method"] == "qlora" else None
+    quantize = METHODS[common["method"]].quantize
     copies = [
         load_model(common["model"], common["dtype"], quantize)[0] for _ in range(COPIES * (contender == "copies"))
     ]

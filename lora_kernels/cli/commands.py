@@ -20,7 +20,8 @@ from lora_kernels.cli import not_installed
 from lora_kernels.cli.doctor import doctor
 from lora_kernels.cli.flags import flags_of
 from lora_kernels.files import new_directory, replacing
-from lora_kernels.train.config import METHODS, DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, read_yaml
+from lora_kernels.methods.registry import METHODS
+from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, read_yaml
 
 app = typer.Typer(
     name="lora-kernels",
@@ -249,7 +250,7 @@ def merge(
     double_quant: _DoubleQuant = False,
 ) -> None:
     """Fold an adapter into its base model: a plain Hugging Face directory, tokenizer included."""
-    from lora_kernels.io.adapters import is_model_directory
+    from lora_kernels.io.whole_model import is_model_directory
     from lora_kernels.methods import merge as merge_adapters
     from lora_kernels.models.generate import stop_at_turn_end
 
@@ -439,9 +440,10 @@ def _load(
     double_quant: bool,
     fuse: bool = False,
 ) -> tuple[Any, Any]:
-    from lora_kernels.io.adapters import is_model_directory, load_adapter
+    from lora_kernels.io.adapters import load_adapter
     from lora_kernels.io.models import load_model
     from lora_kernels.io.peft import read_config
+    from lora_kernels.io.whole_model import is_model_directory
     from lora_kernels.models.fuse import fuse_decoder
 
     if double_quant and not quantize:

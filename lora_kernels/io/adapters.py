@@ -5,30 +5,22 @@ LoRA, AdaLoRA, prefix and prompt tuning are in PEFT's format, a fully fine-tuned
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
-import torch
 from torch import nn
 
-from lora_kernels.files import replacing_files
-from lora_kernels.io import peft, peft_adalora, peft_prompt
-from lora_kernels.methods import adalora, adapter_config, full, lora, prefix, prompt
-from lora_kernels.nn.wrappers import bare, state_dict
-from lora_kernels.sharded import fill
+from lora_kernels.io.peft import CONFIG_NAME, read_config
+from lora_kernels.io.whole_model import is_model_directory
+from lora_kernels.methods.apply import adapter_config
+from lora_kernels.methods.registry import METHODS, Method, method_of
+from lora_kernels.nn.wrappers import bare
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-# peft_type -> (config class, module that reads and writes its files)
-_ADAPTERS = {
-    "LORA": (lora.LoRAConfig, peft),
-    peft_adalora.ADALORA: (adalora.AdaLoRAConfig, peft_adalora),
-    peft_prompt.PREFIX: (prefix.PrefixConfig, peft_prompt),
-    peft_prompt.PROMPT: (prompt.PromptConfig, peft_prompt),
-}
-_MODEL_CONFIG = "config.json"
+def _files(method: Method) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{method.files}")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool = False) -> None:
@@ -49,14 +41,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool =
     """
     model = bare(model)
     config = adapter_config(model)
-    if as_lora and not isinstance(config, lora.LoRAConfig):
-        if not isinstance(config, adalora.AdaLoRAConfig):
+    method = method_of(config)
+    save = _files(method).save_adapter
+    if as_lora and method.peft_type != "LORA":
+        save = getattr(_files(method), "save_as_lora", None)
+        if save is None:
             raise ValueError(f"as_lora is True, but a {type(config).__name__} was injected; allowed: AdaLoRAConfig")
-        peft_adalora.save_as_lora(model, directory)
-    elif isinstance(config, full.FullConfig):
-        _save_model(model, Path(directory))
-    else:
-        dict(_ADAPTERS.values())[type(config)].save_adapter(model, directory)
+    save(model, directory)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
@@ -76,50 +67,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     own = getattr(model, "adapter_config", None)
     if own is None:
         bare(given, adding=True)
-    if is_model_directory(directory):
-        kind, config_class = "model", full.FullConfig
-    else:
-        kind = peft.read_config(directory / peft.CONFIG_NAME).get("peft_type")
-        if kind not in _ADAPTERS:
-            raise ValueError(
-                f"{directory / peft.CONFIG_NAME}: peft_type is {kind!r}; supported: {', '.join(map(repr, _ADAPTERS))}"
-            )
-        config_class, files = _ADAPTERS[kind]
-    if own is not None and type(own) is not config_class:
-        raise ValueError(f"{directory} holds a {kind}, but a {type(own).__name__} was injected into the model")
-    if kind == "model":
-        _load_model(model, directory, trainable)
-    else:
-        files.load_adapter(model, directory, trainable)
+    methods, kind = {method.peft_type: method for method in METHODS.values()}, None
+    if not is_model_directory(directory):
+        path = directory / CONFIG_NAME
+        kind = read_config(path).get("peft_type")
+        if kind is None or kind not in methods:
+            supported = ", ".join(repr(known) for known in methods if known)
+            raise ValueError(f"{path}: peft_type is {kind!r}; supported: {supported}")
+    if own is not None and method_of(own).peft_type != kind:
+        raise ValueError(
+            f"{directory} holds a {kind or 'model'}, but a {type(own).__name__} was injected into the model"
+        )
+    _files(methods[kind]).load_adapter(model, directory, trainable)
     return given
-
-
-def is_model_directory(directory: Path) -> bool:
-    """Whether `directory` holds a whole model, as full fine-tuning leaves it, and no adapter."""
-    return (directory / _MODEL_CONFIG).is_file() and not (directory / peft.CONFIG_NAME).is_file()
-
-
-def _save_model(model: PreTrainedModel, directory: Path) -> None:
-    tensors = {name: peft.to_write(name, t) for name, t in state_dict(model).items()}
-    # The config goes last: a directory that has one for the first time is complete.
-    with replacing_files(directory, last=_MODEL_CONFIG) as staged:
-        model.save_pretrained(staged, state_dict=tensors)
-
-
-def _load_model(model: PreTrainedModel, directory: Path, trainable: bool) -> None:
-    loaded, info = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
-    problems = [f"{kind}: {sorted(map(str, found))[:3]}" for kind, found in info.items() if found]
-    tensors, own = loaded.state_dict(), state_dict(model)
-    for name in sorted(tensors.keys() | own.keys()):
-        shapes = [list(side[name].shape) if name in side else "missing" for side in (own, tensors)]
-        if shapes[0] != shapes[1]:
-            problems.append(f"{name} is {shapes[0]} in the model, {shapes[1]} in the file")
-    if problems:
-        raise ValueError(f"{directory} doesn't fit the model, a {type(model).__name__}: {'; '.join(problems[:5])}")
-    with torch.no_grad():
-        for name, target in own.items():
-            fill(target, tensors[name])
-    if getattr(model, "adapter_config", None) is None:
-        full.inject(model, full.FullConfig())
-    if not trainable:
-        model.requires_grad_(False)

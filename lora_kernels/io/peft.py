@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lora_kernels.backends import check_memory
 from lora_kernels.files import replacing
 from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
-from lora_kernels.methods import adapter_config
+from lora_kernels.methods.apply import adapter_config
 from lora_kernels.methods.lora import (
     LoRAConfig,
     from_pattern,

@@ -25,7 +25,8 @@ from lora_kernels.io.peft import (
     write_files,
 )
 from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
-from lora_kernels.methods import adapter_config, prefix, prompt
+from lora_kernels.methods import prefix, prompt
+from lora_kernels.methods.apply import adapter_config
 from lora_kernels.methods.prefix import PrefixConfig, PrefixKeyValues
 from lora_kernels.methods.virtual_tokens import decoder_of
 from lora_kernels.sharded import fill

@@ -1,103 +1,14 @@
 """Fine-tuning methods behind one interface: what is put into a model, what of it is trainable, how it is merged.
 
-A method is a module of this package with a config class and three functions: `inject(model, config, tokenizer)`,
-`merge(model)` and `adapters_disabled(model)`. The functions below pass on to those of the module that the config's
-class comes from. A module that takes part in the steps of a training has `training_hook(model, total_step)` too.
+A method is a module of this package and a record in `lora_kernels.methods.registry`, which says what belongs to it.
 `model.adapter_config` is the config that was injected.
 """
 
 from __future__ import annotations
 
-import sys
-from contextlib import AbstractContextManager
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
 from lora_kernels.lazy import exports
-from lora_kernels.nn.wrappers import bare
+from lora_kernels.methods.registry import METHODS
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lora_kernels.methods.lora import TrainableSummary
-
-_CONFIGS = {
-    "adalora": "AdaLoRAConfig",
-    "full": "FullConfig",
-    "lora": "LoRAConfig",
-    "prefix": "PrefixConfig",
-    "prompt": "PromptConfig",
-}
-
-
-def _module_of(config: Any) -> ModuleType:
-    name = type(config).__module__
-    if not name.startswith(f"{__name__}."):
-        raise TypeError(f"config is a {type(config).__qualname__}; allowed: {', '.join(_CONFIGS.values())}")
-    return sys.modules[name]
-
-
-def adapter_config(model: nn.Module) -> Any:
-    """The config that was injected into `model`. ValueError if there is none."""
-    config = getattr(bare(model), "adapter_config", None)
-    if config is None:
-        raise ValueError("model has no adapter_config: it carries no adapters; call inject first")
-    return config
-
-
-def inject(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:
-    """Prepares `model`, in place, for the method that `config` belongs to; only what it trains requires gradients.
-
-    config: LoRAConfig, AdaLoRAConfig, PrefixConfig, PromptConfig or FullConfig, kept as `model.adapter_config`.
-    `tokenizer` is needed for an initialisation from a text only. Returns the model. Raises TypeError for another
-    config, and ValueError, with the model unchanged, if it already carries adapters or the config doesn't fit it.
-    """
-    method = _module_of(config)
-    inner = bare(model, adding=True)
-    if getattr(inner, "adapter_config", None) is not None:
-        kind = type(inner.adapter_config).__name__
-        raise ValueError(f"model already carries what {kind} put in; merge(model) it first, or load the model anew")
-    return method.inject(model, config, tokenizer)
-
-
-def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
-    """Ends with a plain model that computes the same: LoRA's update goes into the weights. Returns the model.
-
-    quantize: None for dense weights, "nf4" for LoRA's into 4 bits again; see `lora_kernels.methods.lora.merge`.
-
-    Raises ValueError if the model carries no adapters, or such that can't be merged (prefix and prompt tuning).
-    """
-    method = _module_of(adapter_config(model))
-    if quantize is None:
-        return method.merge(model)
-    if method.__name__.rpartition(".")[2] not in ("lora", "adalora"):
-        raise ValueError(f"quantize is {quantize!r}, which only LoRA's and AdaLoRA's merge take")
-    return method.merge(model, quantize)
-
-
-def adapters_disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """A context in which `model` is the base model, without a second copy of it. Nests.
-
-    Raises ValueError if the model carries no adapters, or the method keeps no base model (full fine-tuning).
-    """
-    return _module_of(adapter_config(model)).adapters_disabled(model)
-
-
-def training_hook(module: nn.Module, total_step: int) -> Any:
-    """What the method of the adapted model in `module` does in a training of `total_step` steps, or None for nothing.
-
-    Only AdaLoRA has one; see `lora_kernels.methods.adalora.TrainingHook`, whose functions the trainers call.
-    """
-    model = next((part for part in module.modules() if getattr(part, "adapter_config", None) is not None), None)
-    make = getattr(_module_of(model.adapter_config), "training_hook", None) if model is not None else None
-    return make(model, total_step) if make else None
-
-
-def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """How many of the model's parameters are trainable; print it."""
-    from lora_kernels.methods import lora
-
-    return lora.trainable_summary(model)
-
-
-__getattr__, __dir__ = exports(__name__, {config: module for module, config in _CONFIGS.items()})
+_APPLY = ("adapter_config", "adapters_disabled", "inject", "merge", "training_hook")
+_HOME = {method.config_name: method.config.partition(".")[0] for method in METHODS.values()}
+__getattr__, __dir__ = exports(__name__, {**_HOME, **dict.fromkeys(_APPLY, "apply"), "trainable_summary": "lora"})

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from lora_kernels.methods import adapters_disabled
+from lora_kernels.methods.apply import adapters_disabled
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
 from lora_kernels.nn.wrappers import bare, get_submodule, replace_module, unwrapped
 

@@ -6,18 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.io.adapters import is_model_directory, load_adapter
+from lora_kernels.io.adapters import load_adapter
 from lora_kernels.io.peft import CONFIG_NAME, read_config
-from lora_kernels.methods import adapter_config
+from lora_kernels.io.whole_model import is_model_directory
+from lora_kernels.methods.apply import adapter_config
 from lora_kernels.methods.lora import LoRAConfig, lora_modules, plan, train_in_full
+from lora_kernels.methods.registry import METHODS
 from lora_kernels.train.checkpoint import LAST
 from lora_kernels.train.config import TrainConfig
 
-_METHODS = {
-    "LORA": ("lora", "qlora", "dora"),
-    "PREFIX_TUNING": ("prefix",),
-    "PROMPT_TUNING": ("prompt",),
-}
 # What PEFT takes where its file says nothing.
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "use_rslora": False}
 
@@ -41,15 +38,14 @@ def check_adapter(config: TrainConfig) -> None:
             f"adapter {directory} is one of AdaLoRA, whose ranks are allocated once; save it as LoRA "
             "(lora_kernels.save_adapter(model, directory, as_lora=True)) and go on from that"
         )
-    if config.method not in _METHODS.get(kind, ()):
-        allowed = ", ".join(_METHODS[kind]) if kind in _METHODS else "none"
+    if METHODS[config.method].peft_type != kind:
+        allowed = ", ".join(name for name, method in METHODS.items() if method.peft_type == kind) or "none"
         raise ValueError(
             f"adapter {directory} has peft_type {kind!r}, which goes on with method {allowed}; got {config.method!r}"
         )
     if config.method == "dora" and not raw.get("use_dora"):
         raise ValueError(f"adapter {directory} is one of LoRA without DoRA's magnitudes; method must be lora or qlora")
-    fixed = ("r", "lora_alpha", "use_rslora") if kind == "LORA" else ("num_virtual_tokens",)
-    for name in () if config.describes_adapter else fixed:
+    for name in () if config.describes_adapter else METHODS[config.method].described:
         value = raw.get(name) if raw.get(name) is not None else _PEFT_DEFAULTS.get(name)
         if getattr(config, name) not in (None, value):
             raise _contradiction(config, name, value)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.files import reading, replacing, write_json
-from lora_kernels.train.config import WITH_LORA_B, SFTConfig
+from lora_kernels.methods.registry import METHODS
+from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.stopping import ended_by_signals, handling
 
 BASE = "base model"
@@ -48,7 +49,8 @@ def plan(settings: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any] | 
         if name == BASE or directory in {Path(run.output_dir).name for run in runs.values()}:
             raise ValueError(f"methods: {name!r} is taken; allowed: names that differ, and another than {BASE!r}")
         values = {"method": name, **shared, **(own or {}), "output_dir": str(output_dir / directory)}
-        if values["method"] not in WITH_LORA_B and "optimizer" not in (own or {}):
+        method = METHODS.get(values["method"])
+        if method is not None and not method.has_lora_b and "optimizer" not in (own or {}):
             # What all share, LoRA+, is for those that it is made for.
             values.pop("optimizer", None)
         try:
@@ -156,8 +158,9 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """What a process of its own does: train, then load what was saved and let it answer."""
     from lora_kernels.data.chat import set_chat_template
     from lora_kernels.data.dataset import load_dataset
-    from lora_kernels.io.adapters import is_model_directory, load_adapter
+    from lora_kernels.io.adapters import load_adapter
     from lora_kernels.io.models import load_model
+    from lora_kernels.io.whole_model import is_model_directory
     from lora_kernels.methods import merge, trainable_summary
     from lora_kernels.train.launch import make_accelerator
     from lora_kernels.train.loop import METRICS, evaluate
@@ -176,7 +179,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
         row["file_bytes"] = sum(file.stat().st_size for file in files)
         row["tokens_per_second"], row["peak_bytes"] = statistics.median(rates), peak
 
-    quantize = "nf4" if config.method == "qlora" and not job["base"] else None
+    quantize = None if job["base"] else METHODS[config.method].quantize
     source = str(directory) if is_model_directory(directory) else config.model
     model, tokenizer = load_model(source, config.dtype, quantize, config.double_quant)
     total = trainable_summary(model).total

@@ -7,6 +7,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -14,29 +15,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from lora_kernels.files import replacing
+from lora_kernels.methods.registry import METHODS, settings_of
 
-# Peak learning rates that work with AdamW. Schulman et al. 2025 find LoRA's best about ten times that of full
-# fine-tuning; virtual tokens need far more (Lester et al. 2021 take 0.3 with Adafactor).
-LEARNING_RATES = {
-    "adalora": 1e-3,
-    "dora": 2e-4,
-    "full": 2e-5,
-    "lora": 2e-4,
-    "prefix": 5e-3,
-    "prompt": 3e-2,
-    "qlora": 2e-4,
-}
-METHODS = tuple(LEARNING_RATES)
-# Fields that are AdaLoRAConfig's too, beside lora_alpha and lora_dropout.
-ADALORA = ("init_r", "target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
-# Fields of prefix and prompt alone.
-VIRTUAL_TOKENS = ("num_virtual_tokens", "init_text", "mlp_hidden")
 # What the files of an adapter say where a run goes on from one, and the defaults where it doesn't.
 ADAPTER_SETTINGS = {"r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "use_rslora": False, "num_virtual_tokens": 20}
-_INITS = {"dora": "default", "lora": "default", "prefix": "vocab", "prompt": "vocab", "qlora": "default"}
-_TARGETS = {"full": "all"} | dict.fromkeys(("adalora", "dora", "lora", "qlora"), "all-linear")
-CONTINUED = ("dora", "lora", "prefix", "prompt", "qlora")  # what goes on from an adapter
-_GRAPHED = ("lora", "qlora", "dora", "full")  # what cuda_graphs takes
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "loraplus")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -50,8 +32,6 @@ _NOT_IDENTITY = {
     *("batch_size", "gradient_accumulation_steps", "normalize_samples", "normalize_data", "normalize_tokens"),
     *("bad_rewards", "eval_prompts"),
 }
-# Methods that train lora_b, of which LoRA+ speaks.
-WITH_LORA_B = ("lora", "qlora", "dora", "adalora")
 # What settings mean to trainers on preference pairs.
 _PAIRS = "Preference pairs: .json, .jsonl, .json.gz, .jsonl.gz or .parquet; several as for sft."
 _PAIRS_A_BATCH = (
@@ -87,11 +67,16 @@ def described(config_class: "type[TrainConfig]", name: str) -> tuple[str, str, s
     return metadata["panel"], metadata["text"], metadata["more"]
 
 
+def unused_without(methods: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings that only methods other than these take."""
+    return tuple(settings_of(METHODS) - settings_of(methods))
+
+
 @settings
 class TrainConfig:
     """Settings that all trainers share. The command line and the YAML file use the same names."""
 
-    learning_rates: ClassVar[dict[str, float]] = LEARNING_RATES
+    learning_rates: ClassVar[dict[str, float]] = {name: method.lr for name, method in METHODS.items()}
     unused: ClassVar[tuple[str, ...]] = ()  # settings that a trainer has no use for, and no flag
     texts: ClassVar[dict[str, str]] = {}  # what settings of all trainers mean to this one
     loss_unit: ClassVar[str] = "nats per target token"
@@ -284,7 +269,7 @@ class TrainConfig:
         self._check("lr", self.lr > 0, "> 0")
         self._check(
             "optimizer",
-            self.optimizer != "loraplus" or self.method in WITH_LORA_B,
+            self.optimizer != "loraplus" or METHODS[self.method].has_lora_b,
             f"adamw with method {self.method}, which has no lora_b",
         )
         self._check("lr_ratio", 1 <= self.lr_ratio < math.inf, "finite and >= 1")
@@ -323,39 +308,29 @@ class TrainConfig:
 
     def _resolve_method(self) -> None:
         """Fill in what depends on the method, and refuse what it has no use for."""
-        method = self.method
-        self._check("double_quant", method == "qlora" or not self.double_quant, f"left out with method {method}")
-        for name in () if method == "adalora" else ADALORA:
-            self._check(name, getattr(self, name) == getattr(TrainConfig, name), f"left out with method {method}")
-        self.lr = self.learning_rates[method] if self.lr is None else self.lr
-        for name in ("target", "exclude_modules"):
-            given = getattr(self, name) is not None
-            self._check(name, method in _TARGETS or not given, f"left out with method {method}")
+        method = METHODS[self.method]
+        for name in sorted(settings_of(METHODS) - {*method.settings, *ADAPTER_SETTINGS}):
+            default = getattr(TrainConfig, name)
+            self._check(name, getattr(self, name) == default, f"left out with method {self.method}")
+        for name in method.refuses:
+            self._check(name, not getattr(self, name), f"left out with method {self.method}")
+        self.lr = self.learning_rates[self.method] if self.lr is None else self.lr
         if self.adapter is not None:
-            self._check("method", method in CONTINUED, f"one of {', '.join(CONTINUED)} with adapter")
+            continued = ", ".join(name for name, each in METHODS.items() if each.described)
+            self._check("method", method.described, f"one of {continued} with adapter")
         if self.describes_adapter:
-            defaults = {**ADAPTER_SETTINGS, "init": _INITS.get(method), "target": _TARGETS.get(method)}
-            for name in (name for name in defaults if getattr(self, name) is None):
-                setattr(self, name, defaults[name])
+            for name, default in {**ADAPTER_SETTINGS, **method.defaults}.items():
+                setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
         else:
             # As the config.yaml of the run that made it says.
-            self.init = None if self.init == _INITS[method] else self.init
+            self.init = None if self.init == method.defaults["init"] else self.init
             for name in ("init", "init_text", "mlp_hidden"):
                 allowed = "left out, or null in a file, with adapter, whose values are the start"
                 self._check(name, getattr(self, name) is None, allowed)
-        self._check("mlp_hidden", method == "prefix" or self.mlp_hidden is None, f"left out with method {method}")
-        self._check(
-            "init_text", method in ("prefix", "prompt") or self.init_text is None, f"left out with method {method}"
-        )
-        if method in ("adalora", "full"):
-            self._check("init", self.init is None, f"left out with method {method}")
-        if method == "adalora":
-            self._check("use_rslora", not self.use_rslora, "left out with method adalora")
-        if method == "full":
-            self._check(
-                "dtype", self.dtype != "bfloat16", "float32 with method full, whose updates bfloat16 rounds away"
-            )
-            self.dtype = "float32"
+        if method.dtype is not None:
+            allowed = f"{method.dtype} with method {self.method}, whose updates fewer bits would round away"
+            self._check("dtype", self.dtype in ("auto", method.dtype), allowed)
+            self.dtype = method.dtype
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -407,7 +382,8 @@ class SFTConfig(TrainConfig):
 
     def _check_own(self) -> None:
         if self.cuda_graphs:
-            self._check("method", self.method in _GRAPHED, f"one of {', '.join(_GRAPHED)} with cuda_graphs")
+            allowed = ", ".join(name for name, method in METHODS.items() if method.graphed)
+            self._check("method", METHODS[self.method].graphed, f"one of {allowed} with cuda_graphs")
             self._check("gradient_accumulation_steps", self.gradient_accumulation_steps == 1, "1 with cuda_graphs")
             self._check("gradient_checkpointing", not self.gradient_checkpointing, "left out with cuda_graphs")
 
@@ -417,7 +393,7 @@ class RewardConfig(TrainConfig):
     """Settings of `run_reward`."""
 
     learning_rates: ClassVar[dict[str, float]] = {"dora": 1e-4, "lora": 1e-4, "qlora": 1e-4}
-    unused: ClassVar[tuple[str, ...]] = (*ADALORA, *VIRTUAL_TOKENS)
+    unused: ClassVar[tuple[str, ...]] = unused_without(learning_rates)
     texts: ClassVar[dict[str, str]] = {
         "data": _PAIRS,
         "batch_size": _PAIRS_A_BATCH,
@@ -462,7 +438,7 @@ class RewardConfig(TrainConfig):
 class DPOConfig(TrainConfig):
     """Settings of `run_dpo`."""
 
-    learning_rates: ClassVar[dict[str, float]] = {method: lr / 10 for method, lr in LEARNING_RATES.items()}
+    learning_rates: ClassVar[dict[str, float]] = {name: method.lr / 10 for name, method in METHODS.items()}
     texts: ClassVar[dict[str, str]] = {
         "data": _PAIRS,
         "batch_size": _PAIRS_A_BATCH,
@@ -495,12 +471,12 @@ class DPOConfig(TrainConfig):
         self._check("label_smoothing", self.loss == "sigmoid" or not self.label_smoothing, "0 with loss ipo")
         self._check(
             "precompute_ref",
-            self.precompute_ref or self.method != "full",
-            "true with method full, which has no adapters to turn off: its own start is the reference",
+            self.precompute_ref or METHODS[self.method].keeps_base,
+            f"true with method {self.method}, which has no adapters to turn off: its own start is the reference",
         )
         self._check(
             "precompute_ref",
-            self.precompute_ref or self.adapter is None or self.method not in ("prefix", "prompt"),
+            self.precompute_ref or self.adapter is None or METHODS[self.method].named,
             f"true with adapter and method {self.method}, of which a model holds no second one",
         )
 
@@ -526,7 +502,8 @@ class PPOConfig(TrainConfig):
     # Dropout would have the policy that learns be another one than the one that sampled; batch_size, minibatches and
     # rollout_size say how gradients accumulate; and each step is logged.
     unused: ClassVar[tuple[str, ...]] = (
-        *("lora_dropout", "gradient_accumulation_steps", "logging_steps", *ADALORA, *VIRTUAL_TOKENS),
+        *("lora_dropout", "gradient_accumulation_steps", "logging_steps"),
+        *unused_without(learning_rates),
     )
 
     output_dir: str = "outputs/ppo"

@@ -15,6 +15,7 @@ from lora_kernels.data.pairs import PairDataset, load_pairs
 from lora_kernels.io.peft import add_saved_adapter
 from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.methods.named import REFERENCE, reference
+from lora_kernels.methods.registry import METHODS
 from lora_kernels.ops.cross_entropy import IGNORE_INDEX
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.launch import computed_together, make_accelerator
@@ -116,6 +117,6 @@ def train_dpo(
         module.to(accelerator.device).check(torch.from_numpy(train_set.chosen[0][0]).long())
         for pairs in (train_set, eval_set) if config.precompute_ref else ():
             if pairs is not None and pairs.ref_logprobs is None:
-                start = config.method == "full" or config.adapter is not None
+                start = not METHODS[config.method].keeps_base or config.adapter is not None
                 pairs.ref_logprobs = reference_logprobs(module, pairs, config.batch_size, accelerator, start)
     return train(module, model, train_set, eval_set, config, accelerator=accelerator, **options)

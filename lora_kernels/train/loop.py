@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_kernels.data.dataset import batches_by_length
 from lora_kernels.files import append, reading, replacing
-from lora_kernels.methods import training_hook
+from lora_kernels.methods.apply import training_hook
 from lora_kernels.methods.lora import shorten
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.optim import LoRAPlusAdamW

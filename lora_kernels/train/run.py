@@ -36,13 +36,14 @@ from lora_kernels.data.records import (
 from lora_kernels.files import replacing, replacing_files
 from lora_kernels.io.adapters import save_adapter as save_to_directory
 from lora_kernels.io.models import load_model
-from lora_kernels.methods import adalora, full, inject, lora, prefix, prompt
+from lora_kernels.methods.apply import inject
+from lora_kernels.methods.registry import METHODS
 from lora_kernels.methods.virtual_tokens import context_length, learned_positions
 from lora_kernels.models.fuse import fuse_decoder
 from lora_kernels.models.generate import encode_prompt, read_prompts, stop_at_turn_end
 from lora_kernels.train.adapter import check_adapter, go_on
 from lora_kernels.train.checkpoint import find_checkpoint, saved_run
-from lora_kernels.train.config import ADALORA, TrainConfig
+from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.launch import make_accelerator, wait_for_everyone
 from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop
 from lora_kernels.train.plots import plot_loss, plot_ranks
@@ -144,7 +145,7 @@ class Run:
         set_seed(config.seed)
         if config.adapter is not None:
             named = (None, None) if config.describes_adapter else (config.target, config.exclude_modules)
-            targets, excluded = (None if name is None else target_modules(name) for name in named)
+            targets, excluded = map(target_modules, named)
             go_on(self.model, config, targets, excluded, head)
             return
         if head is not None:
@@ -163,7 +164,7 @@ class Run:
     def save_adapter(self, model: nn.Module, directory: Path) -> None:
         """`lora_kernels.save_adapter`, and beside it what of the tokenizer is not the model's own."""
         # Before the adapter, whose config goes last: a directory that has one for the first time is complete.
-        if self.config.method == "full":
+        if METHODS[self.config.method].peft_type is None:
             stop_at_turn_end(model, self.tokenizer)
             with replacing_files(directory, last="tokenizer_config.json") as staged:
                 self.tokenizer.save_pretrained(staged)
@@ -201,7 +202,7 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     model, tokenizer = load_model(
         config.model,
         config.dtype,
-        quantize="nf4" if config.method == "qlora" else None,
+        quantize=METHODS[config.method].quantize,
         double_quant=config.double_quant,
         progress=progress and accelerator.is_main_process,
     )
@@ -253,40 +254,15 @@ def check_output_dir(config: TrainConfig) -> None:
 
 def method_config(config: TrainConfig) -> Any:
     """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
-    excluded = () if config.exclude_modules is None else target_modules(config.exclude_modules)
-    if config.method in ("dora", "lora", "qlora"):
-        return lora.LoRAConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=target_modules(config.target),
-            exclude_modules=excluded,
-            use_rslora=config.use_rslora,
-            init=config.init,
-            use_dora=config.method == "dora",
-            # Heads have trainers of their own: what PPO puts beside the policy is its value model's.
-            modules_to_save=(),
-        )
-    if config.method == "adalora":
-        return adalora.AdaLoRAConfig(
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=target_modules(config.target),
-            exclude_modules=excluded,
-            **{name: getattr(config, name) for name in ADALORA},
-        )
-    if config.method == "full":
-        return full.FullConfig(target_modules(config.target), excluded)
-    tokens = {name: getattr(config, name) for name in ("num_virtual_tokens", "init", "init_text")}
-    if config.method == "prefix":
-        return prefix.PrefixConfig(**tokens, mlp_hidden=config.mlp_hidden)
-    return prompt.PromptConfig(**tokens)
+    named = {name: target_modules(getattr(config, name)) for name in ("target", "exclude_modules")}
+    return METHODS[config.method].make_config({**config.to_dict(), **named})
 
 
-def target_modules(target: str | list[str]) -> str | list[str]:
+def target_modules(target: str | list[str] | None) -> str | list[str] | None:
     """A name, or names with commas between, as a list; "all", "all-linear" and regular expressions as they are."""
     if (
-        isinstance(target, list)
+        target is None
+        or isinstance(target, list)
         or target in ("all", "all-linear")
         or not re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", target)
     ):
