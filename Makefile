@@ -56,7 +56,9 @@ test: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 
 # The newest transformers, where PEFT isn't needed: for its sake .[dev] holds transformers back.
-NEWEST_TESTS := $(patsubst %,tests/test_%.py,chat chat_templates data decoder full graphs methods models nn preference prefix_prompt)
+NEWEST_TESTS := $(patsubst %,tests/data/test_%.py,chat chat_templates dataset pairs) tests/ops/test_decoder.py \
+  tests/io/test_models.py tests/nn/test_nn.py $(patsubst %,tests/methods/test_%.py,full methods prefix_prompt) \
+  tests/train/test_graphs.py
 $(VENV)/.newest: $(VENV)/.dev
 	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/newest transformers
 	touch $@
@@ -71,7 +73,7 @@ test-all: venv
 
 # The CUDA kernels under the emulator, AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitizers: venv
-	$(BIN)/python -m pytest -m slow tests/test_simt.py
+	$(BIN)/python -m pytest -m slow tests/backends/test_simt.py
 
 lint: venv
 	$(BIN)/ruff check .

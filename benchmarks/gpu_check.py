@@ -7,7 +7,7 @@ Each stage runs in its own process with a time limit, so that whatever fails, th
 
   environment  the GPU, its driver, versions, which backends can run
   build        the extension with its CUDA C++ kernels for this GPU, in place
-  tests        tests/test_gpu.py, the kernels on the device against float64, a process for each implementation
+  tests        tests/backends/test_gpu.py, the kernels on the device against float64, a process for each implementation
   memcheck     a few of them under compute-sanitizer, where it is installed: accesses out of bounds
   racecheck    the same, but for cuBLAS: races in shared memory
   dense, nf4   times of one layer, as a ratio over the bare frozen linear (the dense one, also for NF4)
@@ -299,7 +299,7 @@ def run_build(work: Path, dry: bool, deadline: float) -> dict[str, Any]:
 def pytest_command(*options: str) -> list[str]:
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", *options]
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/backends/test_gpu.py", *options]
 
 
 def run_tests(work: Path, dry: bool, deadline: float) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a training run has to write, from its settings alone: the papers' formulas in float64.
 
 Nothing here calls the trainers. What is theirs by definition, so that a resumed run is exact, is repeated: how the seed
-gives initial values and the order of rows. Only NF4 is taken from the package (tests/test_nf4.py has its definition).
+gives initial values and the order of rows. Only NF4 is taken from the package (tests/ops/test_nf4.py has its
+definition).
 """
 
 import dataclasses

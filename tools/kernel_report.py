@@ -40,8 +40,8 @@ memory is dynamic, so it isn't in the binary; the emulator, under which the test
 ## Triton
 
 Registers / KiB of shared memory / matrix instructions inside loops (HMMA, HGMMA, UTCHMMA or v_mfma). {variants}
-variants: rank 16, dimensions that are multiples of 16, in the configuration that ships; `tests/test_triton_aot.py`
-checks every other one too.
+variants: rank 16, dimensions that are multiples of 16, in the configuration that ships;
+`tests/backends/test_triton_aot.py` checks every other one too.
 
 {triton}
 

@@ -4,7 +4,7 @@ python tools/mutants.py --output docs/mutants.md     the fixed sample below
 python tools/mutants.py --base main                  the functions that this branch has changed since main
 
 It works in a copy of the checkout in a temporary directory. Each module is tried with the test files below, or else
-with tests/test_<module>.py.
+with those that its place gives: tests/ops/test_nf4.py for lora_kernels/ops/nf4.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SAMPLE = {
     "lora_kernels/train/rl.py": ["*"],
     "lora_kernels/ops/cross_entropy.py": ["*"],
 }
-TESTS = {"lora_kernels/train/rl.py": ["tests/test_rl_ppo.py", "tests/test_trl.py"]}
+TESTS = {"lora_kernels/train/rl.py": ["tests/train/test_rl.py", "tests/train/test_trl.py"]}
 ARGUED = "\n## What is argued\n"
 OUTCOMES = {"🎉": "caught", "⏰": "caught", "🙁": "survived", "🫥": "survived"}
 
@@ -53,10 +53,16 @@ def functions_of(path: Path) -> list[tuple[str, int, int]]:
     return found
 
 
+def mirror(path: str) -> str:
+    """The test file of a module of the package."""
+    inside = Path(path).relative_to("lora_kernels")
+    return f"tests/{inside.with_name(f'test_{inside.name}')}"
+
+
 def run_module(path: str, functions: list[str], processes: int) -> tuple[Counter, list[str]]:
     """How many mutants of these functions were caught and survived, and the survivors' diffs."""
     module = path.removesuffix(".py").replace("/", ".")
-    tests = TESTS.get(path, [f"tests/test_{Path(path).stem}.py"])
+    tests = TESTS.get(path, [mirror(path)])
     with tempfile.TemporaryDirectory() as folder:
         for name in ("lora_kernels", "tests", "tools"):
             shutil.copytree(name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-// The emulator's operations one by one, called from tests/test_simt.py through ctypes. Each function returns an error
+// The emulator's operations one by one, called from tests/backends/test_simt.py through ctypes. Each function returns an error
 // message, empty if there was none.
 #include "gemm.cuh"
 

@@ -1,6 +1,7 @@
 """Launch configurations: one explicit table per GPU family, nothing tuned at run time.
 
-tests/test_triton_aot.py compiles every entry for every chip of its family and refuses spills or too much shared memory.
+tests/backends/test_triton_aot.py compiles every entry for every chip of its family and refuses spills or too much
+shared memory.
 """
 
 from __future__ import annotations
