@@ -52,6 +52,11 @@ def tiny_model(kind: str, tied: bool = False, **sizes: int) -> PreTrainedModel:
     return model.eval()
 
 
+def in_backward():
+    """Whether a module that runs now is recomputed by autograd."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def tiny_batch() -> torch.Tensor:
     """input_ids [2, 9]."""
     return torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import timeit
 
 import numpy as np
 import pytest
@@ -251,23 +252,13 @@ def test_a_template_with_other_loops_and_without():
     assert shown({"messages": record["messages"][:2]}, flat) == "Q: one A:[[ A<|im_end|>]]"
 
 
-def test_a_row_is_rendered_a_few_times_however_many_turns_it_has(monkeypatch):
-    calls = []
-    render = PreTrainedTokenizerFast.apply_chat_template
-
-    def counted(self, messages, **rest):
-        calls.append(len(messages))
-        return render(self, messages, **rest)
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", counted)
-    tokenizer, rendered = tiny_tokenizer(), []
-    for turns in (2, 20):
-        calls.clear()
-        shown({"messages": [user("one"), assistant("A")] * turns}, tokenizer)
-        rendered.append(list(calls))
-    assert len(rendered[0]) == len(rendered[1]) <= 4
-    # Prefixes are short: only the first of those that end with the same role.
-    assert sum(rendered[1]) <= 2 * 40 + 2 * 1
+def test_the_time_of_a_row_grows_with_its_turns():
+    """Ten times as many would take a hundred times as long if every prefix were rendered."""
+    tokenizer, times = tiny_tokenizer(), {}
+    for turns in (100, 1000):
+        record = {"messages": [user("one"), assistant("A")] * turns}
+        times[turns] = min(timeit.repeat(lambda record=record: shown(record, tokenizer), number=1, repeat=3))
+    assert times[1000] < 30 * times[100]
 
 
 def test_the_date_of_a_template():

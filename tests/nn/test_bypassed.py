@@ -132,11 +132,10 @@ def test_the_dry_forward_leaves_no_trace_and_needs_no_weights(device):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: (tensor, tensor._version, tensor.requires_grad) for name, tensor in tensors.items()}
     grads = {name: None if p.grad is None else (p.grad, p.grad._version) for name, p in model.named_parameters()}
-    calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     random = torch.get_rng_state()
     assert ends(bypassed_layers(model)) == {"dt_proj"}
-    assert not calls and model.training and torch.equal(torch.get_rng_state(), random)
+    assert model.training and torch.equal(torch.get_rng_state(), random)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         assert tensor is state[name][0] and (tensor._version, tensor.requires_grad) == state[name][1:]
     for name, parameter in model.named_parameters():
@@ -481,11 +480,10 @@ def by_method(module):
 def test_a_forward_made_of_the_models_own_is_not_run(replace, where):
     model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2)), nn.Linear(8, 8))
     model[0][0].running_mean.fill_(5.0)
-    calls = []
-    model[0][0].register_forward_hook(lambda *_: calls.append(1))
+    model[0][0].register_forward_hook(lambda *_: pytest.fail("it ran"))
     replace(model.get_submodule(where))
     inject(model, LoRAConfig(r=2))
-    assert (model[0][0].running_mean == 5).all() and not calls and isinstance(model[1], FusedLoRALinear)
+    assert (model[0][0].running_mean == 5).all() and isinstance(model[1], FusedLoRALinear)
 
 
 def test_a_method_put_on_the_object_is_run_in_the_copy():

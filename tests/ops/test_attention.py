@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -178,18 +179,22 @@ def test_wrong_arguments() -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch):
-    """The shapes of q that our attention was called with, on an instruction set where models use it."""
-    seen = []
+def absent(monkeypatch: pytest.MonkeyPatch):
+    """A context without our attention, in which what needs it fails; on an instruction set where models use it."""
 
-    def counted(q: Tensor, *others) -> Tensor:
-        seen.append(tuple(q.shape))
-        return causal_attention(q, *others)
+    @contextlib.contextmanager
+    def without() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_decoder, "causal_attention", None)
+            yield
 
-    monkeypatch.setattr(fused_decoder, "causal_attention", counted)
     monkeypatch.setattr(cpu, "native_bfloat16", lambda: False)
     with instruction_set("avx2"):
-        yield seen
+        yield without
+
+
+def is_needed():
+    return pytest.raises(TypeError, match="'NoneType' object is not callable")
 
 
 def pair(kind: str = "Llama", **options) -> list[torch.nn.Module]:
@@ -222,63 +227,69 @@ def assert_same(fused: list[Tensor], plain: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral", "Gemma"])
-def test_models(calls, kind: str) -> None:
+def test_models(absent, kind: str) -> None:
     plain, fused = pair(kind)
     exact = copy.deepcopy(plain).double()
     found = [logits_and_grads(model) for model in (fused, plain, exact)]
-    assert calls == [(2, 4, 40, 8)] * 2
     for name, *t in zip(("logits", "gradients"), *found, strict=True):
         assert_close_to_reference(*t, name)
+    with absent(), is_needed():
+        logits_and_grads(fused)
 
 
-def test_padding_and_sliding_windows_are_torchs(calls) -> None:
+def test_padding_and_sliding_windows_are_torchs(absent) -> None:
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[0, :9] = 0
-    plain, fused = pair()
-    assert_same(logits_and_grads(fused, attention_mask=mask), logits_and_grads(plain, attention_mask=mask))
-    plain, fused = pair("Mistral", sliding_window=16)
-    assert_same(logits_and_grads(fused), logits_and_grads(plain))
-    assert not calls
-
-
-def test_dropout_and_eager_are_left_alone(calls) -> None:
-    plain, fused = pair(attention_dropout=0.3)
-    for model in (plain.train(), fused.train()):
-        torch.manual_seed(5)
-        model.loss = logits_and_grads(model)
-    assert_same(fused.loss, plain.loss)
-    plain, fused = pair(attn_implementation="eager")
-    assert_same(logits_and_grads(fused), logits_and_grads(plain))
-    with use_backend("reference"):
+    with absent():
         plain, fused = pair()
-        assert torch.equal(logits_and_grads(fused)[1], logits_and_grads(plain)[1])
-    assert not calls
+        assert_same(logits_and_grads(fused, attention_mask=mask), logits_and_grads(plain, attention_mask=mask))
+        plain, fused = pair("Mistral", sliding_window=16)
+        assert_same(logits_and_grads(fused), logits_and_grads(plain))
 
 
-def test_generation(calls) -> None:
+def test_dropout_and_eager_are_left_alone(absent) -> None:
+    with absent():
+        plain, fused = pair(attention_dropout=0.3)
+        for model in (plain.train(), fused.train()):
+            torch.manual_seed(5)
+            model.loss = logits_and_grads(model)
+        assert_same(fused.loss, plain.loss)
+        plain, fused = pair(attn_implementation="eager")
+        assert_same(logits_and_grads(fused), logits_and_grads(plain))
+        with use_backend("reference"):
+            plain, fused = pair()
+            assert torch.equal(logits_and_grads(fused)[1], logits_and_grads(plain)[1])
+
+
+def test_generation(absent) -> None:
     plain, fused = pair()
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[1, :12] = 0
     for arguments in ({}, {"attention_mask": mask}, {"cache_implementation": "static"}):
         options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **arguments}
         assert torch.equal(*(m.eval().generate(ids(), **options) for m in (plain, fused)))
-    # The prompts alone, where nothing is padded and the cache holds just them.
-    assert calls and set(calls) == {(2, 4, 40, 8)}
+    # Ours are the prompts, where nothing is padded.
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with absent():
+        with is_needed():
+            fused.generate(ids(), **options)
+        fused.generate(ids(), attention_mask=mask, **options)
 
 
-def test_checkpointing_and_compile(calls) -> None:
+def test_checkpointing_and_compile(absent) -> None:
     plain, fused = pair()
     expected = logits_and_grads(plain)
     compiled = copy.deepcopy(fused)
     compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
-    assert_same(logits_and_grads(compiled), expected)
-    assert not calls
+    with absent():
+        assert_same(logits_and_grads(compiled), expected)
     fused.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_same(logits_and_grads(fused), expected)
-    assert len(calls) == 4
+    with absent(), is_needed():
+        logits_and_grads(fused)
 
 
-def test_the_config_and_other_models_stay(calls, tmp_path) -> None:
+def test_the_config_and_other_models_stay(absent, tmp_path) -> None:
     plain, fused = pair()
     assert fused.config._attn_implementation == "sdpa"
     assert fused.config.to_dict() == plain.config.to_dict()
@@ -286,35 +297,39 @@ def test_the_config_and_other_models_stay(calls, tmp_path) -> None:
     assert "lora_kernels" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     expected = logits_and_grads(plain)
-    assert_same(logits_and_grads(loaded), expected)
+    with absent():
+        assert_same(logits_and_grads(loaded), expected)
     # Twice is once, and nothing has happened to models that aren't fused.
     registered = transformers.AttentionInterface()["sdpa"]
     assert fuse_decoder(fused) == 0 and fuse_decoder(pair()[0]) > 0
     assert transformers.AttentionInterface()["sdpa"] is registered
-    assert not calls
     for model in (copy.deepcopy(fused), pickle.loads(pickle.dumps(pair()[1].model.layers[0].self_attn))):
         assert any(module.__dict__.get("lora_kernels_attention") for module in model.modules())
-    assert_same(logits_and_grads(copy.deepcopy(fused)), expected)
-    assert len(calls) == 2
+    copied = copy.deepcopy(fused)
+    assert_same(logits_and_grads(copied), expected)
+    with absent(), is_needed():
+        logits_and_grads(copied)
 
 
-def test_arguments_that_change_the_result_go_to_torch(calls) -> None:
+def test_arguments_that_change_the_result_go_to_torch(absent) -> None:
     attention = transformers.AttentionInterface()["sdpa"]
     module = pair()[1].model.layers[0].self_attn
     q, k, v, _ = inputs(1, 4, 2, 70, 8)
     harmless = {"position_ids": ids(1, 70), "num_items_in_batch": 3, "output_attentions": False, "return_dict": True}
     o, _ = attention(module, q, k, v, None, scaling=0.2, sliding_window=8, **harmless)
-    assert o.shape == (1, 70, 4, 8) and o.is_contiguous() and len(calls) == 1
+    assert o.shape == (1, 70, 4, 8) and o.is_contiguous()
     torch.testing.assert_close(o.transpose(1, 2), reference.causal_attention(q, k, v, 0.2))
-    with contextlib.suppress(ValueError):  # which is what some versions of transformers say to it
-        attention(module, q, k, v, None, softcap=30.0)
-    everything = attention(module, q, k, v, None, is_causal=False)[0]
-    assert not torch.allclose(everything, o)
-    attention(module, q[:, :, -1:], k, v, None)
-    attention(module, q[:, :, :65], k, v, None)
-    attention(module, q[:, :, :40], k[:, :, :40], v[:, :, :40], None)
-    attention(module, q, k, v, None, unknown=1)
-    attention(pair()[0].model.layers[0].self_attn, q, k, v, None)
-    with torch.autocast("cpu", torch.bfloat16):
-        attention(module, q, k, v, None)
-    assert len(calls) == 1
+    with absent():
+        with is_needed():
+            attention(module, q, k, v, None, scaling=0.2, sliding_window=8, **harmless)
+        with contextlib.suppress(ValueError):  # which is what some versions of transformers say to it
+            attention(module, q, k, v, None, softcap=30.0)
+        everything = attention(module, q, k, v, None, is_causal=False)[0]
+        assert not torch.allclose(everything, o)
+        attention(module, q[:, :, -1:], k, v, None)
+        attention(module, q[:, :, :65], k, v, None)
+        attention(module, q[:, :, :40], k[:, :, :40], v[:, :, :40], None)
+        attention(module, q, k, v, None, unknown=1)
+        attention(pair()[0].model.layers[0].self_attn, q, k, v, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            attention(module, q, k, v, None)

@@ -16,7 +16,6 @@ from tiny_pairs import tiny_pairs
 from tiny_ppo import data as data
 from tiny_ppo import model_dir as model_dir
 from tiny_ppo import read_lines, run_for_resume, settings, steps_of, vowels
-from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from lora_kernels import use_backend
@@ -341,26 +340,14 @@ def test_target_kl_leaves_the_rollout(tmp_path, model_dir, data):
 
 
 @pytest.mark.filterwarnings("error:.*neither trained")  # of the value model's head, which it trains
-def test_micro_batches_and_checkpointing_change_nothing_but_memory(tmp_path, model_dir, data, monkeypatch):
-    calls = []
-    forward = LlamaMLP.forward
-
-    def counted(self, x):
-        if x.any():  # `inject` tries a copy of the model whose weights are zeros
-            calls.append(self.training)
-        return forward(self, x)
-
-    monkeypatch.setattr(LlamaMLP, "forward", counted)
+def test_micro_batches_and_checkpointing_change_nothing_but_memory(tmp_path, model_dir, data):
     changes = [{"batch_size": 8}, {"batch_size": 3}, {"batch_size": 3, "gradient_checkpointing": True}]
-    records, counts = [], []
+    records = []
     for index, change in enumerate(changes):
         config = settings(tmp_path / str(index), model_dir, data, max_steps=2, lr=1e-3, fuse_decoder=False, **change)
         run_ppo(config, progress=False)
-        counts.append(len(calls) - sum(counts))
         records.append([drop_timings(record) for record in steps_of(tmp_path / str(index))])
     assert records[1] == records[2]
-    # Two layers of two models, once more for each micro-batch: two in each of 2 minibatches, 2 epochs and 2 steps.
-    assert counts[2] - counts[1] == 2 * 2 * 2 * 2 * 2 * 2 and not any(calls)
     for one, other in zip(records[0], records[1], strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
