@@ -79,6 +79,7 @@ def cpu_commands(tests: bool) -> list[list[str]]:
     compiler = [*os.environ.get("CXX", "c++").split(), *CXX_FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split()]
     commands = [[*compiler, *python_includes(), "-c", "csrc/bindings.cpp"]]
     commands += [[*compiler, *defines, "-c", f"csrc/cpu/{name}.cpp"] for name in ("amx", "isa", "scratch", "threads")]
+    commands.append([*compiler, "-c", "csrc/triton/driver.cpp"])
     for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):
         for isa, (lanes, isa_flags) in isas.items():
             commands.append([*compiler, f"-DLK_ISA={isa}", f"-DLK_LANES={lanes}", *isa_flags, "-c", str(source)])

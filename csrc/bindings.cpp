@@ -1,4 +1,6 @@
-// lora_kernels._C: with tensor.h the only file that knows Python. All checks are made in Python.
+// lora_kernels._C: with tensor.h and triton/bindings.h all that knows Python. All checks are made in Python.
+#include "triton/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -91,6 +93,8 @@ PYBIND11_MODULE(_C, m) {
         if (!enable_amx(enabled)) throw py::value_error("this processor, or its system, has no AMX for bfloat16");
       },
       py::arg("enabled"));
+
+  lora_kernels::triton::define(m);
 
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);

@@ -40,12 +40,16 @@ class Tensor {
     static PyObject* const name = PyUnicode_InternFromString("stride");
     return item(call(name), dim);
   }
+  // torch's own.
+  pybind11::object torch_dtype() const {
+    static PyObject* const name = PyUnicode_InternFromString("dtype");
+    return attribute(name);
+  }
   // One of an enumeration whose first values are float32, bfloat16 and float16.
   template <class DType>
   DType dtype() const {
-    static PyObject* const name = PyUnicode_InternFromString("dtype");
     static PyObject* const* const dtypes = torch_dtypes();
-    const auto dtype = attribute(name);
+    const auto dtype = torch_dtype();
     for (int i = 0; i < 3; ++i)
       if (dtype.ptr() == dtypes[i]) return DType(i);
     throw pybind11::type_error("a tensor is " + std::string(pybind11::str(dtype)) +

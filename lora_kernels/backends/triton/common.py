@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -55,10 +58,92 @@ def wait_for_kernel_before():
     tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
 
 
+class Tile(NamedTuple):
+    """A matrix that a kernel fetches in tiles of rows x columns by the copy engine; becomes a tensor descriptor."""
+
+    tensor: Tensor
+    rows: int
+    columns: int
+
+    def descriptor(self) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(self.tensor, [self.rows, self.columns])
+
+
+def _for_triton(args: Sequence[Any]) -> list[Any]:
+    return [arg.descriptor() if type(arg) is Tile else arg for arg in args]
+
+
 # AMD's kernels are chosen by more than what `launch` looks at.
 _KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None
 # (kernel, device, constants and kinds of arguments) -> what Triton compiled for it, and its constants in their order
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
+@functools.cache
+def _driver() -> Any:
+    """What launches past Triton (csrc/triton), or None where the extension, or NVIDIA's driver, is missing."""
+    try:
+        from lora_kernels._C import TritonLaunches
+
+        return TritonLaunches("libcuda.so.1")
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _watched() -> bool:
+    """Whether a profiler wants to hear from Triton of every launch."""
+    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    # Triton 3.4 has one hook or None, later ones a chain of them.
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+# What `_driver` can launch: these of the metadata, as they are in all kernels that need nothing else.
+_PLAIN = {"num_ctas": 1, "launch_cooperative_grid": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+# Of what Triton says of a descriptor: what `_driver` is told, and what must be false.
+_TOLD, _FALSE = {"swizzle", "elem_size", "elem_type", "block_size"}, {"fp4_padded", "is_im2col"}
+# CUtensorMapDataType
+_ELEMENT_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+_PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.\w(\d+) [^,]*?_param_\d+(?:\[(\d+)\])?")
+
+
+def _described(kernel, compiled, args: Sequence[Any]) -> dict[str, Any] | None:
+    """What `_driver` must know to launch what Triton compiled for these arguments; None where that is not all of it.
+
+    The sizes of all parameters are compared with those in the kernel's assembly, where Triton's own come last: the
+    addresses of scratch memory, which is empty.
+    """
+    metadata, signature = compiled.metadata._asdict(), compiled.src.signature
+    if any(metadata.get(name) != value for name, value in _PLAIN.items()):
+        return None
+    if metadata["shared"] > 228 << 10 or "ptx" not in compiled.asm:
+        return None
+    maps = iter(metadata.get("tensordesc_meta") or ())
+    arguments, sizes = [], []
+    for name, arg in zip(kernel.arg_names, args, strict=False):
+        kind = signature[name]
+        if kind == "constexpr":
+            arguments.append(None)
+        elif isinstance(arg, Tile):
+            told = next(maps, None)
+            if told is None or told.keys() - _FALSE != _TOLD or any(told.get(name) for name in _FALSE):
+                return None
+            element = _ELEMENT_TYPES[arg.tensor.dtype]
+            arguments.append((element, told["elem_size"], told["swizzle"], *told["block_size"]))
+            # The map, then the tensor's shape and strides.
+            sizes += [128, 4, 4, 8, 8]
+        elif kind in ("i32", "i64", "fp32") or kind.startswith("*"):
+            arguments.append("value")
+            sizes.append(4 if kind.endswith("32") and not kind.startswith("*") else 8)
+        else:
+            return None
+    entry = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
+    found = [int(count or int(bits) // 8) for bits, count in _PARAMETER.findall(entry)]
+    nulls = len(found) - len(sizes)
+    if found != sizes + [8] * nulls or nulls > 2:
+        return None
+    return {"compiled": compiled, "function": compiled.function, "num_warps": metadata["num_warps"],
+            "shared_bytes": metadata["shared"], "overlaps": metadata["launch_pdl"], "nulls": nulls,
+            "arguments": arguments}  # fmt: skip
 
 
 class Launcher:
@@ -82,29 +167,35 @@ class Launcher:
         if t.is_cuda and self.index != torch.cuda.current_device():
             self.device = torch.cuda.device(self.index)
         self.family = configs.device_family(self.index) if t.is_cuda else "interpreter"
+        self.driver = _driver() if _KEEPS_COMPILED and not _watched() else None
 
     def launch(self, kernel, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
         """kernel[grid](*args, **constants), the arguments of run time before the constants.
 
         Triton examines each argument and every option in each launch, which takes longer than most of these kernels.
         What it compiled is kept here by what can change it: of a number its type, whether it is 1 and whether 16
-        divides it; of a tensor its dtype; of a descriptor the dtype and the blocks. A tensor that doesn't start at a
-        multiple of 16 bytes goes Triton's way. Tensors are handed over as addresses: those of objects are asked for
-        again, and looked up by the driver.
+        divides it; of a tensor its dtype; of a tile the dtype and the size. A tensor that doesn't start at a multiple
+        of 16 bytes goes Triton's way. The extension finds what is kept and launches it; where it can't, Triton's
+        launcher does, which is given tensors as addresses: those of objects are asked for again, and looked up by the
+        driver.
         """
+        if self.driver is not None and self.driver.launch(kernel, self.index, self.stream, grid, args, constants):
+            return
         if not _KEEPS_COMPILED:
-            kernel[grid](*args, **constants)
+            kernel[grid](*_for_triton(args), **constants)
             return
         key, addresses, values = [id(kernel), self.index, *constants.values()], 0, []
         for arg in args:
             kind = type(arg)
             if kind is int:
-                key.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * (not -(1 << 31) <= arg < 1 << 31))
+                width = 0 if -(1 << 31) <= arg < 1 << 31 else 4 if arg < 1 << 63 else 8
+                key.append((arg == 1) + 2 * (arg % 16 == 0) + width)
             elif arg is None or kind is float:
                 key.append(kind)
-            elif kind is TensorDescriptor:
-                addresses |= arg.base.data_ptr()
-                key += (arg.base.dtype, *arg.block_shape)
+            elif kind is Tile:
+                addresses |= arg.tensor.data_ptr()
+                key += (arg.tensor.dtype, arg.rows, arg.columns)
+                arg = arg.descriptor()
             else:
                 key.append(arg.dtype)
                 arg = arg.data_ptr()
@@ -116,6 +207,9 @@ class Launcher:
             compiled, rest = found
             compiled[grid](*values, *rest, stream=self.stream)
             return
-        compiled = kernel[grid](*args, **constants)
-        if not addresses % 16:
-            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        compiled = kernel[grid](*_for_triton(args), **constants)
+        if addresses % 16:
+            return
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        if _driver() is not None and (described := _described(kernel, compiled, args)):
+            _driver().keep(kernel, self.index, args, constants, **described)

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.parts import ceil_div, in_parts
 from lora_kernels.backends.triton import vendor
@@ -29,7 +28,7 @@ from lora_kernels.reference import dropout_scale, dropout_threshold
 from lora_kernels.types import NF4, Projection
 
 from . import configs
-from .common import INTERPRETED, Launcher, cast, dot, let_next_kernel_start, wait_for_kernel_before
+from .common import INTERPRETED, Launcher, Tile, cast, dot, let_next_kernel_start, wait_for_kernel_before
 from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
 __all__ = [
@@ -655,15 +654,13 @@ class _LoraLauncher(Launcher):
         low_rank = (u if u_parts is None else u_parts, made, lora_e, v)
         if rows is not None:
             flags |= {name: value for name, value in config.items() if name != "EVEN_K"}
-            x_block = [config["BLOCK_M"], config["BLOCK_K"]]
-            w_block = [config["BLOCK_N" if rows else "BLOCK_K"], config["BLOCK_K" if rows else "BLOCK_N"]]
-            descriptors = []
+            w_block = config["BLOCK_N" if rows else "BLOCK_K"], config["BLOCK_K" if rows else "BLOCK_N"]
+            tiled = []
             for x, weight in terms:
-                descriptors.append(TensorDescriptor.from_tensor(x, x_block))
                 stored = weight if weight.stride(1) == 1 else weight.T
-                descriptors.append(TensorDescriptor.from_tensor(stored, w_block))
+                tiled += (Tile(x, config["BLOCK_M"], config["BLOCK_K"]), Tile(stored, *w_block))
             self.launch(
-                _tma_gemm_kernel, (tiles, 1, 1), *descriptors, *[None] * (2 * none), column_scale, bias, *low_rank,
+                _tma_gemm_kernel, (tiles, 1, 1), *tiled, *[None] * (2 * none), column_scale, bias, *low_rank,
                 rng, out, m, n, *depths, v.shape[0], parts, scale, self.threshold, stride_up, u.stride(0), *v.stride(),
                 out.stride(0), W_ROWS=rows, **flags,
             )  # fmt: skip
