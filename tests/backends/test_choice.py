@@ -191,7 +191,7 @@ def fake_gpu(monkeypatch, path):
 
             return run
 
-        return SimpleNamespace(__name__=f"lora_kernels.{name}", **{f: call(f) for f in functions})
+        return SimpleNamespace(__name__=f"lora_kernels.backends.{name}", **{f: call(f) for f in functions})
 
     candidates = {name: module(name) for name in ("triton", "vendor")}
 
