@@ -27,10 +27,11 @@ from lora_kernels.io.adapters import load_adapter
 from lora_kernels.io.models import load_model
 from lora_kernels.methods.registry import METHODS
 from lora_kernels.models.generate import generate
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import evaluate
-from lora_kernels.train.sft import AnswerLoss, run_sft
+from lora_kernels.train.sft import run_sft
 
 HERE = Path(__file__).parent
 TRAIN, EVAL, TEMPLATE = HERE / "demo_train.jsonl", HERE / "demo_eval.jsonl", HERE / "demo_template.jinja"

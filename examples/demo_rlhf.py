@@ -23,7 +23,7 @@ from rlhf_rule import score
 
 from lora_kernels.files import replacing, write_json
 from lora_kernels.train.config import PPOConfig, RewardConfig, SFTConfig
-from lora_kernels.train.loop import METRICS
+from lora_kernels.train.metrics import METRICS
 from lora_kernels.train.ppo.trainer import PLOT, SAMPLES, run_ppo
 from lora_kernels.train.reward import EVALUATION, REWARDS, run_reward
 from lora_kernels.train.sft import run_sft

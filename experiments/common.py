@@ -20,10 +20,11 @@ from lora_kernels.data.dataset import TokenDataset, load_dataset, set_chat_templ
 from lora_kernels.files import replacing, write_json
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import inject, trainable_summary
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import evaluate
-from lora_kernels.train.sft import AnswerLoss, train_sft
+from lora_kernels.train.sft import train_sft
 
 HERE = Path(__file__).parent
 EXAMPLES, RESULTS = HERE.parent / "examples", HERE / "results"

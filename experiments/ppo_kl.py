@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from lora_kernels.files import replacing, write_json
 from lora_kernels.train.config import PPOConfig, SFTConfig
-from lora_kernels.train.loop import METRICS
+from lora_kernels.train.metrics import METRICS
 from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.sft import run_sft
 

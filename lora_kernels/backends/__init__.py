@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_kernels.lazy import exports
 from lora_kernels.sharded import is_sharded
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
@@ -208,3 +209,7 @@ def resolve(x: Tensor, activations: bool = False) -> ModuleType:
         if module.unavailable is None and (takes is None or x.dtype in takes):
             return module
     return _load("reference")
+
+
+# What others ask of single backends, without knowing them.
+__getattr__, __dir__ = exports(__name__, {"for_graphs": "choice", "return_freed_memory": "cpu.memory"})

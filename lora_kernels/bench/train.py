@@ -54,9 +54,9 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module
     from transformers import AutoModelForCausalLM
 
     if contender.startswith("ours"):
+        from lora_kernels.backends import return_freed_memory
         from lora_kernels.io.nf4 import load_nf4_model
         from lora_kernels.models.fuse import fuse_decoder
-        from lora_kernels.train.run import return_freed_memory
 
         # As the trainers do.
         return_freed_memory()
@@ -102,8 +102,8 @@ def step_of(contender: str, model: torch.nn.Module) -> Callable[[Tensor], None]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if contender.startswith("ours"):
         from lora_kernels import LoRAPlusAdamW
+        from lora_kernels.train.causal_lm import AnswerLoss
         from lora_kernels.train.graphs import DecoderGraphs
-        from lora_kernels.train.sft import AnswerLoss
 
         answer_loss = AnswerLoss(model)
         if contender.endswith("-graphs"):

@@ -481,7 +481,7 @@ def _load(
 def _read_prompts(prompts: list[str], files: list[str] | None) -> list[Any]:
     prompts = list(prompts)
     if files:
-        from lora_kernels.models.generate import read_prompts
+        from lora_kernels.data.prompts import read_prompts
 
         prompts += [prompt for prompt, _ in read_prompts(files)]
     if not prompts:

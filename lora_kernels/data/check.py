@@ -20,13 +20,13 @@ from lora_kernels.data.messages import (
     with_empty_answer,
 )
 from lora_kernels.data.pairs import is_preference, to_pair
+from lora_kernels.data.prompts import prompt_of
 from lora_kernels.data.records import (
     PROMPT_SUFFIXES,
     Source,
     describe,
     load_records,
 )
-from lora_kernels.models.generate import prompt_of
 
 KINDS = {
     "preference": "preference pairs (reward, dpo)",

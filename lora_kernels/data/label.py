@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lora_kernels.data.messages import asked, said
+from lora_kernels.data.prompts import prompt_of
 from lora_kernels.data.records import load_records
-from lora_kernels.models.generate import prompt_of
 
 KEYS = {"1": "first", "2": "second", "s": "skip", "q": "quit"}
 _ATTEMPTS = 4

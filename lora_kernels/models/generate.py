@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lora_kernels.data.messages import (
-    Conversation,
-    Prompt,
-    asked,
-    message,
-)
+from lora_kernels.data.chat import Renderer
+from lora_kernels.data.messages import Conversation, Prompt, message
+from lora_kernels.data.prompts import encode_prompt
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import learned_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from lora_kernels.data.records import Source
 
 
 def generate(
@@ -98,31 +93,6 @@ def generate(
     return answers
 
 
-def read_prompts(source: Source) -> Iterator[tuple[Prompt, Any]]:
-    """(prompt, record) of each record of data files, see `lora_kernels.data.records.load_records`; of a .txt file each
-    line is a prompt, and its record {"prompt": line}.
-
-    Of a training record the last answer is left out, or both of a preference pair; one without an answer, be it that
-    its messages end with the user's, is all prompt. Raises FileNotFoundError, and ValueError that names file and line
-    for a bad record.
-    """
-    from lora_kernels.data.records import PROMPT_SUFFIXES, load_records
-
-    for record, where in load_records(source, suffixes=PROMPT_SUFFIXES):
-        yield prompt_of(record, where), record
-
-
-def prompt_of(record: Any, where: str) -> Prompt:
-    """The prompt of a training record; ValueError starting with `where` for a bad record."""
-    from lora_kernels.data import messages
-    from lora_kernels.data.pairs import is_preference, to_pair
-
-    if is_preference(record):
-        pair = to_pair(record, where)
-        return messages.prompt_with(pair.prompt, pair.chosen.tools, pair.chosen.template_kwargs)
-    return messages.prompt_of(record, where)
-
-
 def stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> set[int]:
@@ -136,8 +106,6 @@ def stop_tokens(
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> int | None:
     """The special token with which `chat_template`, else the tokenizer's own, ends an answer, if it has one."""
-    from lora_kernels.data.chat import Renderer
-
     if not (chat_template or tokenizer.chat_template):
         return None
     renderer = Renderer(tokenizer, chat_template)
@@ -155,27 +123,3 @@ def stop_at_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     stops = sorted(stop_tokens(model, tokenizer))
     if stops:
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    chat_template: str | None = None,
-    where: str = "prompt",
-    **rendering: Any,
-) -> list[int]:
-    """Token ids of `prompt` up to where the answer starts. Raises ValueError starting with `where` for an empty prompt,
-    and for one that the chat template refuses. rendering: `date` and `vocab_size` of `Renderer`."""
-    from lora_kernels.data.chat import Renderer
-
-    renderer = Renderer(tokenizer, chat_template, **rendering)
-    if chat_template or tokenizer.chat_template:
-        ids = renderer.prompt(asked(prompt, where))
-    elif isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-        renderer.check_ids(ids, where)
-    else:
-        raise ValueError(f"{where}: a list of chat messages, but the tokenizer has no chat template")
-    if not ids:
-        raise ValueError(f"{where} is empty")
-    return ids

@@ -1,6 +1,7 @@
-"""Going on from an adapter: what its files say about the run, and putting it into the model."""
+"""The adapter of a run: made as its settings say, or one to go on from, whose files have a say in the settings."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,24 @@ from lora_kernels.train.config import TrainConfig
 
 # What PEFT takes where its file says nothing.
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "use_rslora": False}
+
+
+def method_config(config: TrainConfig) -> Any:
+    """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
+    named = {name: target_modules(getattr(config, name)) for name in ("target", "exclude_modules")}
+    return METHODS[config.method].make_config({**config.to_dict(), **named})
+
+
+def target_modules(target: str | list[str] | None) -> str | list[str] | None:
+    """A name, or names with commas between, as a list; "all", "all-linear" and regular expressions as they are."""
+    if (
+        target is None
+        or isinstance(target, list)
+        or target in ("all", "all-linear")
+        or not re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", target)
+    ):
+        return target
+    return re.split(r"\s*,\s*", target)
 
 
 def check_adapter(config: TrainConfig) -> None:

@@ -162,10 +162,11 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     from lora_kernels.io.models import load_model
     from lora_kernels.io.whole_model import is_model_directory
     from lora_kernels.methods import merge, trainable_summary
+    from lora_kernels.train.causal_lm import AnswerLoss
     from lora_kernels.train.launch import make_accelerator
-    from lora_kernels.train.loop import METRICS, evaluate
-    from lora_kernels.train.plots import read_metrics
-    from lora_kernels.train.sft import AnswerLoss, run_sft
+    from lora_kernels.train.loop import evaluate
+    from lora_kernels.train.metrics import METRICS, read_metrics
+    from lora_kernels.train.sft import run_sft
 
     config = SFTConfig(**job["config"])
     directory = Path(config.output_dir)

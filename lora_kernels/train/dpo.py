@@ -17,12 +17,13 @@ from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.methods.named import REFERENCE, reference
 from lora_kernels.methods.registry import METHODS
 from lora_kernels.ops.cross_entropy import IGNORE_INDEX
+from lora_kernels.train.causal_lm import AnswerLoss, check_context
 from lora_kernels.train.config import DPOConfig
 from lora_kernels.train.launch import computed_together, make_accelerator
-from lora_kernels.train.loop import Callback, to_device
+from lora_kernels.train.loop import to_device
+from lora_kernels.train.metrics import Callback
 from lora_kernels.train.rl import dpo_loss, pair_sums
-from lora_kernels.train.run import TrainResult, check_context, start, train
-from lora_kernels.train.sft import AnswerLoss
+from lora_kernels.train.run import TrainResult, start, train
 
 
 class DPOLoss(AnswerLoss):

@@ -1,6 +1,7 @@
 """A decoder's hidden states by CUDA graphs, for models so small that the GPU waits for Python."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -9,8 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.backends import choice as strategy
-from lora_kernels.backends.parts import ceil_div
+from lora_kernels.backends import for_graphs
 
 # Rows are padded to one of so many lengths: each has graphs of its own, with the gradients of all parameters.
 _LENGTHS = 8
@@ -80,7 +80,7 @@ class DecoderGraphs:
         if any(kind in rope for kind in _BY_LENGTH):
             raise ValueError(f"cuda_graphs pads rows, on which this model's rotary embedding depends: {rope}")
         self.decoder = decoder
-        self._step = 8 * ceil_div(longest, 8 * _LENGTHS)
+        self._step = 8 * math.ceil(longest / (8 * _LENGTHS))
         self._context = getattr(config, "max_position_embeddings", None) or longest + self._step
         # Of the parameters with a gradient one is enough to look at, since all are treated alike.
         self._trained = next((p for p in decoder.parameters() if p.requires_grad), None)
@@ -95,7 +95,7 @@ class DecoderGraphs:
                 "a gradient is not None: with graphs each backward needs optimizer.zero_grad() before it"
             )
         length = input_ids.shape[1]
-        padded_length = max(length, min(self._context, self._step * ceil_div(length, self._step)))
+        padded_length = max(length, min(self._context, self._step * math.ceil(length / self._step)))
         padded = F.pad(input_ids, (0, padded_length - length))
         self._seen[padded.shape] += 1
         if self._seen[padded.shape] <= _STEPS_BEFORE:
@@ -111,7 +111,7 @@ class DecoderGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         module = _LastHiddenState(self.decoder)
         # The passes that warm up would take random numbers from those of training.
-        with torch.random.fork_rng([input_ids.device]), strategy.for_graphs(), _one_sequence_a_row():
+        with torch.random.fork_rng([input_ids.device]), for_graphs(), _one_sequence_a_row():
             try:
                 sample = (input_ids.clone(),)
                 return torch.cuda.make_graphed_callables(module, sample, allow_unused_input=True, pool=self._pool)

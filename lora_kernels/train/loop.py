@@ -1,13 +1,11 @@
 """The training loop: steps, learning rate, accumulation, evaluation, metrics, checkpoints; one or many processes."""
 
-import dataclasses
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from lora_kernels.data.dataset import batches_by_length
-from lora_kernels.files import append, reading, replacing
+from lora_kernels.files import append
 from lora_kernels.methods.apply import training_hook
 from lora_kernels.methods.lora import shorten
 from lora_kernels.methods.modes import eval_mode
@@ -39,11 +37,10 @@ from lora_kernels.train.checkpoint import (
 )
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.launch import check_launcher, wait_for_everyone
+from lora_kernels.train.metrics import METRICS, Callback, truncate_metrics
 from lora_kernels.train.progress import Progress
+from lora_kernels.train.steps import StepPlan, lr_factor, prolonged
 from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
-
-Callback = Callable[[dict[str, Any]], None]
-METRICS = "metrics.jsonl"
 
 
 class Dataset(Protocol):
@@ -66,118 +63,6 @@ class Dataset(Protocol):
     def digest(self) -> str:
         """Something that differs where the data differ."""
         ...
-
-
-def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
-    """The learning rate of step `step` (from 0) as a fraction of the peak.
-
-    (step + 1) / warmup_steps in the warm-up, whose last step is at the peak; then, with
-    t = (step - warmup_steps) / (total_steps - warmup_steps): (1 + cos(pi t)) / 2, 1 - t, or 1.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "constant": 1.0}[scheduler]
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which rows each optimizer step, micro-batch and process sees: a pure function of the step, so resuming is exact.
-
-    Step s takes rows [s G, (s + 1) G) of the epochs' permutations laid end to end, G = batch_size * accumulation *
-    processes; the last step takes what is left. The rows of a step do not depend on how G is made up. Where a run goes
-    on after a last step that was `short` by some rows, each later step starts so much earlier.
-    """
-
-    rows: int
-    batch_size: int
-    accumulation: int
-    processes: int
-    epochs: float
-    max_steps: int | None
-    seed: int
-    short: int = 0
-
-    @property
-    def sequences_per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.processes
-
-    @property
-    def sequences(self) -> int:
-        if self.max_steps:
-            return self.max_steps * self.sequences_per_step - self.short
-        # 2.2 · 50 is a little more than 110.
-        return math.ceil(round(self.epochs * self.rows, 6))
-
-    @property
-    def total_steps(self) -> int:
-        return math.ceil((self.sequences + self.short) / self.sequences_per_step)
-
-    @property
-    def identity(self) -> dict[str, int]:
-        """What `prolonged` has to know of the plan of the run that it goes on with."""
-        return {"total_steps": self.total_steps, "sequences": self.sequences}
-
-    def step_rows(self, step: int) -> list[int]:
-        """Row indices of one optimizer step over all processes."""
-        start = step * self.sequences_per_step - self.short
-        end = min(start + self.sequences_per_step, self.sequences)
-        rows = []
-        while start < end:
-            epoch, offset = divmod(start, self.rows)
-            taken = min(end - start, self.rows - offset)
-            rows += _permutation(self.rows, self.seed, epoch)[offset : offset + taken].tolist()
-            start += taken
-        return rows
-
-    def seen(self, step: int) -> int:
-        """Rows in the steps before `step`."""
-        return min(step * self.sequences_per_step - self.short, self.sequences)
-
-    def micro_batches(self, rows: Sequence[int], lengths: np.ndarray, process: int) -> list[list[int]]:
-        """This process's share of a step's rows; equally many micro-batches on each process, some maybe empty.
-
-        Rows of like length go together: the step's gradient is the same, with less padding.
-        """
-        rows = sorted(rows, key=lambda row: -lengths[row])
-        stride = self.batch_size * self.processes
-        first = range(0, len(rows), stride)
-        return [rows[at : at + stride][process :: self.processes] for at in first]
-
-
-def prolonged(plan: StepPlan, state: Any, saved: dict[str, Any], config: TrainConfig) -> tuple[StepPlan, str]:
-    """The plan of a run that goes on from `state`, and what to say where the run was `saved` with another plan.
-
-    Sets state.short by how much the last step of that plan was short. Raises ValueError where more steps are done than
-    the new plan has.
-    """
-    plan = dataclasses.replace(plan, short=state.short)
-    if plan.total_steps < state.step:
-        asked = f"max_steps {config.max_steps}" if config.max_steps else f"epochs {config.epochs:g}"
-        raise ValueError(
-            f"can't resume {config.output_dir}: {asked} is {plan.total_steps} steps, and {state.step} are done; "
-            f"allowed: {state.step} steps or more"
-        )
-    before = saved.get("sequences", plan.sequences)
-    if before == plan.sequences or state.step == plan.total_steps:
-        return plan, ""
-    state.short += max(0, state.step * plan.sequences_per_step - plan.short - before)
-    plan = dataclasses.replace(plan, short=state.short)
-    return plan, (
-        f"the run has {plan.total_steps} steps now, {saved['total_steps']} when its checkpoint was written; "
-        f"the learning rate follows the new number from step {state.step + 1} on"
-    )
-
-
-_cached_permutation: tuple[tuple[int, int, int], np.ndarray] | None = None
-
-
-def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    global _cached_permutation
-    key = (rows, seed, epoch)
-    if _cached_permutation is None or _cached_permutation[0] != key:
-        _cached_permutation = (key, np.random.default_rng([seed, epoch]).permutation(rows))
-    return _cached_permutation[1]
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> LoRAPlusAdamW:
@@ -502,31 +387,3 @@ def evaluate(module: nn.Module, dataset: Dataset, batch_size: int, accelerator: 
             sums.add(module(**to_device(dataset.batch(indices), accelerator)), 1.0 if mine else 0.0)
     count = int(dataset.loss_counts.sum())
     return {name: total / count for name, total in sums.over_all_processes().items()}
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again, and a last line that a kill cut short.
-
-    Raises ValueError naming file and line for another one that is not a record.
-    """
-    if not path.exists():
-        return
-    kept = []
-    with reading(path):
-        # Not splitlines(): that also splits at U+2028 and its like, which samples may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            with reading(f"{path}, line {number},", "; mend it or take it out"):
-                later = json.loads(line)["step"] > step
-        except ValueError:
-            if number < len(lines):
-                raise
-            break
-        if later:
-            break
-        kept.append(line + "\n")
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_kernels.files import replacing
+from lora_kernels.train.metrics import read_metrics
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Records of a metrics.jsonl, one JSON object a line.
-
-    A last line without its newline is left out, since that is what a run killed while writing leaves. Raises ValueError
-    that names file and line for any other line that is not a JSON object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"metrics file {path} does not exist")
-    text = path.read_text(encoding="utf-8")
-    records = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
-        records.append(record)
-    return records
 
 
 def smooth(values: list[float], weight: float) -> list[float]:

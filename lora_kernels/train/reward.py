@@ -28,12 +28,14 @@ from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.methods.modes import eval_mode, train_adapters
 from lora_kernels.methods.virtual_tokens import context_length, find_decoder
 from lora_kernels.models.generate import generate
+from lora_kernels.train.causal_lm import check_context
 from lora_kernels.train.config import RewardConfig
 from lora_kernels.train.launch import computed_together, make_accelerator, wait_for_everyone
-from lora_kernels.train.loop import Callback
+from lora_kernels.train.metrics import Callback
+from lora_kernels.train.output_dir import TEMPLATE
 from lora_kernels.train.plots import plot_rewards
 from lora_kernels.train.rl import pair_sums, reward_loss
-from lora_kernels.train.run import TEMPLATE, Run, TrainResult, check_context, start, train
+from lora_kernels.train.run import Run, TrainResult, start, train
 
 HEAD = "score"
 NORMALIZATION, EVALUATION, REWARDS = "reward_normalization.json", "reward_eval.json", "rewards.png"

@@ -1,32 +1,24 @@
 """What every trainer's run consists of, whatever it trains on: load, inject, train, save."""
 
-import ctypes
 import dataclasses
 import datetime
 import importlib
 import os
-import re
-import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from lora_kernels.backends import backend_option
-from lora_kernels.backends.cpu import memory as recycling
+from lora_kernels.backends import backend_option, return_freed_memory
 from lora_kernels.data.chat import set_chat_template
 from lora_kernels.data.messages import Prompt
+from lora_kernels.data.prompts import encode_prompt, read_prompts
 from lora_kernels.data.records import (
     PROMPT_SUFFIXES,
     Source,
@@ -38,18 +30,18 @@ from lora_kernels.io.adapters import save_adapter as save_to_directory
 from lora_kernels.io.models import load_model
 from lora_kernels.methods.apply import inject
 from lora_kernels.methods.registry import METHODS
-from lora_kernels.methods.virtual_tokens import context_length, learned_positions
+from lora_kernels.methods.virtual_tokens import context_length
 from lora_kernels.models.fuse import fuse_decoder
-from lora_kernels.models.generate import encode_prompt, read_prompts, stop_at_turn_end
-from lora_kernels.train.adapter import check_adapter, go_on
-from lora_kernels.train.checkpoint import find_checkpoint, saved_run
+from lora_kernels.models.generate import stop_at_turn_end
+from lora_kernels.train.activation_checkpointing import enable_checkpointing
+from lora_kernels.train.adapter import check_adapter, go_on, method_config, target_modules
+from lora_kernels.train.checkpoint import saved_run
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.launch import make_accelerator, wait_for_everyone
-from lora_kernels.train.loop import METRICS, Callback, Dataset, Loop
+from lora_kernels.train.loop import Dataset, Loop
+from lora_kernels.train.metrics import METRICS, Callback, TensorBoard, summary_writer
+from lora_kernels.train.output_dir import CONFIG, PLOT, RANKS, TEMPLATE, check_output_dir
 from lora_kernels.train.plots import plot_loss, plot_ranks
-
-_M_MMAP_THRESHOLD = -3  # of malloc.h
-CONFIG, PLOT, RANKS, TEMPLATE = "config.yaml", "loss.png", "ranks.png", "chat_template.jinja"
 
 
 @dataclass
@@ -218,58 +210,6 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     return run
 
 
-def return_freed_memory() -> None:
-    """Have glibc return a large tensor's memory when it is freed, unless MALLOC_MMAP_THRESHOLD_ is set; else nothing.
-
-    glibc raises the size from which it does so to that of the largest tensor freed so far, up to 32 MiB. Activations
-    then come from one heap, whose gaps between small allocations stay with the process: as much again as it uses. The
-    large results of our own ops are recycled instead, since fresh pages for each of them would take longer.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        libc.mallopt(_M_MMAP_THRESHOLD, recycling.LARGE)
-        recycling.enable()
-
-
-def check_output_dir(config: TrainConfig) -> None:
-    """FileExistsError where `output_dir` holds a run and the configuration does not say to resume it, PermissionError
-    where it can't be written."""
-    directory = Path(config.output_dir)
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise FileExistsError(f"output_dir {directory}: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_dir {directory}: {there} can't be written to")
-    found = [
-        name for name in (METRICS, "adapter_model.safetensors", "model.safetensors") if (directory / name).exists()
-    ]
-    if find_checkpoint(directory):
-        found.append("a checkpoint")
-    if found and not config.resume:
-        raise FileExistsError(
-            f"output_dir {directory} holds another run ({', '.join(found)}); choose another one, "
-            "or set resume to continue"
-        )
-
-
-def method_config(config: TrainConfig) -> Any:
-    """The config of `lora_kernels.methods` that the settings of a run mean. Raises ValueError as its class does."""
-    named = {name: target_modules(getattr(config, name)) for name in ("target", "exclude_modules")}
-    return METHODS[config.method].make_config({**config.to_dict(), **named})
-
-
-def target_modules(target: str | list[str] | None) -> str | list[str] | None:
-    """A name, or names with commas between, as a list; "all", "all-linear" and regular expressions as they are."""
-    if (
-        target is None
-        or isinstance(target, list)
-        or target in ("all", "all-linear")
-        or not re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", target)
-    ):
-        return target
-    return re.split(r"\s*,\s*", target)
-
-
 def train(
     module: nn.Module,
     model: nn.Module,
@@ -331,79 +271,3 @@ def train(
         eval_loss=loop.last_eval_loss,
         best_eval_loss=loop.state.best_eval_loss,
     )
-
-
-def check_context(model: nn.Module, datasets: Sequence[Dataset | None], config: TrainConfig) -> None:
-    """ValueError where the virtual tokens and the longest row of the data are more than the model's context holds;
-    without virtual tokens a warning, unless the positions are learned, of which there are no more."""
-    virtual = getattr(getattr(model, "virtual_tokens", None), "num_virtual_tokens", 0)
-    context, longest = context_length(model), max(data.longest for data in datasets if data is not None)
-    if context is None or virtual + longest <= context:
-        return
-    text = f"the longest row of {longest} tokens exceeds the model's context of {context}"
-    if virtual:
-        raise ValueError(
-            f"num_virtual_tokens {virtual} and {text.replace('exceeds', 'exceed')}; lower max_length "
-            f"({config.max_length}) or num_virtual_tokens"
-        )
-    if learned_positions(model) is not None:
-        raise ValueError(f"{text}; lower max_length ({config.max_length})")
-    warnings.warn(f"{text}; with max_length {context} no row would go beyond what it was trained on", stacklevel=2)
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Have transformers' layers recompute their activations in backward. Twice does no harm.
-
-    Not by transformers' own switch, which acts in training mode only: the base model of DPO, PPO and reward models is
-    in evaluation mode. Raises ValueError for a model without such layers.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no layers that can recompute activations")
-    for layer in layers:
-        if not hasattr(layer.forward, "recomputing"):
-            layer.forward = MethodType(_recomputing(layer.forward.__func__), layer)
-
-
-def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(forward)
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(self, *args, **kwargs)
-        # Not reentrant: a reentrant checkpoint whose inputs need no gradient, as with frozen embeddings, yields none.
-        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
-
-    wrapped.recomputing = True
-    return wrapped
-
-
-def summary_writer() -> type:
-    """TensorBoard's class; ValueError without the package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"tensorboard is set, but the package tensorboard can't be imported: {error}") from error
-    return SummaryWriter
-
-
-class TensorBoard:
-    """A callback that repeats every number of a record to TensorBoard.
-
-    first_step: what an earlier run has written of this step and of later ones is hidden.
-    """
-
-    def __init__(self, directory: Path, first_step: int) -> None:
-        self.writer = summary_writer()(os.fspath(directory / "tensorboard"), purge_step=first_step)
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, record["step"])
-
-    def __enter__(self) -> "TensorBoard":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.writer.close()

@@ -275,8 +275,8 @@ def test_a_decoder_as_graphs():
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from lora_kernels import LoRAConfig, inject
+    from lora_kernels.train.causal_lm import AnswerLoss
     from lora_kernels.train.graphs import DecoderGraphs
-    from lora_kernels.train.sft import AnswerLoss
 
     sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from lora_kernels.data.check import check_file
 from lora_kernels.data.dataset import build_dataset
 from lora_kernels.data.messages import to_conversation
 from lora_kernels.data.pairs import to_pair
-from lora_kernels.models.generate import encode_prompt, prompt_of
+from lora_kernels.data.prompts import encode_prompt, prompt_of
 
 WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"

@@ -20,7 +20,7 @@ from lora_kernels.cli.commands import app
 from lora_kernels.data.check import check_file, marked
 from lora_kernels.data.label import append, label, mend
 from lora_kernels.data.pairs import load_pairs
-from lora_kernels.models.generate import read_prompts
+from lora_kernels.data.prompts import read_prompts
 
 PAIR = {"prompt": "say one", "chosen": "one", "rejected": "two two"}
 

@@ -30,9 +30,9 @@ from lora_kernels.methods.adalora import RankAllocator, Triplets, orthogonality
 from lora_kernels.methods.lora import lora_modules, replace_module
 from lora_kernels.nn.nf4_linear import NF4Linear
 from lora_kernels.train import loop
+from lora_kernels.train.adapter import method_config
 from lora_kernels.train.config import SFTConfig
 from lora_kernels.train.plots import plot_ranks
-from lora_kernels.train.run import method_config
 from lora_kernels.train.sft import run_sft, train_sft
 
 ORACLE = TESTS / "oracles" / "adalora_oracle.json"

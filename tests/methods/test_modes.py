@@ -17,14 +17,14 @@ from lora_kernels.methods.lora import LoRAConfig, lora_modules
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.named import add_adapter, use_adapter
 from lora_kernels.models.generate import generate
+from lora_kernels.train.activation_checkpointing import enable_checkpointing
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.config import PPOConfig
 from lora_kernels.train.dpo import DPOLoss
 from lora_kernels.train.launch import make_accelerator
 from lora_kernels.train.loop import evaluate
 from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.reward import RewardLoss, RewardModel, attach_head, evaluate_pairs
-from lora_kernels.train.run import enable_checkpointing
-from lora_kernels.train.sft import AnswerLoss
 
 # A model of each kind of randomness: modules, functions, numbers in the config, layers left out, noise of a router.
 FAMILIES = {

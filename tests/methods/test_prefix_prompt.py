@@ -28,8 +28,9 @@ from lora_kernels import (
     trainable_summary,
 )
 from lora_kernels.data.dataset import build_dataset
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.sft import AnswerLoss, run_sft, train_sft
+from lora_kernels.train.sft import run_sft, train_sft
 
 KINDS = ["llama", "gpt2", "qwen2"]
 CONFIGS = [PrefixConfig, PromptConfig]

@@ -465,7 +465,7 @@ def test_losses_are_those_of_peft_on_bitsandbytes(tmp_path, model_dir, use_dora)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ours = [json.loads(line)["loss"] for line in lines]
 
-    from lora_kernels.train.loop import StepPlan
+    from lora_kernels.train.steps import StepPlan
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32

@@ -38,7 +38,7 @@ from lora_kernels.nn.bypassed import NEVER_CALLED, bypassed_layers, layers_read
 from lora_kernels.nn.hooks import FAST_PATHS
 from lora_kernels.nn.lora_linear import FusedLoRALinear, not_linear
 from lora_kernels.nn.nf4_linear import NF4Linear
-from lora_kernels.train.sft import AnswerLoss
+from lora_kernels.train.causal_lm import AnswerLoss
 
 _SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}

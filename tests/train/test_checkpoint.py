@@ -29,7 +29,7 @@ from lora_kernels.files import (
 from lora_kernels.methods import adalora, full, inject
 from lora_kernels.methods.lora import LoRAConfig
 from lora_kernels.train.checkpoint import LoopState, find_checkpoint, load_state, save_checkpoint, weights_digest
-from lora_kernels.train.loop import truncate_metrics
+from lora_kernels.train.metrics import truncate_metrics
 
 
 @contextmanager

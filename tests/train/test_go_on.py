@@ -19,13 +19,14 @@ from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.io.models import load_model
 from lora_kernels.methods import AdaLoRAConfig, PrefixConfig, PromptConfig, inject
 from lora_kernels.methods.lora import LoRAConfig, lora_modules
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.checkpoint import find_checkpoint
 from lora_kernels.train.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from lora_kernels.train.dpo import run_dpo
 from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.reward import run_reward
 from lora_kernels.train.run import start
-from lora_kernels.train.sft import AnswerLoss, run_sft
+from lora_kernels.train.sft import run_sft
 
 _TARGETS = ["q_proj", "up_proj"]
 _KINDS = {

@@ -10,8 +10,8 @@ from tiny_sft import losses, settings, train_tiny
 from lora_kernels import LoRAConfig, inject
 from lora_kernels.backends import choice as strategy
 from lora_kernels.train import sft
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.graphs import DecoderGraphs, check_graphs
-from lora_kernels.train.sft import AnswerLoss
 
 
 @pytest.fixture

@@ -4,12 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lora_kernels.train.plots import (
-    plot_loss,
-    plot_rewards,
-    read_metrics,
-    smooth,
-)
+from lora_kernels.train.metrics import read_metrics
+from lora_kernels.train.plots import plot_loss, plot_rewards, smooth
 
 
 def write(path, records, tail=""):

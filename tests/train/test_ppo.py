@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 
 from lora_kernels import use_backend
 from lora_kernels.cli.commands import app
+from lora_kernels.data.prompts import encode_prompt
 from lora_kernels.io.adapters import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
 from lora_kernels.methods.named import adapter_names, use_adapter
-from lora_kernels.models.generate import encode_prompt
 from lora_kernels.testing import assert_close_to_reference
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.config import PPOConfig, RewardConfig
 from lora_kernels.train.ppo import trainer as ppo
 from lora_kernels.train.ppo.learner import Learner
@@ -38,7 +39,6 @@ from lora_kernels.train.ppo.rollout import (
 )
 from lora_kernels.train.ppo.trainer import run_ppo
 from lora_kernels.train.reward import HEAD, attach_head, load_reward_model, run_reward
-from lora_kernels.train.sft import AnswerLoss
 
 TIMINGS = ("tokens_per_second", "eval_seconds", "seconds/rollout", "seconds/score", "seconds/update")
 

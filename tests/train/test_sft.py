@@ -19,12 +19,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_kernels.data.dataset import TokenDataset, build_dataset
 from lora_kernels.methods.lora import LoRAConfig, inject
-from lora_kernels.train import loop, run
-from lora_kernels.train import plots as report
+from lora_kernels.train import loop, metrics
+from lora_kernels.train.adapter import target_modules
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.config import SFTConfig
-from lora_kernels.train.loop import StepPlan, lr_factor, truncate_metrics
-from lora_kernels.train.run import target_modules
-from lora_kernels.train.sft import AnswerLoss, run_sft, train_sft
+from lora_kernels.train.metrics import truncate_metrics
+from lora_kernels.train.sft import run_sft, train_sft
+from lora_kernels.train.steps import StepPlan, lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +241,7 @@ def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path, monkeypatch
         if record["step"] == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "summary_writer", lambda: Writer)
+    monkeypatch.setattr(metrics, "summary_writer", lambda: Writer)
     plan = {"max_steps": 6, "batch_size": 4, "save_steps": 2, "tensorboard": True}
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path, callbacks=[stop], **plan)
@@ -526,7 +527,7 @@ def test_truncate_metrics_drops_later_steps_and_a_cut_line(tmp_path):
     truncate_metrics(path, 2)
     kept = path.read_text(encoding="utf-8")
     assert kept == '{"step": 1}\n{"step": 2, "text": "a\u2028b\x85"}\n{"step": 2}\n'
-    assert len(report.read_metrics(path)) == 3
+    assert len(metrics.read_metrics(path)) == 3
 
 
 def test_target_modules():

@@ -2,7 +2,7 @@
 
 numpy's memory comes in huge pages where Linux has them for those who ask, with one fault for 512 pages: larger results
 are from there. Where glibc gives a large tensor's memory back as soon as it is freed, as the trainers have it
-(`return_freed_memory` in `lora_kernels.train.run`), each activation would still come from fresh pages. With `enable`,
+(`return_freed_memory`), each activation would still come from fresh pages. With `enable`,
 those that our own ops make come from blocks of earlier ones that nothing refers to any more. A block is made only where
 no free one fits. All blocks together take the most that was in use at one time, and do so until the process ends.
 
@@ -11,8 +11,10 @@ Such results are ordinary tensors but for `resize_` to more elements, which torc
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 # Bytes from which a result is worth a block.
 LARGE = 1 << 20
 # Bytes from which numpy asks for huge pages.
@@ -111,6 +114,19 @@ _pool: Pool | None = None
 def enable() -> None:
     global _pool
     _pool = _pool or Pool()
+
+
+def return_freed_memory() -> None:
+    """Have glibc return a large tensor's memory when it is freed, unless MALLOC_MMAP_THRESHOLD_ is set; else nothing.
+
+    glibc raises the size from which it does so to that of the largest tensor freed so far, up to 32 MiB. Activations
+    then come from one heap, whose gaps between small allocations stay with the process: as much again as it uses. The
+    large results of our own ops are recycled instead, since fresh pages for each of them would take longer.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE)
+        enable()
 
 
 def _after_fork() -> None:

@@ -10,9 +10,9 @@ from lora_kernels.io.peft import add_saved_adapter
 from lora_kernels.methods.lora import LoRAConfig, lora_modules
 from lora_kernels.methods.named import REFERENCE, add_adapter, reference, use_adapter
 from lora_kernels.ops.cross_entropy import chunked_logprobs
+from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.ppo.rollout import EpisodeBatch
 from lora_kernels.train.reward import HEAD, read_normalization
-from lora_kernels.train.sft import AnswerLoss
 
 
 class Roles:

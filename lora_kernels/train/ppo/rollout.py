@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lora_kernels.methods.virtual_tokens import cache_argument
 from lora_kernels.ops.cross_entropy import IGNORE_INDEX
 from lora_kernels.ops.lora_linear import frozen_linear
-from lora_kernels.train.sft import AnswerLoss
+from lora_kernels.train.causal_lm import AnswerLoss
 
 
 @dataclass

@@ -23,6 +23,7 @@ from lora_kernels.files import append
 from lora_kernels.methods import trainable_summary
 from lora_kernels.models.generate import stop_tokens
 from lora_kernels.train import rl
+from lora_kernels.train.activation_checkpointing import enable_checkpointing
 from lora_kernels.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -33,8 +34,9 @@ from lora_kernels.train.checkpoint import (
     weights_digest,
 )
 from lora_kernels.train.config import PPOConfig
-from lora_kernels.train.loop import METRICS, Callback, StepPlan, lr_factor, prolonged, truncate_metrics
-from lora_kernels.train.plots import plot_ppo, read_metrics
+from lora_kernels.train.metrics import METRICS, Callback, TensorBoard, read_metrics, truncate_metrics
+from lora_kernels.train.output_dir import CONFIG, TEMPLATE
+from lora_kernels.train.plots import plot_ppo
 from lora_kernels.train.ppo.learner import Learner
 from lora_kernels.train.ppo.reward_function import (
     FunctionReward,
@@ -46,7 +48,8 @@ from lora_kernels.train.ppo.roles import Roles
 from lora_kernels.train.ppo.rollout import Episode, sample
 from lora_kernels.train.progress import Progress
 from lora_kernels.train.reward import HEAD, attach_head
-from lora_kernels.train.run import CONFIG, TEMPLATE, PromptRow, Run, TensorBoard, enable_checkpointing, start
+from lora_kernels.train.run import PromptRow, Run, start
+from lora_kernels.train.steps import StepPlan, lr_factor, prolonged
 from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
 
 SAMPLES, PLOT = "samples.jsonl", "ppo.png"
