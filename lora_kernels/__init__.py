@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_kernels.methods.named import add_adapter, use_adapter
     from lora_kernels.methods.prefix import PrefixConfig
     from lora_kernels.methods.prompt import PromptConfig
+    from lora_kernels.models.fuse import fuse_decoder
     from lora_kernels.nn.lora_linear import FusedLoRALinear
     from lora_kernels.nn.nf4_linear import NF4Linear
     from lora_kernels.ops.lora_linear import lora_linear, lora_linear_group
