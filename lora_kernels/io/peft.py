@@ -14,7 +14,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -294,36 +294,58 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     Returns the model. Raises FileNotFoundError if a file is missing, and ValueError, naming the field, tensor or
     module, if the adapter is of a kind that is not supported or doesn't fit the model.
     """
-    directory = Path(directory)
-    raw = read_config(directory / CONFIG_NAME)
-    tensors = read_tensors(directory / WEIGHTS_NAME)
-    config = lora_config(model, raw, tensors, directory / CONFIG_NAME)
+    return load_as(_LORA, model, directory, trainable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the LoRA adapters of a method have of their own in these files.
+
+    read(model, raw, tensors, path): their config, of what both files hold. tensors(model): those of an injected model
+    by PEFT's key, which share memory with the model. shapes(config, name, N, K, tensors): by the end of the key, of the
+    adapter on a layer with a weight [N, K]. scaling(config, name): of a layer, and how it comes about. put_in(model,
+    config, tensors): injects.
+    """
+
+    read: Callable[..., Any]
+    tensors: Callable[[nn.Module], dict[str, Tensor]]
+    shapes: Callable[..., dict[str, tuple[int, ...]]]
+    scaling: Callable[[Any, str], tuple[float, str]]
+    put_in: Callable[..., None]
+
+
+def load_as(form: Form, model: nn.Module, directory: str | os.PathLike, trainable: bool) -> nn.Module:
+    """`load_adapter` for adapters of that form."""
+    path, weights = Path(directory) / CONFIG_NAME, Path(directory) / WEIGHTS_NAME
+    raw, tensors = read_config(path), read_tensors(weights)
+    config = form.read(model, raw, tensors, path)
     injected = getattr(model, "adapter_config", None) is not None
     if injected:
-        _check_same_adapters(model, config)
-        targets = _adapter_tensors(model)
+        _check_same_adapters(model, config, form)
+        targets = form.tensors(model)
         check_memory(**{key: local(target).detach() for key, target in targets.items()})
         expected = {key: target.shape for key, target in targets.items()}
     else:
-        expected = _expected_shapes(model, config)
-    found = take_embeddings(model, tensors, expected, directory / WEIGHTS_NAME, PREFIX, config.modules_to_save)
-    tensors, embeddings = found
-    check_tensors(tensors, expected, directory / WEIGHTS_NAME)
-    check_ties(model, tensors, directory / WEIGHTS_NAME)
+        expected = _expected_shapes(form, model, config, tensors)
+    tensors, embeddings = take_embeddings(model, tensors, expected, weights, PREFIX, config.modules_to_save)
+    check_tensors(tensors, expected, weights)
+    _check_ties(model, tensors, weights)
     load_embeddings(model, embeddings)
     if not injected:
-        # The values come from the file: with zeros, loading leaves torch's random state alone.
-        inject(model, dataclasses.replace(config, init="both_zero"), from_file=True)
+        form.put_in(model, config, tensors)
         model.adapter_config = config
     with torch.no_grad():
-        for key, target in _adapter_tensors(model).items():
+        for key, target in form.tensors(model).items():
             fill(target, tensors[key])
     for _, layer in lora_modules(model):
         layer.adapter_was_set()
+        for parameter in (layer.lora_a, layer.lora_b, layer.lora_e, layer.lora_magnitude):
+            if parameter is not None:
+                parameter.requires_grad_(trainable and layer.r > 0 and not layer.bypassed)
+    for name in model.lora_originals:
+        get_submodule(model, name).requires_grad_(trainable)
     if not injected:
         settle(model)
-    for parameter in _adapter_parameters(model):
-        parameter.requires_grad_(trainable)
     return model
 
 
@@ -346,16 +368,6 @@ def add_saved_adapter(model: nn.Module, name: str, directory: str | os.PathLike,
         del model.parked_adapters[name]
         raise
     return given
-
-
-def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    parameters = [
-        parameter
-        for _, layer in lora_modules(model)
-        for parameter in (layer.lora_a, layer.lora_b, layer.lora_magnitude)
-        if parameter is not None and not layer.bypassed
-    ]
-    return parameters + [p for name in model.lora_originals for p in get_submodule(model, name).parameters()]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -445,32 +457,48 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
     return config
 
 
-def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Size]:
-    planned = plan(model, config, from_file=True)
+def _put_in(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> None:
+    # The values come from the file: with zeros, loading leaves torch's random state alone.
+    inject(model, dataclasses.replace(config, init="both_zero"), from_file=True)
+
+
+def _shapes(config: LoRAConfig, name: str, N: int, K: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    r = from_pattern(config.rank_pattern, name, config.r)
+    magnitude = {_MAGNITUDE: (N,)} if config.use_dora else {}
+    return {".lora_A.weight": (r, K), ".lora_B.weight": (N, r), **magnitude}
+
+
+def _scaling(config: LoRAConfig, name: str) -> tuple[float, str]:
+    r = from_pattern(config.rank_pattern, name, config.r)
+    lora_alpha = from_pattern(config.alpha_pattern, name, config.lora_alpha)
+    how = f" (r={r}, lora_alpha={lora_alpha:g}, use_rslora={config.use_rslora})"
+    return lora_scaling(r, lora_alpha, config.use_rslora), how
+
+
+_LORA = Form(lora_config, _adapter_tensors, _shapes, _scaling, _put_in)
+
+
+def _expected_shapes(form: Form, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    planned = plan(model, config if isinstance(config, LoRAConfig) else config.lora_config(), from_file=True)
     shapes = {}
-    for name, (r, _) in planned.adapters.items():
+    for name in planned.adapters:
         linear = unwrapped(get_submodule(model, name))
         N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
-        shapes[f"{PREFIX}{name}.lora_A.weight"] = torch.Size((r, K))
-        shapes[f"{PREFIX}{name}.lora_B.weight"] = torch.Size((N, r))
-        if config.use_dora:
-            shapes[f"{PREFIX}{name}{_MAGNITUDE}"] = torch.Size((N,))
+        for end, shape in form.shapes(config, name, N, K, tensors).items():
+            shapes[f"{PREFIX}{name}{end}"] = torch.Size(shape)
     saved = saved_module_tensors(model, planned.modules_to_save)
     return shapes | {key: tensor.shape for key, tensor in saved.items()}
 
 
-def _check_same_adapters(model: nn.Module, config: LoRAConfig) -> None:
+def _check_same_adapters(model: nn.Module, config: Any, form: Form) -> None:
     """That the model's adapters compute what the file's config says; modules and shapes are checked by tensor."""
     for name, layer in lora_modules(model):
         if layer.merged:
             raise ValueError(f"{name} is merged; call unmerge() before loading an adapter")
-        r = from_pattern(config.rank_pattern, name, config.r)
-        lora_alpha = from_pattern(config.alpha_pattern, name, config.lora_alpha)
-        scaling = lora_scaling(r, lora_alpha, config.use_rslora)
+        scaling, how = form.scaling(config, name)
         if not math.isclose(layer.scaling, scaling, rel_tol=1e-6):
             raise ValueError(
-                f"{name}: the file has scaling {scaling:g} (r={r}, lora_alpha={lora_alpha:g}, "
-                f"use_rslora={config.use_rslora}), the model {layer.scaling:g} (r={layer.r}, "
+                f"{name}: the file has scaling {scaling:g}{how}, the model {layer.scaling:g} (r={layer.r}, "
                 f"lora_alpha={layer.lora_alpha:g}, use_rslora={layer.use_rslora})"
             )
 
@@ -486,7 +514,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
         raise ValueError(f"{path} doesn't fit the model: {'; '.join(problems[:5])}{more}")
 
 
-def check_ties(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_ties(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """That the file has one value for what an injected model trains as one weight."""
     for names in tied_copies(model):
         first, *others = [f"{PREFIX}{name}" for name in names]

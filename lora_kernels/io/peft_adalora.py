@@ -7,7 +7,6 @@ Tensors are named `base_model.model.<module path>.lora_A` [R, K], `.lora_B` [N, 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -18,14 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.io import peft
-from lora_kernels.io.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from lora_kernels.io.peft_embeddings import load_embeddings, saved_embeddings, take_embeddings
+from lora_kernels.io.peft import PREFIX
+from lora_kernels.io.peft_embeddings import saved_embeddings
 from lora_kernels.methods.adalora import AdaLoRAConfig, inject
-from lora_kernels.methods.lora import lora_modules, plan
-from lora_kernels.methods.ties import settle
-from lora_kernels.nn.lora_linear import is_conv1d
-from lora_kernels.nn.wrappers import get_submodule, unwrapped
-from lora_kernels.sharded import fill
+from lora_kernels.methods.lora import lora_modules
 
 ADALORA = "ADALORA"
 # our field -> PEFT's
@@ -98,40 +93,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     A model that has AdaLoRA adapters must have them with the same ranks. One whose ranks have been allocated
     computes and merges, and trains on as LoRA (`save_adapter(..., as_lora=True)`).
     """
-    directory = Path(directory)
-    path = directory / CONFIG_NAME
-    raw = peft.read_config(path)
-    tensors = peft.read_tensors(directory / WEIGHTS_NAME)
-    config = _config(model, raw, tensors, path)
-    injected = getattr(model, "adapter_config", None) is not None
-    ranks = {key: len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_E")}
-    if injected:
-        _check_same_adapters(model, config)
-        expected = {key: tensor.shape for key, tensor in _adapter_tensors(model).items()}
-    else:
-        expected = _expected_shapes(model, config, ranks)
-    found = take_embeddings(model, tensors, expected, directory / WEIGHTS_NAME, PREFIX, config.modules_to_save)
-    tensors, embeddings = found
-    peft.check_tensors(tensors, expected, directory / WEIGHTS_NAME)
-    peft.check_ties(model, tensors, directory / WEIGHTS_NAME)
-    load_embeddings(model, embeddings)
-    if not injected:
-        # The values come from the file, so that torch's random state is left alone.
-        with torch.random.fork_rng(devices=[]):
-            inject(model, config, from_file=True)
-        for name, layer in lora_modules(model):
-            layer.keep_ranks(torch.arange(ranks[f"{PREFIX}{name}.lora_E"], device=layer.lora_a.device))
-    with torch.no_grad():
-        for key, target in _adapter_tensors(model).items():
-            fill(target, tensors[key])
-    if not injected:
-        settle(model)
-    for _, layer in lora_modules(model):
-        for parameter in (layer.lora_a, layer.lora_b, layer.lora_e):
-            parameter.requires_grad_(trainable and layer.r > 0 and not layer.bypassed)
-    for name in model.lora_originals:
-        get_submodule(model, name).requires_grad_(trainable)
-    return model
+    return peft.load_as(_ADALORA, model, directory, trainable)
+
+
+def _put_in(model: nn.Module, config: AdaLoRAConfig, tensors: Mapping[str, Tensor]) -> None:
+    # The values come from the file, so that torch's random state is left alone.
+    with torch.random.fork_rng(devices=[]):
+        inject(model, config, from_file=True)
+    for name, layer in lora_modules(model):
+        layer.keep_ranks(torch.arange(len(tensors[f"{PREFIX}{name}.lora_E"]), device=layer.lora_a.device))
 
 
 def _config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> AdaLoRAConfig:
@@ -160,22 +130,10 @@ def _check_rank_pattern(pattern: Any, tensors: Mapping[str, Tensor], path: Path)
             )
 
 
-def _expected_shapes(model: nn.Module, config: AdaLoRAConfig, ranks: Mapping[str, int]) -> dict[str, torch.Size]:
-    planned = plan(model, config.lora_config(), from_file=True)
-    shapes = {}
-    for name in planned.adapters:
-        linear = unwrapped(get_submodule(model, name))
-        N, K = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
-        r = ranks.get(f"{PREFIX}{name}.lora_E", config.init_r)
-        for end, shape in (("lora_A", (r, K)), ("lora_B", (N, r)), ("lora_E", (r, 1))):
-            shapes[f"{PREFIX}{name}.{end}"] = torch.Size(shape)
-    saved = peft.saved_module_tensors(model, planned.modules_to_save)
-    return shapes | {key: tensor.shape for key, tensor in saved.items()}
+def _shapes(config: AdaLoRAConfig, name: str, N: int, K: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    e = tensors.get(f"{PREFIX}{name}.lora_E")
+    r = config.init_r if e is None else len(e)
+    return {".lora_A": (r, K), ".lora_B": (N, r), ".lora_E": (r, 1)}
 
 
-def _check_same_adapters(model: nn.Module, config: AdaLoRAConfig) -> None:
-    for name, layer in lora_modules(model):
-        if layer.merged:
-            raise ValueError(f"{name} is merged; call unmerge() before loading an adapter")
-        if not math.isclose(layer.scaling, config.scaling, rel_tol=1e-6):
-            raise ValueError(f"{name}: the file has scaling {config.scaling:g}, the model {layer.scaling:g}")
+_ADALORA = peft.Form(_config, _adapter_tensors, _shapes, lambda config, name: (config.scaling, ""), _put_in)
