@@ -1,6 +1,5 @@
 """The training loop: steps, learning rate, accumulation, evaluation, metrics, checkpoints; one or many processes."""
 
-import json
 import math
 import time
 import warnings
@@ -16,7 +15,6 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from lora_kernels.data.dataset import batches_by_length
-from lora_kernels.files import append
 from lora_kernels.methods.apply import training_hook
 from lora_kernels.methods.lora import shorten
 from lora_kernels.methods.modes import eval_mode
@@ -29,8 +27,6 @@ from lora_kernels.train.checkpoint import (
     load_checkpoint,
     load_state,
     reading_checkpoint,
-    save_checkpoint,
-    saved_run,
     saying_what_is_left,
     state_before,
     weights_digest,
@@ -38,9 +34,9 @@ from lora_kernels.train.checkpoint import (
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.launch import check_launcher, wait_for_everyone
 from lora_kernels.train.metrics import METRICS, Callback, truncate_metrics
-from lora_kernels.train.progress import Progress
-from lora_kernels.train.steps import StepPlan, lr_factor, prolonged
-from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
+from lora_kernels.train.steps import StepPlan
+from lora_kernels.train.stopping import end_run
+from lora_kernels.train.trainer import Trainer
 
 
 class Dataset(Protocol):
@@ -76,7 +72,7 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> LoRAPlusAdamW:
     return optimizer
 
 
-class Loop:
+class Loop(Trainer):
     """Trains a module whose forward returns sums over a batch: "loss", and what else is to be logged.
 
     The loss of an optimizer step is that sum over all micro-batches and processes divided by the `loss_counts` of their
@@ -95,11 +91,7 @@ class Loop:
         show_progress: bool = True,
     ) -> None:
         check_launcher(accelerator)
-        self.module, self.train_set, self.eval_set, self.config = module, train_set, eval_set, config
-        self.save_adapter, self.accelerator, self.callbacks = save_adapter, accelerator, list(callbacks)
-        self.main = accelerator.is_main_process
-        self.output_dir = Path(config.output_dir)
-        self.metrics_path = self.output_dir / METRICS
+        self.module, self.train_set, self.eval_set, self.save_adapter = module, train_set, eval_set, save_adapter
         plan = StepPlan(
             rows=len(train_set),
             batch_size=config.batch_size,
@@ -109,24 +101,14 @@ class Loop:
             max_steps=config.max_steps,
             seed=config.seed,
         )
-        self.show_progress = show_progress and self.main
-        self._follow(plan)
-        per_epoch = max(1, round(len(train_set) / plan.sequences_per_step))
-        self.eval_steps = config.eval_steps or per_epoch
-        self.save_steps = config.save_steps or per_epoch
+        super().__init__(plan, config, accelerator, callbacks, show_progress)
         self.hook = training_hook(module, self.plan.total_steps)
         self._take_parameters()
         self.optimizer = make_optimizer(module, config)
         # Now, not at the first checkpoint: the files of `adapter` may move while it trains.
         self.run_identity = self._identity()
-        self.stopper = Stopper(accelerator, math.inf if config.save_steps else SAVE_SECONDS)
         self.state = LoopState()
         self.last_loss = self.last_eval_loss = None
-
-    def _follow(self, plan: StepPlan) -> None:
-        self.plan = plan
-        self.warmup_steps = math.ceil(self.config.warmup_ratio * plan.total_steps)
-        self.progress = Progress(plan.total_steps, enabled=self.show_progress)
 
     def _take_parameters(self) -> None:
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -157,9 +139,7 @@ class Loop:
         checkpoint = find_checkpoint(self.output_dir) if self.config.resume else None
         if checkpoint:
             self.state, method_state = load_state(checkpoint, self.run_identity, with_method_state=bool(self.hook))
-            plan, changed = prolonged(self.plan, self.state, saved_run(self.output_dir), self.config)
-            self._follow(plan)
-            self.progress.say(changed)
+            self._prolong()
             if self.hook:
                 with reading_checkpoint(checkpoint / METHOD_STATE):
                     cut = self.hook.load_state_dict(method_state, self.optimizer, self.state.step)
@@ -171,7 +151,7 @@ class Loop:
             # Losses of other data can't be compared.
             self.state.eval_data, self.state.best_eval_loss = eval_data, None
         if self.main:
-            truncate_metrics(self.metrics_path, self.state.step)
+            truncate_metrics(self.output_dir / METRICS, self.state.step)
         wait_for_everyone(self.accelerator)
 
     def run(self) -> None:
@@ -198,9 +178,7 @@ class Loop:
         started = time.perf_counter()
         config, state = self.config, self.state
         rows = self.plan.step_rows(state.step)
-        factor = lr_factor(state.step, self.plan.total_steps, self.warmup_steps, config.lr_scheduler)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        lr = self._set_lr()
 
         # Every process knows all rows of the step, so the divisor needs no communication. DDP averages gradients over
         # the processes; the factor makes that a sum.
@@ -246,7 +224,7 @@ class Loop:
                     "step": state.step,
                     "epoch": self._epoch(),
                     **means,
-                    "lr": config.lr * factor,
+                    "lr": lr,
                     "grad_norm": grad_norm.item(),
                     "tokens": state.tokens,
                     "tokens_per_second": round(self.window_tokens / self.window_seconds, 1),
@@ -334,22 +312,10 @@ class Loop:
         self.state.window = self._window_sums()
         if best:
             self._save_adapter()
-        run = {**self.run_identity, **self.plan.identity}
-        arguments = (self.state, run, self.accelerator, self.save_adapter)
-        method_state = self.hook.state_dict() if self.hook else None
-        save_checkpoint(self.output_dir, self.parameters, self.optimizer, *arguments, method_state)
-        self.stopper.saved()
+        self._save_state(self.save_adapter, self.hook.state_dict() if self.hook else None)
 
     def _epoch(self) -> float:
         return round(self.plan.seen(self.state.step) / self.plan.rows, 4)
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if not self.main:
-            return
-        append(self.metrics_path, json.dumps(record) + "\n")
-        self.progress.log(record)
-        for callback in self.callbacks:
-            callback(record)
 
 
 class Sums:

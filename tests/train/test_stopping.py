@@ -14,9 +14,8 @@ from tiny_ppo import model_dir as model_dir
 from tiny_ppo import run_for_resume, steps_of
 from tiny_sft import read_metrics, train_stoppable, train_tiny
 
-from lora_kernels.train import compare, loop, stopping
+from lora_kernels.train import compare, stopping
 from lora_kernels.train.checkpoint import save_checkpoint
-from lora_kernels.train.ppo import trainer as ppo
 from lora_kernels.train.stopping import Stopper, ended_by_signals, handling
 
 TIMINGS = ("tokens_per_second", "eval_seconds")
@@ -99,15 +98,15 @@ def test_an_evaluation_of_ppo_that_a_signal_left_out_is_made_once(tmp_path, mode
         assert [r["step"] for r in read_metrics(tmp_path) if "eval_score" in r] == [0, 2]
 
 
-@pytest.mark.parametrize("trainer", [loop, ppo])
+@pytest.mark.parametrize("trainer", ["sft", "ppo"])
 def test_a_signal_during_the_last_checkpoint_ends_the_run(tmp_path, monkeypatch, model_dir, data, trainer):  # noqa: F811
     def signalled(*arguments):
         save_checkpoint(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", signalled)
+    monkeypatch.setattr("lora_kernels.train.trainer.save_checkpoint", signalled)
     with pytest.raises(SystemExit) as raised:
-        if trainer is loop:
+        if trainer == "sft":
             train_stoppable(tmp_path, max_steps=1)
         else:
             run_for_resume(tmp_path, model_dir, data, max_steps=1)

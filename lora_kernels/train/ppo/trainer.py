@@ -28,8 +28,6 @@ from lora_kernels.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_state,
-    save_checkpoint,
-    saved_run,
     saying_what_is_left,
     weights_digest,
 )
@@ -46,11 +44,11 @@ from lora_kernels.train.ppo.reward_function import (
 )
 from lora_kernels.train.ppo.roles import Roles
 from lora_kernels.train.ppo.rollout import Episode, sample
-from lora_kernels.train.progress import Progress
 from lora_kernels.train.reward import HEAD, attach_head
 from lora_kernels.train.run import PromptRow, Run, start
-from lora_kernels.train.steps import StepPlan, lr_factor, prolonged
-from lora_kernels.train.stopping import SAVE_SECONDS, Stopper, end_run
+from lora_kernels.train.steps import StepPlan
+from lora_kernels.train.stopping import end_run
+from lora_kernels.train.trainer import Trainer
 
 SAMPLES, PLOT = "samples.jsonl", "ppo.png"
 _EVALUATION = 1 << 31  # a step that none is, for the random numbers of evaluations
@@ -143,7 +141,7 @@ def _roles(run: Run) -> Roles:
     return roles
 
 
-class PPOTrainer:
+class PPOTrainer(Trainer):
     """The loop of PPO. A step samples, scores, and learns from rollout_size answers.
 
     What is drawn in a step, sampling and the order of learning, depends on the seed and the step alone, so a resumed
@@ -159,12 +157,11 @@ class PPOTrainer:
         reward: FunctionReward | None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.setup, self.roles, self.reward, self.config = run, roles, reward, run.config
-        self.prompts, self.shown, self.callbacks = prompts, shown, list(callbacks)
-        self.model, self.device = run.model, run.accelerator.device
         config = run.config
-        self.output_dir = Path(config.output_dir)
-        self._follow(StepPlan(len(prompts), config.rollout_size, 1, 1, config.epochs, config.max_steps, config.seed))
+        plan = StepPlan(len(prompts), config.rollout_size, 1, 1, config.epochs, config.max_steps, config.seed)
+        super().__init__(plan, config, run.accelerator, callbacks, run.progress)
+        self.setup, self.roles, self.reward, self.prompts, self.shown = run, roles, reward, prompts, shown
+        self.model, self.device = run.model, run.accelerator.device
         self.stops = stop_tokens(run.model, run.tokenizer) | _stop_token(run.tokenizer, config.stop)
         if not self.stops:
             raise ValueError("the tokenizer has no end token; give one with stop")
@@ -172,17 +169,10 @@ class PPOTrainer:
         # Now, not at the first checkpoint: the files of `adapter` may move while it trains.
         self.run_identity = self._identity()
         self.learner = Learner(roles, config)
+        self.optimizer = self.learner.optimizer
         self.state = PPOState(kl_coef=config.kl_coef)
-        self.stopper = Stopper(run.accelerator, math.inf if config.save_steps else SAVE_SECONDS)
         self.saved = None
         self.last: dict[str, float] = {}
-        per_epoch = max(1, round(len(prompts) / config.rollout_size))
-        self.eval_steps, self.save_steps = config.eval_steps or per_epoch, config.save_steps or per_epoch
-
-    def _follow(self, plan: StepPlan) -> None:
-        self.plan = plan
-        self.warmup_steps = math.ceil(self.config.warmup_ratio * plan.total_steps)
-        self.progress = Progress(plan.total_steps, enabled=self.setup.progress)
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to continue the same computation."""
@@ -206,10 +196,8 @@ class PPOTrainer:
         checkpoint = find_checkpoint(self.output_dir) if config.resume else None
         if checkpoint:
             self.state, _ = load_state(checkpoint, self.run_identity, PPOState)
-            plan, changed = prolonged(self.plan, self.state, saved_run(self.output_dir), config)
-            self._follow(plan)
-            self.progress.say(changed)
-            load_checkpoint(checkpoint, self.parameters, self.learner.optimizer, self.setup.accelerator)
+            self._prolong()
+            load_checkpoint(checkpoint, self.parameters, self.optimizer, self.accelerator)
             self.saved = self.state.step, self.state.evaluated
         last_step = self.state.step if checkpoint else -1
         for name in (METRICS, SAMPLES):
@@ -261,9 +249,7 @@ class PPOTrainer:
             [episodes[index] for index in kept], [scores[index] for index in kept], state.kl_coef
         )
         clock.append(time.perf_counter())
-        factor = lr_factor(state.step, self.plan.total_steps, self.warmup_steps, config.lr_scheduler)
-        for group in self.learner.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        lr = self._set_lr()
         learned = self.learner.learn(rollout, state.step + 1)
         clock.append(time.perf_counter())
 
@@ -281,7 +267,7 @@ class PPOTrainer:
                 **learned,
                 "val/empty_responses": sum(not text.strip() for text in self._texts(episodes)),
                 "skipped": state.skipped,
-                "lr": config.lr * factor,
+                "lr": lr,
                 "tokens": state.tokens,
                 "tokens_per_second": round(sampled_tokens / sum(seconds.values()), 1),
                 **{f"seconds/{name}": round(value, 3) for name, value in seconds.items()},
@@ -382,18 +368,8 @@ class PPOTrainer:
         if self.saved == done:
             return
         self.setup.save_adapter(self.model, self.output_dir)
-        save_adapter = functools.partial(self.setup.save_adapter, self.model)
-        run = {**self.run_identity, **self.plan.identity}
-        arguments = (self.state, run, self.setup.accelerator, save_adapter)
-        save_checkpoint(self.output_dir, self.parameters, self.learner.optimizer, *arguments)
+        self._save_state(functools.partial(self.setup.save_adapter, self.model))
         self.saved = done
-        self.stopper.saved()
-
-    def _log(self, record: dict[str, Any]) -> None:
-        append(self.output_dir / METRICS, json.dumps(record) + "\n")
-        self.progress.log(record)
-        for callback in self.callbacks:
-            callback(record)
 
 
 def _seed(*keys: int) -> int:
