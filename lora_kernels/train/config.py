@@ -19,9 +19,6 @@ from lora_kernels.methods.registry import METHODS, settings_of
 
 # What the files of an adapter say where a run goes on from one, and the defaults where it doesn't.
 ADAPTER_SETTINGS = {"r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "use_rslora": False, "num_virtual_tokens": 20}
-DTYPES = ("auto", "float32", "bfloat16")
-OPTIMIZERS = ("adamw", "loraplus")
-SCHEDULERS = ("cosine", "linear", "constant")
 # Settings that may differ when a run resumes: where it reads and writes, how it is watched, how far it goes, and what
 # the digests of the data and of the frozen weights stand for.
 _NOT_IDENTITY = {
@@ -174,7 +171,7 @@ class TrainConfig:
     mlp_hidden: int | None = setting(
         None, "Adapter", "Width of the MLP that prefix is trained through; left out: none."
     )
-    dtype: str = setting(
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         "Hardware",
         "auto, float32 or bfloat16; auto is bfloat16 where the hardware multiplies it natively.",
@@ -255,9 +252,9 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _convert(field.name, getattr(self, field.name), hints[field.name]))
         self._check_choice("method", tuple(self.learning_rates))
-        self._check_choice("dtype", DTYPES)
-        self._check_choice("lr_scheduler", SCHEDULERS)
-        self._check_choice("optimizer", OPTIMIZERS)
+        for name, hint in hints.items():
+            if typing.get_origin(hint) is Literal:
+                self._check_choice(name, typing.get_args(hint))
         self._resolve_method()
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
@@ -465,7 +462,6 @@ class DPOConfig(TrainConfig):
     )
 
     def _check_own(self) -> None:
-        self._check_choice("loss", ("sigmoid", "ipo"))
         self._check("beta", 0 < self.beta < math.inf, "finite and > 0")
         self._check("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
         self._check("label_smoothing", self.loss == "sigmoid" or not self.label_smoothing, "0 with loss ipo")
@@ -591,8 +587,6 @@ class PPOConfig(TrainConfig):
         return True
 
     def _check_own(self) -> None:
-        for name in ("bad_rewards", "kl_estimator", "score_position"):
-            self._check_choice(name, typing.get_args(typing.get_type_hints(type(self))[name]))
         for name in ("rollout_size", "rollout_batch_size", "max_new_tokens", "ppo_epochs", "minibatches"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
         for name in ("top_k", "missing_eos_penalty", "kl_coef", "vf_coef", "eval_prompts"):
