@@ -1,5 +1,6 @@
 import os
 import signal
+from contextlib import nullcontext
 from importlib import metadata
 
 # Triton's kernels run on CPU tensors in these tests; triton reads this when it is imported.
@@ -13,6 +14,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from cpu_isa import ISAS, instruction_set  # noqa: E402
 from packaging.version import Version  # noqa: E402
+
+from lora_kernels import backends  # noqa: E402
 
 
 def _interpreter_fails():
@@ -47,6 +50,22 @@ def signals_are_heeded():
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS), "triton", "cuda-emulated"])
+def backend(request):
+    """The name of every backend that can run on CPU tensors here, in turn and in force; cpu with every instruction set.
+
+    What a backend gives is compared with a definition or an independent implementation in one test for all of them.
+    """
+    name = "cpu" if request.param.startswith("cpu-") else request.param
+    if (reason := backends.available()[name]) is not None:
+        pytest.skip(reason)
+    if name == "triton" and os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
+    isa = instruction_set(request.param.removeprefix("cpu-")) if name == "cpu" else nullcontext()
+    with isa, backends.use_backend(name):
+        yield name
 
 
 @pytest.fixture(params=ISAS)

@@ -1,68 +1,15 @@
-"""The CUDA C++ kernels of NF4 weights under the emulator: bits against the reference, products against float64."""
+"""The CUDA C++ kernels of NF4 weights under the emulator, against float64; the codec is in tests/ops/test_nf4.py."""
 
 import pytest
 import torch
 from lora_cases import LoraCase, strided
 
-from lora_kernels import backends, reference
+from lora_kernels import reference
 from lora_kernels.backends.cuda import emulated as cuda_emulated
-from lora_kernels.ops.nf4 import quantize_nf4
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def assert_same(actual, expected):
-    assert actual.block_size == expected.block_size and actual.shape == expected.shape
-    for name in ("packed", "absmax", "absmax_scale", "absmax_offset"):
-        a, b = getattr(actual, name), getattr(expected, name)
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), name
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(
-    "shape, block_size",
-    [
-        ((1, 1), 64),
-        ((3, 5), 32),
-        ((17, 129), 64),
-        ((64, 96), 128),
-        ((33, 70), 256),
-        ((5, 1000), 512),
-        ((3, 5000), 4096),
-    ],
-)
-def test_both_directions_are_the_reference_bit_for_bit(shape, block_size, double_quant):
-    for dtype in (FP32, BF16, FP16):
-        weight = torch.randn(shape).to(dtype)
-        weight.view(-1)[: block_size // 2] = 0  # a block of zeros at one shape, half of one at the others
-        expected = reference.quantize_nf4(weight, block_size, double_quant)
-        actual = cuda_emulated.quantize_nf4(weight, block_size, double_quant)
-        assert_same(actual, expected)
-        dense, dense_expected = torch.empty(2, *shape, dtype=dtype)
-        cuda_emulated.dequantize_nf4(expected, dense)
-        reference.dequantize_nf4(expected, dense_expected)
-        assert torch.equal(dense, dense_expected)
-
-
-def test_ties_go_down_and_neighbours_do_not():
-    code = torch.tensor(reference.NF4_CODE)
-    middle = (code[:-1] + code[1:]) / 2
-    infinity = torch.tensor(float("inf"))
-    values = torch.cat([middle, middle.nextafter(infinity), middle.nextafter(-infinity), code])
-    weight = torch.nn.functional.pad(values, (0, 64 - values.numel())).view(1, 64)
-    assert_same(cuda_emulated.quantize_nf4(weight, 64, False), reference.quantize_nf4(weight, 64, False))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_block_that_is_not_finite_has_such_a_scale(bad):
-    weight = torch.randn(8, 64)
-    weight[2, 3] = bad
-    absmax = cuda_emulated.quantize_nf4(weight, 64, False).absmax
-    assert torch.isfinite(absmax).tolist() == [True, True, False, *[True] * 5]
-    with backends.use_backend("cuda-emulated"), pytest.raises(ValueError, match="not finite"):
-        quantize_nf4(weight)
 
 
 class Case(LoraCase):

@@ -1,4 +1,4 @@
-"""The Triton NF4 kernels under the interpreter: the codec bit for bit, the products against float64."""
+"""The Triton kernels of NF4 weights under the interpreter, against float64; the codec is in tests/ops/test_nf4.py."""
 
 import random
 
@@ -8,7 +8,6 @@ import torch
 from lora_kernels import lora_linear, quantize_nf4, reference, use_backend
 from lora_kernels.backends import triton as backend
 from lora_kernels.ops.lora_linear import frozen_linear
-from lora_kernels.reference import NF4_CODE
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 from lora_kernels.types import NF4
 
@@ -40,19 +39,6 @@ def forget_configurations():
     configs.lookup.cache_clear()
 
 
-def weights(shape, dtype=FP32):
-    """Normal values, a row of zeros, one of denormals, and one with ties at the midpoints of the code."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    weight[0] = 0.0
-    if shape[0] > 3:
-        weight[1] *= 1e-39
-        code = torch.tensor(NF4_CODE)
-        ties = torch.cat([(code[:-1] + code[1:]) / 2, torch.ones(1)])
-        weight[2] = ties.repeat(-(-shape[1] // 16))[: shape[1]]
-        weight[3] *= 1e37
-    return weight.clamp(-3e38, 3e38).to(dtype) if dtype != FP16 else weight.clamp(-6e4, 6e4).to(dtype)
-
-
 def assert_same(actual, expected):
     for name, a, b in zip(NF4._fields, actual, expected, strict=True):
         if isinstance(a, torch.Tensor):
@@ -60,54 +46,6 @@ def assert_same(actual, expected):
             assert torch.equal(a, b), name
         else:
             assert a == b, name
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", [32, 64, 4096])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (9, 64), (131, 257)], ids=str)
-def test_codec_is_the_reference_bit_for_bit(shape, block_size, double_quant):
-    for dtype in (FP32, BF16, FP16):
-        weight = weights(shape, dtype)
-        parts = backend.quantize_nf4(weight, block_size, double_quant)
-        assert_same(parts, reference.quantize_nf4(weight, block_size, double_quant))
-        for out_dtype in (FP32, dtype):
-            out, expected = torch.empty(shape, dtype=out_dtype), torch.empty(shape, dtype=out_dtype)
-            backend.dequantize_nf4(parts, out)
-            reference.dequantize_nf4(parts, expected)
-            assert torch.equal(out, expected), out_dtype
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_codec_is_that_of_bitsandbytes(dtype, double_quant):
-    functional = pytest.importorskip("bitsandbytes.functional")
-    # The denormal row is left out: bitsandbytes divides by zero there.
-    weight = weights((130, 128), dtype)[2:]
-    packed, state = functional.quantize_4bit(
-        weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant, quant_storage=torch.uint8
-    )
-    parts = NF4(packed.flatten(), state.absmax, None, None, 64, tuple(weight.shape))
-    if double_quant:
-        # Its 8-bit quantiser misses the nearest value now and then, so only what it wrote is read here.
-        parts = parts._replace(absmax_scale=state.state2.absmax, absmax_offset=state.offset)
-        assert torch.equal(parts.packed, backend.quantize_nf4(weight, 64, True).packed)
-    else:
-        assert_same(backend.quantize_nf4(weight, 64, False), parts)
-    out = torch.empty_like(weight)
-    backend.dequantize_nf4(parts, out)
-    assert torch.equal(out, functional.dequantize_4bit(packed, state))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, which the interpreter computes with
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_shows_in_its_scale(value):
-    weight = weights((5, 65))
-    weight[4, 7] = value
-    finite = torch.isfinite(backend.quantize_nf4(weight, 64, False).absmax)
-    assert not finite[(4 * 65 + 7) // 64] and finite.sum() == finite.numel() - 1
-    for double_quant in (False, True):
-        with use_backend("triton"), pytest.raises(ValueError, match="not finite"):
-            quantize_nf4(weight, 64, double_quant)
 
 
 class Nf4Case(Case):
