@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.methods.lora import named_by
+from lora_kernels.methods.lora import matches, named_by, names_or_regex
 from lora_kernels.nn.wrappers import bare, named_modules
 from lora_kernels.ops.nf4 import NF4Weight
 
@@ -32,15 +31,8 @@ class FullConfig:
     exclude_modules: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("modules", "exclude_modules"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                setattr(self, name, tuple(value))
-                continue
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{name}: {value!r} is not a regular expression: {error}") from None
+        self.modules = names_or_regex("modules", self.modules)
+        self.exclude_modules = names_or_regex("exclude_modules", self.exclude_modules)
         if not self.modules:
             raise ValueError('modules is empty; allowed: "all", a regular expression, a list of names')
 
@@ -73,11 +65,10 @@ def inject(model: nn.Module, config: FullConfig, tokenizer: Any = None) -> nn.Mo
 
 def _chosen(model: nn.Module, argument: str, names: str | Sequence[str]) -> list[nn.Module]:
     modules = {name: module for name, module in named_modules(model) if name}
+    chosen = [module for name, module in modules.items() if matches(name, names)]
     if isinstance(names, str):
-        chosen = [module for name, module in modules.items() if re.fullmatch(names, name)]
         missing = [] if any(next(module.parameters(), None) is not None for module in chosen) else [names]
     else:
-        chosen = [module for name, module in modules.items() if any(named_by(name, suffix) for suffix in names)]
         missing = [suffix for suffix in names if not any(named_by(name, suffix) for name in modules)]
     if missing:
         raise ValueError(f"{argument}: {missing[0]!r} matches no module of {type(model).__name__} with parameters")

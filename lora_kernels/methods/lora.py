@@ -83,10 +83,10 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check_lora_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init)
-        self.target_modules = _names("target_modules", self.target_modules, may_be_regex=True)
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules, may_be_regex=True)
+        self.target_modules = names_or_regex("target_modules", self.target_modules)
+        self.exclude_modules = names_or_regex("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save, may_be_regex=False)
+            self.modules_to_save = names_or_regex("modules_to_save", self.modules_to_save, may_be_regex=False)
         if not self.target_modules:
             raise ValueError('target_modules is empty; allowed: "all-linear", a regular expression, a list of names')
         for argument in ("rank_pattern", "alpha_pattern"):
@@ -99,7 +99,8 @@ class LoRAConfig:
                     raise ValueError(f"{argument}[{pattern!r}]: {error}") from None
 
 
-def _names(argument: str, value: str | Iterable[str], may_be_regex: bool) -> str | tuple[str, ...]:
+def names_or_regex(argument: str, value: str | Iterable[str], may_be_regex: bool = True) -> str | tuple[str, ...]:
+    """What names modules, checked: a regular expression, or names as a tuple. ValueError names the argument."""
     if isinstance(value, str):
         if not may_be_regex:
             raise ValueError(f"{argument} is the string {value!r}; allowed: a list of names, here [{value!r}]")
@@ -125,7 +126,8 @@ def named_by(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def _matches(name: str, names: str | Sequence[str]) -> bool:
+def matches(name: str, names: str | Sequence[str]) -> bool:
+    """Whether a regular expression means the whole module path `name`, or one of a list of names does."""
     if isinstance(names, str):
         return bool(re.fullmatch(names, name))
     return any(named_by(name, suffix) for suffix in names)
@@ -170,7 +172,7 @@ def plan(model: nn.Module, config: LoRAConfig, from_file: bool = False) -> Plan:
     heads, others = task_heads(model)
     heads = tuple(name for name in heads if not _is_target(name, config.target_modules, modules))
     by_default = config.modules_to_save is None
-    saved = heads if by_default else tuple(name for name in modules if _matches(name, config.modules_to_save))
+    saved = heads if by_default else tuple(name for name in modules if matches(name, config.modules_to_save))
     # An empty modules_to_save says that nothing but adapters is wanted.
     frozen = tuple(name for name in (*heads, *others) if not inside(name, saved)) if by_default or saved else ()
     nested = [name for name in saved if any(name.startswith(outer + ".") for outer in saved)]
@@ -189,9 +191,9 @@ def plan(model: nn.Module, config: LoRAConfig, from_file: bool = False) -> Plan:
         skipped = _heads(model)
         chosen = [name for name in linears if not inside(name, skipped)]
     else:
-        chosen = [name for name in modules if _matches(name, config.target_modules)]
+        chosen = [name for name in modules if matches(name, config.target_modules)]
     excluded = config.exclude_modules
-    chosen = [name for name in chosen if not inside(name, saved) and not (excluded and _matches(name, excluded))]
+    chosen = [name for name in chosen if not inside(name, saved) and not (excluded and matches(name, excluded))]
     if name := next((name for name in chosen if name in foreign), None):
         raise ValueError(
             f"target_modules={config.target_modules!r} includes {name!r}, where an adapter can't work: "
@@ -244,7 +246,7 @@ def _is_target(head: str, targets: str | Sequence[str], modules: Iterable[str]) 
     if targets == ALL_LINEAR:
         return False
     mentioned = re.search(rf"\b{re.escape(head)}\b", targets if isinstance(targets, str) else " ".join(targets))
-    return bool(mentioned) and any(inside(name, [head]) and _matches(name, targets) for name in modules)
+    return bool(mentioned) and any(inside(name, [head]) and matches(name, targets) for name in modules)
 
 
 def _check_names_exist(
