@@ -22,7 +22,7 @@ class Tensor {
   T* data() const {
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
     if (is_none()) return nullptr;
-    PyObject* const made = PyObject_CallMethodObjArgs(object_.ptr(), name, nullptr);
+    PyObject* const made = PyObject_CallMethodNoArgs(object_.ptr(), name);
     void* const address = made ? PyLong_AsVoidPtr(checked(made).ptr()) : nullptr;
     if (!made) PyErr_Clear();
     if (!address && (!made || numel())) refuse();
@@ -84,9 +84,7 @@ class Tensor {
     return pybind11::reinterpret_steal<pybind11::object>(made);
   }
   pybind11::object attribute(PyObject* name) const { return checked(PyObject_GetAttr(object_.ptr(), name)); }
-  pybind11::object call(PyObject* name) const {
-    return checked(PyObject_CallMethodObjArgs(object_.ptr(), name, nullptr));
-  }
+  pybind11::object call(PyObject* name) const { return checked(PyObject_CallMethodNoArgs(object_.ptr(), name)); }
 
   pybind11::handle object_;
 };

@@ -141,8 +141,8 @@ def check_numbers():
     x = empty((64,))
 
     def run(large=1 << 40, grid=(3, 2, 1)):
-        launcher = common.Launcher("x", x)
-        launcher.launch(_numbers_kernel, grid, x, None, 48, large, -(1 << 33) - 1, 1, 0.1, BLOCK=32, num_warps=2)
+        args = (x, None, 48, large, -(1 << 33) - 1, 1, 0.1)
+        common.Launcher("x", x).launch(_numbers_kernel, grid, args, {"BLOCK": 32, "num_warps": 2})
 
     (launch,) = compare(run)
     assert launch.numbers == (3, 2, 1, 64, 1, 1, 0, 7, 0), launch

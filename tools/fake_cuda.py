@@ -33,6 +33,14 @@ def variables(folder: Path) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": ":".join(paths), "TRITON_LIBCUDA_PATH": str(folder), "TRITON_INTERPRET": "0"}
 
 
+def is_there() -> bool:
+    """Whether this process has the library as its driver."""
+    try:
+        return hasattr(ctypes.CDLL(LIBRARY), "fake_watch")
+    except OSError:
+        return False
+
+
 class Launch(NamedTuple):
     """What cuLaunchKernelEx was given: `numbers` as in fake_cuda.cpp, and the bytes of each argument."""
 

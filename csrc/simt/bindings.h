@@ -30,6 +30,7 @@ inline void bind_simt(pybind11::module_& m) {
         "Leave out the __syncthreads, __syncwarp, cp_async_commit, cp_async_wait and wait_for_previous_kernel on this "
         "line of this file of "
         "csrc/cuda, to show that a test needs it. Line 0: none.");
+  m.def("set_idle", &set_idle, py::arg("idle"), "Launches do nothing from now on, or again something, for timing.");
   m.def("set_shared_memory_limit", &set_shared_memory_limit, py::arg("bytes"),
         "The most dynamic shared memory that a kernel may ask for (99 KiB to begin with).");
   m.def(

@@ -74,6 +74,7 @@ struct Machine {
   int skipped_line = 0;
   std::string environment_error;
   size_t shared_memory_limit = 99 << 10;
+  bool idle = false;
   std::string error;  // of the launch that runs or ran last; empty if none
   bool failed = false;
 
@@ -466,6 +467,9 @@ void set_skipped(const std::string& file, int line) {
 bool is_skipped(Site site) { return site.line == m.skipped_line && m.skipped_file == base_name(site.file); }
 
 void set_shared_memory_limit(size_t bytes) { m.shared_memory_limit = bytes; }
+
+void set_idle(bool idle) { m.idle = idle; }
+bool is_idle() { return m.idle; }
 size_t shared_memory_limit() { return m.shared_memory_limit; }
 
 }  // namespace lora_kernels::simt

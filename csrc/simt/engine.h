@@ -88,4 +88,8 @@ bool is_skipped(Site site);
 void set_shared_memory_limit(size_t bytes);
 size_t shared_memory_limit();
 
+// For timing what queues them: launches do nothing from now on, or again something.
+void set_idle(bool idle);
+bool is_idle();
+
 }  // namespace lora_kernels::simt

@@ -52,6 +52,7 @@ cudaError_t set_dynamic_limit(const std::type_info& params_type, const void* ker
 
 cudaError_t run(const std::type_info& params_type, dim3 grid, dim3 block, size_t dynamic_smem, Body body,
                 const void* kernel, const void* params) {
+  if (is_idle()) return cudaSuccess;
   const auto opted_in = dynamic_limits.find(kernel);
   const size_t limit = opted_in == dynamic_limits.end() ? kDefaultDynamicLimit : opted_in->second;
   switch (run_grid(name_of(params_type), grid, block, dynamic_smem, std::min(limit, shared_memory_limit()), body,

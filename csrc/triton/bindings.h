@@ -93,7 +93,8 @@ class TritonLaunches {
     for (int i = 0; i < kept.nulls; ++i) params[count++] = &null;
 
     unsigned blocks[3];
-    for (int dim = 0; dim < 3; ++dim) blocks[dim] = py::handle(grid[dim]).cast<unsigned>();
+    for (int dim = 0; dim < 3; ++dim) blocks[dim] = unsigned(PyLong_AsUnsignedLong(PyTuple_GetItem(grid.ptr(), dim)));
+    if (PyErr_Occurred()) throw py::error_already_set();
     const Kernel launched = kept.kernel;
     // It waits where the device's queue is full.
     py::gil_scoped_release release;

@@ -31,9 +31,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def forget_configurations():
     """Some tests change what they are made of."""
-    configs.lookup.cache_clear()
+    lora_linear.planned.cache_clear()
     yield
-    configs.lookup.cache_clear()
+    lora_linear.planned.cache_clear()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from lora_kernels.backends.triton import configs, lora_linear_bwd, lora_linear_fwd  # noqa: E402
 from lora_kernels.backends.triton.common import INTERPRETED  # noqa: E402
+from lora_kernels.backends.triton.lora_linear import planned  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
@@ -34,9 +35,9 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=
 @pytest.fixture(autouse=True)
 def forget_configurations():
     """Some tests change what they are made of."""
-    configs.lookup.cache_clear()
+    planned.cache_clear()
     yield
-    configs.lookup.cache_clear()
+    planned.cache_clear()
 
 
 def assert_same(actual, expected):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,9 +92,10 @@ def _driver() -> Any:
 
 def _watched() -> bool:
     """Whether a profiler wants to hear from Triton of every launch."""
-    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    runtime = triton.knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     # Triton 3.4 has one hook or None, later ones a chain of them.
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 # What `_driver` can launch: these of the metadata, as they are in all kernels that need nothing else.
@@ -146,6 +147,9 @@ def _described(kernel, compiled, args: Sequence[Any]) -> dict[str, Any] | None:
             "arguments": arguments}  # fmt: skip
 
 
+_HERE = contextlib.nullcontext()
+
+
 class Launcher:
     """What every launch of one call shares: the device and its family of configurations.
 
@@ -163,13 +167,15 @@ class Launcher:
             )
         self.index = t.get_device()
         self.stream = torch._C._cuda_getCurrentRawStream(self.index) if t.is_cuda else None
-        self.device = contextlib.nullcontext()
+        self.device = _HERE
         if t.is_cuda and self.index != torch.cuda.current_device():
             self.device = torch.cuda.device(self.index)
         self.family = configs.device_family(self.index) if t.is_cuda else "interpreter"
         self.driver = _driver() if _KEEPS_COMPILED and not _watched() else None
 
-    def launch(self, kernel, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
+    def launch(
+        self, kernel, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Mapping[str, int | str]
+    ) -> None:
         """kernel[grid](*args, **constants), the arguments of run time before the constants.
 
         Triton examines each argument and every option in each launch, which takes longer than most of these kernels.

@@ -201,8 +201,6 @@ def decodes_inside(family: str, rows: int, backward: bool) -> bool:
     return rows <= _NF4_ROWS[family][backward] if family in _NF4_ROWS else True
 
 
-# Asked before every launch, by sizes that come back.
-@functools.lru_cache(maxsize=4096)
 def lookup(
     family: str, kernel: str, rank: int, is_float32: bool, depth: int = 0, rows: int = 4096, columns: int = 4096
 ) -> dict[str, int]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -552,27 +553,22 @@ def _dequantized(weight: NF4, x: Tensor) -> Tensor:
     return dense
 
 
-class _LoraLauncher(Launcher):
-    """Adds what launches of `lora_linear` share: configurations, dot precision and dropout arguments."""
+class _Kind(NamedTuple):
+    """What the launches of a call have in common, besides their sizes."""
 
-    def __init__(self, x: Tensor, dropout_p: float, rng: Tensor | None, by_vendor: bool) -> None:
-        super().__init__("x", x)
-        self.by_vendor = by_vendor
-        self.threshold = dropout_threshold(dropout_p)
-        if self.threshold and rng is None:
-            raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
-        self.rng = rng
-        self.inv_keep = dropout_scale(dropout_p)
-        self.is_float32 = x.dtype == torch.float32
-        self.multiprocessors = _multiprocessors(self.index)
-        # Whether a product starts while the kernel before it still runs.
-        self.overlaps = configs.overlaps(self.family)
-        self.precision = "ieee"
-        if self.is_float32 and not torch.version.hip:
-            self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    family: str
+    multiprocessors: int
+    is_float32: bool
+    precision: str
+    has_dropout: bool
+    # Whether a product starts while the kernel before it still runs.
+    overlaps: bool
 
-    def config(self, kernel: str, rank: int, depth: int = 0, rows: int = 0, columns: int = 0) -> dict[str, int]:
-        return configs.lookup(self.family, kernel, rank, self.is_float32, depth, rows, columns)
+    def constants(
+        self, kernel: str, rank: int, depth: int = 0, rows: int = 0, columns: int = 0, **flags: int | str
+    ) -> dict[str, int | str]:
+        """`flags`, and what `configs.lookup` says."""
+        return flags | configs.lookup(self.family, kernel, rank, self.is_float32, depth, rows, columns)
 
     def split(self, kernel: str, programs: int, length: int, step: int, most: int = 1 << 31) -> tuple[int, int]:
         """`in_parts` for the sum of `kernel`, into `most` parts at most."""
@@ -580,24 +576,111 @@ class _LoraLauncher(Launcher):
         target, least = parts.programs * self.multiprocessors, max(parts.least, ceil_div(length, most))
         return in_parts(length, step, programs, target, parts.worth, least)
 
+
+class _Plan(NamedTuple):
+    """What the sizes decide of a launch; a sum is cut into `parts` of this `length`."""
+
+    grid: tuple[int, int, int]
+    constants: dict[str, int | str]
+    parts: int = 1
+    length: int = 0
+
+
+# Asked before every launch, by sizes that come back.
+@functools.lru_cache(maxsize=4096)
+def planned(plan: Callable[..., Any], *sizes: Any) -> Any:
+    """plan(*sizes)"""
+    return plan(*sizes)
+
+
+def _plan_h(kind: _Kind, m: int, k: int, rank: int) -> _Plan:
+    constants = kind.constants(
+        "h", rank, k, m, HAS_DROPOUT=kind.has_dropout, PRECISION=kind.precision, OVERLAPS=kind.overlaps
+    )
+    row_blocks, rank_blocks = ceil_div(m, constants["BLOCK_M"]), ceil_div(rank, constants["BLOCK_R"])
+    most = configs.most_parts_of_h(m)
+    parts, length = kind.split("h", row_blocks * rank_blocks, k, constants["BLOCK_K"], most)
+    return _Plan((row_blocks, parts, rank_blocks), constants, parts, length)
+
+
+def _plan_product(
+    kind: _Kind, kernel: str, rank: int, depth: int, m: int, n: int, has_scale: bool, has_bias: bool, has_e: bool,
+    has_dropout: bool, overlaps: bool, parts: int, weight: tuple[str, int, bool] | bool,
+) -> _Plan:  # fmt: skip
+    """`weight`: WEIGHT, BLOCK_SIZE and ALIGNED, or of tiles that the copy engine fetches W_ROWS."""
+    constants = kind.constants(
+        kernel, rank, depth, m, n, HAS_SCALE=has_scale, HAS_BIAS=has_bias, HAS_E=has_e, HAS_DROPOUT=has_dropout,
+        PRECISION=kind.precision, OVERLAPS=overlaps, PARTS=1 << (parts - 1).bit_length(),
+    )  # fmt: skip
+    if isinstance(weight, bool):
+        constants["W_ROWS"] = weight
+        # The copy engine fills up what the last block lacks.
+        del constants["EVEN_K"]
+    else:
+        constants |= zip(("WEIGHT", "BLOCK_SIZE", "ALIGNED"), weight, strict=True)
+    if overlaps:
+        constants["launch_pdl"] = True
+    return _Plan((configs.tiles(constants, m, n), 1, 1), constants)
+
+
+def _plan_dh_dlora_b(
+    kind: _Kind, m: int, n: int, rank: int, need_dh: bool, need_db: bool, need_de: bool, has_e: bool
+) -> tuple[_Plan, _Plan, int, int]:
+    """Of the parts and of their sum; then how many blocks of the sum make dh, and how many dlora_b."""
+    flags = {"NEED_DH": need_dh, "NEED_DB": need_db, "NEED_DE": need_de, "OVERLAPS": kind.overlaps}
+    constants = kind.constants("dh_dlora_b", rank, PRECISION=kind.precision, **flags)
+    column_blocks = ceil_div(n, constants["BLOCK_N"])
+    parts, length = kind.split("dh_dlora_b", column_blocks, m, constants["BLOCK_M"])
+    first = _Plan((column_blocks, parts, ceil_div(rank, constants["BLOCK_R"])), constants, parts, length)
+    constants = kind.constants("reduce", rank, HAS_E=has_e, **flags)
+    if kind.overlaps:
+        constants["launch_pdl"] = True
+    dh_blocks = ceil_div(m * rank, constants["BLOCK_L"]) if need_dh else 0
+    db_blocks = ceil_div(n * rank, constants["BLOCK_L"]) if need_db else 0
+    de_blocks = ceil_div(rank, constants["BLOCK_L"]) if need_de else 0
+    return first, _Plan((dh_blocks + db_blocks + de_blocks, 1, 1), constants), dh_blocks, db_blocks
+
+
+def _plan_dlora_a(kind: _Kind, m: int, k: int, rank: int) -> _Plan:
+    constants = kind.constants(
+        "dlora_a", rank, rows=m, HAS_DROPOUT=kind.has_dropout, PRECISION=kind.precision, OVERLAPS=kind.overlaps
+    )
+    column_blocks, rank_blocks = ceil_div(k, constants["BLOCK_K"]), ceil_div(rank, constants["BLOCK_R"])
+    parts, length = kind.split("dlora_a", column_blocks * rank_blocks, m, constants["BLOCK_M"])
+    return _Plan((column_blocks, parts, rank_blocks), constants, parts, length)
+
+
+class _LoraLauncher(Launcher):
+    """Adds what launches of `lora_linear` share: their kind and dropout arguments."""
+
+    def __init__(self, x: Tensor, dropout_p: float, rng: Tensor | None, by_vendor: bool) -> None:
+        super().__init__("x", x)
+        self.by_vendor = by_vendor
+        self.threshold = threshold = dropout_threshold(dropout_p)
+        if threshold and rng is None:
+            raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
+        self.rng = rng
+        self.inv_keep = dropout_scale(dropout_p)
+        is_float32, precision = x.dtype == torch.float32, "ieee"
+        if is_float32 and not torch.version.hip:
+            precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        overlaps = configs.overlaps(self.family)
+        self.kind = _Kind(self.family, _multiprocessors(self.index), is_float32, precision, threshold > 0, overlaps)
+
     def h(self, x: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor | None]:
         """(h [M, R] = dropout(x) lora_aᵀ, None), or with many columns (h, which `product` is to make, the matrices
         [parts, M, R] whose sum it is)."""
         (m, k), rank = x.shape, lora_a.shape[0]
-        config = self.config("h", rank, k, m)
-        row_blocks, rank_blocks = ceil_div(m, config["BLOCK_M"]), ceil_div(rank, config["BLOCK_R"])
-        programs, most = row_blocks * rank_blocks, configs.most_parts_of_h(m)
-        splits, columns_per_split = self.split("h", programs, k, config["BLOCK_K"], most)
-        parts = torch.empty((splits, m, rank), dtype=torch.float32, device=x.device)
+        plan = planned(_plan_h, self.kind, m, k, rank)
+        h = torch.empty((m, rank), dtype=torch.float32, device=x.device)
+        parts = None
+        if plan.parts > 1:
+            parts = torch.empty((plan.parts, m, rank), dtype=torch.float32, device=x.device)
         if rank:
-            self.launch(
-                _h_kernel, (row_blocks, splits, rank_blocks),
-                x, lora_a, parts, self.rng, m, k, rank, columns_per_split, self.threshold, self.inv_keep, x.stride(0),
-                HAS_DROPOUT=self.threshold > 0, PRECISION=self.precision, OVERLAPS=self.overlaps, **config,
-            )  # fmt: skip
-        if splits == 1:
-            return parts.view(m, rank), None
-        return torch.empty((m, rank), dtype=torch.float32, device=x.device), parts
+            made = h if parts is None else parts
+            args = (x, lora_a, made, self.rng, m, k, rank, plan.length, self.threshold, self.inv_keep, x.stride(0))
+            self.launch(_h_kernel, plan.grid, args, plan.constants)
+        return h, parts
 
     def product(
         self, terms: list[_Term], column_scale: Tensor | None, bias: Tensor | None, u: Tensor, u_parts: Tensor | None,
@@ -613,9 +696,10 @@ class _LoraLauncher(Launcher):
         x, weight = terms[0]
         (m, _), n = x.shape, out.shape[1]
         dropout = backward and self.threshold > 0
-        overlaps = self.overlaps and may_overlap and v.shape[0] > 0 and not self.by_vendor
-        if self.by_vendor or len(terms) > 1 or not configs.decodes_inside(self.family, m, backward):
-            overlaps = overlaps and not any(isinstance(weight, NF4) for _, weight in terms)
+        overlaps = self.kind.overlaps and may_overlap and v.shape[0] > 0 and not self.by_vendor
+        is_whole = self.by_vendor or len(terms) > 1 or not configs.decodes_inside(self.family, m, backward)
+        if is_whole and any(isinstance(weight, NF4) for _, weight in terms):
+            overlaps = False
             terms = [(x, _dequantized(weight, x) if isinstance(weight, NF4) else weight) for x, weight in terms]
             x, weight = terms[0]
         product = None
@@ -625,61 +709,59 @@ class _LoraLauncher(Launcher):
             terms = [(x[:, :0], weight[:0] if backward else weight[:, :0])]
             x, weight = terms[0]
         depths = [x.shape[1] for x, _ in terms]
-        aligned, kernel, kind = True, "gemm", {"WEIGHT": "dense", "BLOCK_SIZE": 1}
+        kernel, stored = "gemm", ("dense", 1, True)
         nf4_parts = (None, None, None, None)
         if isinstance(weight, NF4):
             aligned = weight.shape[1] % weight.block_size == 0
             kernel = "nf4_cols" if backward else "nf4_rows"
-            kind = {"WEIGHT": kernel, "BLOCK_SIZE": weight.block_size}
+            stored = (kernel, weight.block_size, aligned)
             kernel = kernel if aligned else "nf4_ragged"
             nf4_parts = (*weight[1:4], tables(x.device))
         rows = self.by_tma(terms, m, n, backward)
         if product is not None:
             kernel = "finish"
         elif rows is not None:
-            kernel = "tma_gemm"
-        config = self.config(kernel, v.shape[0], math.gcd(*depths), m, n)
-        tiles = configs.tiles(config, m, n)
-        flags = {"HAS_SCALE": column_scale is not None, "HAS_BIAS": bias is not None, "HAS_E": lora_e is not None,
-                 "HAS_DROPOUT": dropout, "PRECISION": self.precision, "OVERLAPS": overlaps}  # fmt: skip
-        if overlaps:
-            flags["launch_pdl"] = True
+            kernel, stored = "tma_gemm", rows
         none = _TERMS - len(terms)
-        depths += [0] * none
         rng = self.rng if dropout else None
         parts, made, stride_up = 1, None, 0
         if u_parts is not None:
             parts, made, stride_up = len(u_parts), u, u_parts.stride(0)
-        flags["PARTS"] = 1 << (parts - 1).bit_length()
+        plan = planned(
+            _plan_product, self.kind, kernel, v.shape[0], math.gcd(*depths), m, n, column_scale is not None,
+            bias is not None, lora_e is not None, dropout, overlaps, parts, stored,
+        )  # fmt: skip
+        depths += [0] * none
         low_rank = (u if u_parts is None else u_parts, made, lora_e, v)
         if rows is not None:
-            flags |= {name: value for name, value in config.items() if name != "EVEN_K"}
+            config = plan.constants
             w_block = config["BLOCK_N" if rows else "BLOCK_K"], config["BLOCK_K" if rows else "BLOCK_N"]
             tiled = []
             for x, weight in terms:
-                stored = weight if weight.stride(1) == 1 else weight.T
-                tiled += (Tile(x, config["BLOCK_M"], config["BLOCK_K"]), Tile(stored, *w_block))
-            self.launch(
-                _tma_gemm_kernel, (tiles, 1, 1), *tiled, *[None] * (2 * none), column_scale, bias, *low_rank,
-                rng, out, m, n, *depths, v.shape[0], parts, scale, self.threshold, stride_up, u.stride(0), *v.stride(),
-                out.stride(0), W_ROWS=rows, **flags,
+                weight = weight if weight.stride(1) == 1 else weight.T
+                tiled += (Tile(x, config["BLOCK_M"], config["BLOCK_K"]), Tile(weight, *w_block))
+            args = (
+                *tiled, *[None] * (2 * none), column_scale, bias, *low_rank, rng, out, m, n, *depths, v.shape[0], parts,
+                scale, self.threshold, stride_up, u.stride(0), *v.stride(), out.stride(0),
             )  # fmt: skip
+            self.launch(_tma_gemm_kernel, plan.grid, args, config)
             return
         tensors, strides = [], []
         for x, weight in terms:
             tensors += (x, weight[0] if isinstance(weight, NF4) else weight)
             wn, wk = (0, 0) if isinstance(weight, NF4) else weight.stride()
             strides += (x.stride(0), wk, wn) if backward else (x.stride(0), wn, wk)
-        self.launch(
-            _gemm_kernel, (tiles, 1, 1), *tensors, *[None] * (2 * none), *nf4_parts, column_scale, bias, *low_rank, rng,
-            product, out, m, n, *depths, v.shape[0], parts, scale, self.threshold, *strides, *[0] * (3 * none),
-            stride_up, u.stride(0), *v.stride(), out.stride(0), **kind, ALIGNED=aligned, **flags, **config,
+        args = (
+            *tensors, *[None] * (2 * none), *nf4_parts, column_scale, bias, *low_rank, rng, product, out, m, n, *depths,
+            v.shape[0], parts, scale, self.threshold, *strides, *[0] * (3 * none), stride_up, u.stride(0), *v.stride(),
+            out.stride(0),
         )  # fmt: skip
+        self.launch(_gemm_kernel, plan.grid, args, plan.constants)
 
     def by_tma(self, terms: list[_Term], m: int, n: int, backward: bool) -> bool | None:
         """None where the copy engine can't fetch the tiles or gains nothing; else whether the columns of the result are
         the rows of the weights as they lie in memory."""
-        if self.is_float32 or not configs.by_tma(self.family, m, n) or isinstance(terms[0][1], NF4):
+        if self.kind.is_float32 or not configs.by_tma(self.family, m, n) or isinstance(terms[0][1], NF4):
             return None
         if not terms[0][0].shape[1]:
             return None
@@ -697,53 +779,42 @@ class _LoraLauncher(Launcher):
         """(dlora_b, dlora_e) of one layer, and dh [M, R] where it is not None."""
         (m, n), rank = dy.shape, layer.lora_b.shape[1]
 
-        def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
-            return torch.empty(shape, dtype=dtype, device=dy.device) if when else None
+        device = dy.device
+
+        def empty(shape: tuple[int, ...], when: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device=device) if when else None
 
         need_dh = dh is not None
-        config = self.config("dh_dlora_b", rank)
-        column_blocks = ceil_div(n, config["BLOCK_N"])
-        splits, rows_per_split = self.split("dh_dlora_b", column_blocks, m, config["BLOCK_M"])
-        dh_parts = empty(column_blocks, m, rank, when=need_dh)
-        db_parts = empty(splits, n, rank, when=need_db)
-        de_parts = empty(splits * column_blocks, rank, when=need_de)
-        dlora_b = empty(n, rank, dtype=layer.lora_b.dtype, when=need_db)
-        dlora_e = empty(rank, dtype=layer.lora_e.dtype) if need_de else None
+        plan, of_sum, dh_blocks, db_blocks = planned(
+            _plan_dh_dlora_b, self.kind, m, n, rank, need_dh, need_db, need_de, layer.lora_e is not None
+        )
+        column_blocks, splits = plan.grid[0], plan.parts
+        dh_parts = empty((column_blocks, m, rank), need_dh)
+        db_parts = empty((splits, n, rank), need_db)
+        de_parts = empty((splits * column_blocks, rank), need_de)
+        dlora_b = empty((n, rank), need_db, layer.lora_b.dtype)
+        dlora_e = empty((rank,), True, layer.lora_e.dtype) if need_de else None
         if not rank or not (need_dh or need_db or need_de):
             return dlora_b, dlora_e
-        flags = {"NEED_DH": need_dh, "NEED_DB": need_db, "NEED_DE": need_de}
-        self.launch(
-            _dh_dlora_b_kernel, (column_blocks, splits, ceil_div(rank, config["BLOCK_R"])),
-            dy, h, layer.lora_b, dh_parts, db_parts, de_parts, m, n, rank, rows_per_split, dy.stride(0), h.stride(0),
-            **flags, PRECISION=self.precision, OVERLAPS=self.overlaps, **config,
+        parts = (dh_parts, db_parts, de_parts)
+        args = (dy, h, layer.lora_b, *parts, m, n, rank, plan.length, dy.stride(0), h.stride(0))
+        self.launch(_dh_dlora_b_kernel, plan.grid, args, plan.constants)
+        args = (
+            *parts, dh, dlora_b, dlora_e, layer.lora_e, dh_blocks, db_blocks, column_blocks, splits, m, n, rank,
+            dh.stride(0) if need_dh else 0, layer.scaling,
         )  # fmt: skip
-        config = self.config("reduce", rank)
-        if self.overlaps:
-            flags["launch_pdl"] = True
-        dh_blocks = ceil_div(m * rank, config["BLOCK_L"]) if need_dh else 0
-        db_blocks = ceil_div(n * rank, config["BLOCK_L"]) if need_db else 0
-        de_blocks = ceil_div(rank, config["BLOCK_L"]) if need_de else 0
-        self.launch(
-            _reduce_kernel, (dh_blocks + db_blocks + de_blocks, 1, 1),
-            dh_parts, db_parts, de_parts, dh, dlora_b, dlora_e, layer.lora_e,
-            dh_blocks, db_blocks, column_blocks, splits, m, n, rank, dh.stride(0) if need_dh else 0, layer.scaling,
-            **flags, HAS_E=layer.lora_e is not None, OVERLAPS=self.overlaps, **config,
-        )  # fmt: skip
+        self.launch(_reduce_kernel, of_sum.grid, args, of_sum.constants)
         return dlora_b, dlora_e
 
     def dlora_a(self, x: Tensor, dh: Tensor, dtype: torch.dtype) -> Tensor:
         """Matrices [parts, R, K] whose sum is dhᵀ dropout(x); in float32, or a single one in `dtype`."""
         (m, k), rank = x.shape, dh.shape[1]
-        config = self.config("dlora_a", rank, rows=m)
-        column_blocks, rank_blocks = ceil_div(k, config["BLOCK_K"]), ceil_div(rank, config["BLOCK_R"])
-        splits, rows_per_split = self.split("dlora_a", column_blocks * rank_blocks, m, config["BLOCK_M"])
-        parts = torch.empty((splits, rank, k), dtype=dtype if splits == 1 else torch.float32, device=x.device)
+        plan = planned(_plan_dlora_a, self.kind, m, k, rank)
+        made = dtype if plan.parts == 1 else torch.float32
+        parts = torch.empty((plan.parts, rank, k), dtype=made, device=x.device)
         if rank:
-            self.launch(
-                _dlora_a_kernel, (column_blocks, splits, rank_blocks),
-                x, dh, parts, self.rng, m, k, rank, rows_per_split, self.threshold, self.inv_keep, x.stride(0),
-                HAS_DROPOUT=self.threshold > 0, PRECISION=self.precision, OVERLAPS=self.overlaps, **config,
-            )  # fmt: skip
+            args = (x, dh, parts, self.rng, m, k, rank, plan.length, self.threshold, self.inv_keep, x.stride(0))
+            self.launch(_dlora_a_kernel, plan.grid, args, plan.constants)
         return parts
 
 
@@ -820,8 +891,8 @@ def column_scale_bwd(
     with run.device:
         run.launch(
             _column_scale_bwd_kernel, (column_blocks, splits, 1),
-            dy, y, bias, column_scale, dz, parts, m, n, rows_per_split, dy.stride(0),
-            HAS_BIAS=bias is not None, NEED_DSCALE=y is not None, **config,
+            (dy, y, bias, column_scale, dz, parts, m, n, rows_per_split, dy.stride(0)),
+            {"HAS_BIAS": bias is not None, "NEED_DSCALE": y is not None, **config},
         )  # fmt: skip
     return dz, None if parts is None else parts.sum(0)
 

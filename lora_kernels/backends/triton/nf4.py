@@ -228,6 +228,7 @@ def dequantize_nf4(weight: NF4, out: Tensor) -> None:
     with run.device:
         run.launch(
             _dequantize_kernel, (ceil_div(blocks, config["BLOCKS"]), 1, 1),
-            weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset, tables(out.device), out,
-            out.numel(), BLOCK_SIZE=weight.block_size, **config,
+            (weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset, tables(out.device), out,
+             out.numel()),
+            {"BLOCK_SIZE": weight.block_size, **config},
         )  # fmt: skip
