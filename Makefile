@@ -57,8 +57,8 @@ test: venv
 
 # The newest transformers, where PEFT isn't needed: for its sake .[dev] holds transformers back.
 NEWEST_TESTS := $(patsubst %,tests/data/test_%.py,chat chat_templates dataset pairs) tests/ops/test_decoder.py \
-  tests/io/test_models.py tests/nn/test_nn.py $(patsubst %,tests/methods/test_%.py,full methods prefix_prompt) \
-  tests/train/test_graphs.py
+  tests/models/test_fuse.py tests/io/test_models.py tests/nn/test_nn.py tests/train/test_graphs.py \
+  $(patsubst %,tests/methods/test_%.py,full methods prefix_prompt)
 $(VENV)/.newest: $(VENV)/.dev
 	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/newest transformers
 	touch $@
