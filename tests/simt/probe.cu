@@ -1,5 +1,5 @@
-// The emulator's operations one by one, called from tests/backends/test_simt.py through ctypes. Each function returns an error
-// message, empty if there was none.
+// The emulator's operations one by one, called from tests/backends/test_simt.py through ctypes. Each function returns
+// an error message, empty if there was none.
 #include "gemm.cuh"
 
 using namespace lora_kernels::cuda;
