@@ -8,6 +8,7 @@ import contextlib
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -167,6 +168,50 @@ def check_numbers():
     device.fail(0)
 
 
+def check_what_is_left_to_triton():
+    """What a launch may need and the extension doesn't know is never guessed."""
+    global driver
+    common._compiled.clear()
+    driver = Driver()
+    x = empty((64,))
+    args = (x, None, 48, 1 << 40, -(1 << 33) - 1, 1, 0.1)
+    common.Launcher("x", x).launch(_numbers_kernel, (1, 1, 1), args, {"BLOCK": 32, "num_warps": 2})
+    ((compiled, _),) = common._compiled.values()
+
+    def described(asm=compiled.asm, kinds=None, **changes):
+        changed = SimpleNamespace(
+            metadata=compiled.metadata._replace(**changes), src=compiled.src, asm=asm, function=compiled.function
+        )
+        if kinds:
+            changed.src = SimpleNamespace(signature=compiled.src.signature | kinds)
+        return common._described(_numbers_kernel, changed, args)
+
+    assert described()["arguments"] == ["value", None, "value", "value", "value", None, "value"]
+    for change in (
+        {"num_ctas": 2},
+        {"launch_cooperative_grid": True},
+        {"global_scratch_size": 8},
+        {"profile_scratch_size": 8},
+        {"shared": (228 << 10) + 1},
+        {"asm": {}},
+        {"kinds": {"small": "i64"}},
+        {"kinds": {"small": "fp64"}},
+        {"kinds": {"one": "i32"}},
+        {"asm": {"ptx": compiled.asm["ptx"].replace(".param .f32", ".param .f64", 1)}},
+    ):
+        assert described(**change) is None, change
+    assert not common._watched()
+    triton.knobs.runtime.launch_enter_hook.add(print)
+    assert common._watched()
+    triton.knobs.runtime.launch_enter_hook.remove(print)
+    try:
+        TritonLaunches("no-such-library.so")
+    except RuntimeError as error:
+        assert "no-such-library.so" in str(error)
+    else:
+        raise AssertionError("a driver that isn't there must raise")
+
+
 def check_the_code_changes():
     """What changes the code must not find the old one: a number that is 1 or that 16 divides, an address."""
     rows = empty((512, 128), torch.bfloat16)
@@ -190,6 +235,7 @@ def main():
     nf4.tables(pool.device)
     torch.empty, torch.cat = empty, cat
     check_numbers()
+    check_what_is_left_to_triton()
     seen = []
     for dtype, rows, dropout_p, options in (
         (torch.bfloat16, 1, 0.1, {}),
