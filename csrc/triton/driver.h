@@ -20,8 +20,9 @@ struct TileMap {
   int element_type, element_bytes, swizzle;
 };
 
-// What the driver makes of it, by value an argument of a kernel.
-struct alignas(64) TensorMap {
+// What the driver makes of it, by value an argument of a kernel. Aligned as by NVIDIA's newest header; older ones ask
+// for 64.
+struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 
