@@ -102,6 +102,6 @@ wheel: $(VENV)/.dev
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
 clean:
-	rm -rf build dist outputs *.egg-info lora_kernels/*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist outputs *.egg-info lora_kernels/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f $(VENV)/.extension $(VENV)/.test-extension

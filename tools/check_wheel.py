@@ -14,12 +14,12 @@ def problems(wheel: Path, cuda: bool) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         names = {info.filename for info in archive.infolist() if not info.is_dir()}
     package = {name for name in names if not re.match(r"lora_kernels-[^/]+\.dist-info/", name)}
-    source = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_kernels").rglob("*.py")}
+    source = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_kernels").rglob("*.py")} | {"lora_kernels/py.typed"}
     extensions = {name.split(".")[0].rpartition("/")[2] for name in package if name.endswith((".so", ".pyd"))}
     modules = {name for name in package if name.startswith("lora_kernels/") and not name.endswith((".so", ".pyd"))}
     found = []
     if missing := source - modules:
-        found.append(f"modules are missing: {', '.join(sorted(missing))}")
+        found.append(f"these are missing: {', '.join(sorted(missing))}")
     if stray := package - source - {name for name in package if re.match(r"lora_kernels/_(C|cuda)\.", name)}:
         found.append(f"these do not belong in it: {', '.join(sorted(stray))}")
     if extensions != (expected := {"_C", "_cuda"} if cuda else {"_C"}):

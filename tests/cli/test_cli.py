@@ -305,6 +305,16 @@ def test_doctor_shows_every_backend():
     assert torch.__version__ in result.output
 
 
+def test_the_package_runs_as_the_command_line():
+    printed = [
+        subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True).stdout
+        for module in ("lora_kernels", "lora_kernels.cli")
+    ]
+    package, cli = (" ".join(text.split()) for text in printed)
+    assert package.replace("lora_kernels ", "lora_kernels.cli ") == cli
+    assert "doctor" in package
+
+
 INSTALL = "is not installed: pip install 'lora-kernels[train]'"
 
 

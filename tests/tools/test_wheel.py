@@ -69,7 +69,7 @@ def test_source_distribution_has_all_that_a_build_needs(source):
         return {str(path.relative_to(root)) for path in files if path.suffix not in (".pyc", ".so")}
 
     assert sources(source) == sources(ROOT)
-    assert {Path(name).suffix for name in sources(source)} == {".cpp", ".h", ".cu", ".cuh", ".py"}
+    assert {Path(name).suffix for name in sources(source)} == {".cpp", ".h", ".cu", ".cuh", ".py", ".typed"}
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         assert (source / name).exists()
 
@@ -86,6 +86,16 @@ def test_wheel_has_the_package_and_nothing_else(wheel, tmp_path):
     problems = "\n".join(check_wheel.problems(stray, cuda=False))
     for name in ("_simt.so", "libgomp.so.1", "csrc/bindings.cpp"):
         assert name in problems
+
+
+def test_wheel_says_that_it_is_typed(wheel, tmp_path):
+    marker = "lora_kernels/py.typed"
+    untyped = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(untyped, "w") as rest:
+        assert marker in whole.namelist()
+        for name in set(whole.namelist()) - {marker}:
+            rest.writestr(name, whole.read(name))
+    assert check_wheel.problems(untyped, cuda=False) == [f"these are missing: {marker}"]
 
 
 def test_installed_wheel_runs_on_the_cpu(environment, tmp_path):
