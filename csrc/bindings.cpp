@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <initializer_list>
 #include <new>
 #include <string>
 #include <tuple>
@@ -13,6 +14,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/isa.h"
+#include "cpu/layers.h"
 #include "cpu/threads.h"
 #include "tensor.h"
 
@@ -49,6 +51,18 @@ template <class Kernels, class Params>
 void launch(const Kernels* Isa::* op, bool (*Kernels::*kernel)(const Params&), const Params& params) {
   py::gil_scoped_release release;
   if (!(isas.current.load()->*op->*kernel)(params)) throw std::bad_alloc();
+}
+
+template <class Params>
+void run(bool (*pass)(const Isa&, const Params&), const Params& params) {
+  py::gil_scoped_release release;
+  if (!pass(*isas.current.load(), params)) throw std::bad_alloc();
+}
+
+void check_layers(const std::vector<const Layer*>& layers, std::initializer_list<size_t> counts) {
+  bool fits = !layers.empty() && layers.size() <= kMaxLayers;
+  for (const size_t count : counts) fits = fits && count == layers.size();
+  if (!fits) throw py::value_error("a pass takes 1 to " + std::to_string(kMaxLayers) + " layers with tensors for each");
 }
 
 template <class T = void>
@@ -215,39 +229,60 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("weight"), py::arg("row_first"), py::arg("row_last"), py::arg("col_first"),
       py::arg("col_last"), py::arg("out"), py::arg("num_threads"));
 
-  m.attr("LAYER_ROWS") = kLayerRows;
+  m.attr("FEW_ROWS") = kFewRows;
   m.attr("MAX_LAYERS") = kMaxLayers;
-  // A view of tensors that must outlive it.
-  py::class_<FewRowsLayer>(m, "FewRowsLayer")
+  // A view of tensors that must outlive it and stay where they are.
+  py::class_<Layer>(m, "Layer")
       .def(py::init([](const Weight& weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor bias, Tensor lora_e,
                        Tensor column_scale) {
-        return FewRowsLayer{weight,
-                            lora_a.data(),
-                            dtype_of(lora_a),
-                            lora_b.data(),
-                            dtype_of(lora_b),
-                            scaling,
-                            bias.data(),
-                            lora_e.data(),
-                            lora_e.is_none() ? DType::kFloat32 : dtype_of(lora_e),
-                            column_scale.data<float>(),
-                            lora_a.size(0)};
+        return Layer{weight,
+                     lora_a.data(),
+                     dtype_of(lora_a),
+                     lora_b.data(),
+                     dtype_of(lora_b),
+                     scaling,
+                     bias.data(),
+                     lora_e.data(),
+                     lora_e.is_none() ? DType::kFloat32 : dtype_of(lora_e),
+                     column_scale.data<float>(),
+                     lora_a.size(0)};
       }))
-      .def_property_readonly("N", [](const FewRowsLayer& layer) { return layer.weight.N; });
+      .def_property_readonly("N", [](const Layer& layer) { return layer.weight.N; })
+      .def_property_readonly("R", [](const Layer& layer) { return layer.R; });
 
-  // x [..., K], contiguous but for how far apart its rows are if it is a matrix. Arguments by position: their names
-  // would take as long as a small layer.
-  m.def("layers_forward", [](const std::vector<const FewRowsLayer*>& layers, const std::vector<Tensor>& y,
-                             const std::vector<Tensor>& h, Tensor x, int64_t M, int64_t ld_x, int num_threads) {
-    if (layers.empty() || layers.size() > kMaxLayers || y.size() != layers.size() || h.size() > layers.size())
-      throw py::value_error("layers_forward takes 1 to " + std::to_string(kMaxLayers) + " layers with a y each");
-    LayersForward p{};
-    for (size_t i = 0; i < layers.size(); ++i) p.layers[i] = layers[i], p.y[i] = y[i].data();
-    for (size_t i = 0; i < h.size(); ++i) p.h[i] = h[i].data<float>();
-    p.count = (int)layers.size(), p.x = x.data(), p.x_dtype = dtype_of(x), p.ld_x = ld_x;
-    p.M = M, p.K = layers[0]->weight.K, p.num_threads = num_threads;
-    launch(&Isa::few_rows, &FewRowsKernels::layers_forward, p);
-  });
+  // Arguments of the next two by position: their names would take as long as a small layer. x [M, K] has contiguous
+  // rows; h: none, or one for each layer.
+  m.def("layers_forward",
+        [](const std::vector<const Layer*>& layers, const std::vector<Tensor>& y, const std::vector<Tensor>& h,
+           Tensor x, bool in_bfloat16, Tensor rng, uint32_t threshold, int num_threads) {
+          check_layers(layers, {y.size(), h.empty() ? y.size() : h.size()});
+          LayersForward p{};
+          for (size_t i = 0; i < layers.size(); ++i) p.layers[i] = layers[i], p.y[i] = y[i].data();
+          for (size_t i = 0; i < h.size(); ++i) p.h[i] = h[i].data<float>();
+          p.count = (int)layers.size(), p.x = x.data(), p.x_dtype = dtype_of(x), p.ld_x = x.stride(0);
+          p.M = x.size(0), p.K = layers[0]->weight.K;
+          p.product_dtype = in_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
+          p.dropout = dropout(rng, threshold), p.num_threads = num_threads;
+          run(layers_forward, p);
+        });
+  // Of the gradients, those that are None are not computed.
+  m.def("layers_backward",
+        [](const std::vector<const Layer*>& layers, const std::vector<Tensor>& dy, const std::vector<Tensor>& h,
+           Tensor x, Tensor dx, const std::vector<Tensor>& dlora_a, const std::vector<Tensor>& dlora_b,
+           const std::vector<Tensor>& dlora_e, bool in_bfloat16, Tensor rng, uint32_t threshold, int num_threads) {
+          check_layers(layers, {dy.size(), h.size(), dlora_a.size(), dlora_b.size(), dlora_e.size()});
+          LayersBackward p{};
+          for (size_t i = 0; i < layers.size(); ++i) {
+            p.layers[i] = layers[i], p.dy[i] = dy[i].data(), p.ld_dy[i] = dy[i].stride(0), p.h[i] = h[i].data<float>();
+            p.dlora_a[i] = dlora_a[i].data(), p.dlora_b[i] = dlora_b[i].data(), p.dlora_e[i] = dlora_e[i].data();
+          }
+          p.count = (int)layers.size(), p.x_dtype = dtype_of(dy[0]), p.M = dy[0].size(0), p.K = layers[0]->weight.K;
+          if (!x.is_none()) p.x = x.data(), p.ld_x = x.stride(0);
+          p.dx = dx.data();
+          p.product_dtype = in_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
+          p.dropout = dropout(rng, threshold), p.num_threads = num_threads;
+          run(layers_backward, p);
+        });
 
   m.def(
       "product",

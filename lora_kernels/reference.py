@@ -1,13 +1,14 @@
 """What every op means, in plain torch, in any floating dtype including float64.
 
 This file is the oracle that all backends are tested against, and the documentation of their arithmetic.
-``lora_linear_fwd`` and ``lora_linear_bwd`` have the signatures that every backend has.
+Its functions have the signatures that every backend has, see `lora_kernels.backends.contract`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from functools import cache
 from operator import is_
 from typing import Any
@@ -15,9 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.types import NF4, AdamWGroup, Projection
+from lora_kernels.types import (
+    NF4,
+    AdamWGroup,
+    AdapterGradients,
+    Dropout,
+    Gradients,
+    Layers,
+    Needs,
+    Output,
+    Projection,
+)
 
+name = "reference"
 unavailable: str | None = None
+MAX_LAYERS = sys.maxsize
 
 # NormalFloat4 (Dettmers et al. 2023, QLoRA, section 3 and appendix E), the values that bitsandbytes uses.
 NF4_CODE = (
@@ -84,7 +97,7 @@ def keep_mask(rng: Tensor, dropout_p: float, M: int, K: int) -> Tensor:
     return lanes >= dropout_threshold(dropout_p)
 
 
-def dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
+def drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
     """keep_mask ∘ x / (1 - p) for x [M, K]."""
     if dropout_p == 0.0:
         return x
@@ -104,41 +117,44 @@ def _dense(weight: Tensor | NF4, x: Tensor) -> Tensor:
     return nf4_values(weight).to(widened(x).dtype)
 
 
-def lora_linear_fwd(
-    x: Tensor,
-    weight: Tensor | NF4,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    lora_e: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    column_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias and h = dropout(x) Aᵀ, with c = column_scale or 1.
+def takes(x: Tensor) -> bool:
+    """Whatever torch takes."""
+    return True
+
+
+def beats_torch(x: Tensor, weight: Tensor) -> bool:
+    """It is torch."""
+    return False
+
+
+def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> list[Output]:
+    """Of each layer, y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias and h = dropout(x) Aᵀ, where c is its
+    column_scale and e its lora_e, each 1 where there is none. dropout(x) is one for all layers.
 
     x [M, K], weight [N, K] dense or NF4, lora_a [R, K], lora_b [N, R], bias [N], lora_e [R], column_scale [N] in the
     accumulation dtype. Accumulates in float32 (float64 for float64 inputs); y [M, N] is rounded once to the dtype of
     x, h [M, R] stays in the accumulation dtype.
     """
-    layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
-    return _projection(x, dropout(widened(x), dropout_p, rng), layer)
+    dropped = _dropped(x, dropout)
+    return [Output(*_projection(x, dropped, layer)) for layer in layers]
+
+
+def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    return widened(x) if dropout is None else drop(widened(x), dropout.p, dropout.rng)
 
 
 def _projection(x: Tensor, dropped: Tensor, layer: Projection) -> tuple[Tensor, Tensor]:
-    weight, lora_a, lora_b, scaling, bias, lora_e, column_scale = layer
-    h = dropped @ widened(lora_a).T
-    he = h if lora_e is None else h * widened(lora_e)
-    y = widened(x) @ _dense(weight, x).T + scaling * (he @ widened(lora_b).T)
-    if column_scale is not None:
-        y = y * column_scale
-    if bias is not None:
-        y = y + widened(bias)
+    h = dropped @ widened(layer.lora_a).T
+    he = h if layer.lora_e is None else h * widened(layer.lora_e)
+    y = widened(x) @ _dense(layer.weight, x).T + layer.scaling * (he @ widened(layer.lora_b).T)
+    if layer.column_scale is not None:
+        y = y * layer.column_scale
+    if layer.bias is not None:
+        y = y + widened(layer.bias)
     return y.to(x.dtype), h
 
 
-def lora_linear_formula(x: Tensor, layers: Sequence[Projection], dropout_p: float) -> tuple[Tensor, ...]:
+def lora_linear_formula(x: Tensor, layers: Iterable[Projection], dropout_p: float) -> tuple[Tensor, ...]:
     """y of lora_linear_fwd for x [..., K] and each layer, in operations that torch differentiates, transforms and
     distributes itself. dropout(x), one for all layers, is drawn by torch."""
     dropped = torch.nn.functional.dropout(widened(x), dropout_p)
@@ -146,71 +162,33 @@ def lora_linear_formula(x: Tensor, layers: Sequence[Projection], dropout_p: floa
 
 
 def lora_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor | NF4,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    lora_e: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients (dx, dlora_a, dlora_b, dlora_e) of lora_linear_fwd, each None where ``needs`` says False.
+    dys: Sequence[Tensor], x: Tensor, hs: Sequence[Tensor], layers: Layers, dropout: Dropout | None, needs: Needs
+) -> Gradients:
+    """The gradients of lora_linear_fwd that `needs` asks for. dx is the sum of those of the layers, each rounded.
 
-    dy is the gradient of what column_scale multiplies, where there is one: see column_scale_bwd.
+    dy is the gradient of what column_scale multiplies, where there is one: see column_scale_bwd. For each layer
     he = h ∘ e; dhe = scaling · dy B; dlora_b = scaling · dyᵀ he; dlora_e = Σ_m h ∘ dhe; dh = dhe ∘ e;
     dlora_a = dhᵀ dropout(x); dx = dy W + keep/(1-p) ∘ (dh A). The mask is drawn again from rng, never stored.
     """
-    need_x, need_a, need_b, need_e = needs
-    dy_acc = widened(dy)
-    e = None if lora_e is None else widened(lora_e)
-    dhe = scaling * (dy_acc @ widened(lora_b))
-    dh = dhe if e is None else dhe * e
-
-    dx = dlora_a = dlora_b = dlora_e = None
-    if need_x:
-        dx = (dy_acc @ _dense(weight, x) + dropout(dh @ widened(lora_a), dropout_p, rng)).to(x.dtype)
-    if need_a:
-        dlora_a = (dh.T @ dropout(widened(x), dropout_p, rng)).to(lora_a.dtype)
-    if need_b:
-        dlora_b = (scaling * (dy_acc.T @ (h if e is None else h * e))).to(lora_b.dtype)
-    if need_e and lora_e is not None:
-        dlora_e = (h * dhe).sum(0).to(lora_e.dtype)
-    return dx, dlora_a, dlora_b, dlora_e
-
-
-def lora_linear_group_fwd(
-    x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
-    """(y, h) of lora_linear_fwd for each layer; dropout(x) is one for all of them."""
-    return [lora_linear_fwd(x, *layer[:-1], dropout_p, rng, layer.column_scale) for layer in layers]
-
-
-def lora_linear_group_bwd(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    hs: Sequence[Tensor],
-    layers: Sequence[Projection],
-    dropout_p: float,
-    rng: Tensor | None,
-    need_x: bool,
-    needs: Sequence[Sequence[bool]],
-) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
-    """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd; a layer's needs are in that order.
-
-    dx is the sum of those of the layers, each rounded.
-    """
-    dxs, grads = [], []
-    for dy, h, layer, own in zip(dys, hs, layers, needs, strict=True):
-        weight, lora_a, lora_b, scaling, _, lora_e, _ = layer
-        args = (dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, (need_x, *own))
-        dx, *adapter = lora_linear_bwd(*args)
-        dxs.append(dx)
-        grads.append(tuple(adapter))
-    return sum(dxs[1:], dxs[0]) if need_x else None, grads
+    dxs, gradients = [], []
+    for dy, h, layer, need in zip(dys, hs, layers, needs.layers, strict=True):
+        wide_dy = widened(dy)
+        e = None if layer.lora_e is None else widened(layer.lora_e)
+        dhe = layer.scaling * (wide_dy @ widened(layer.lora_b))
+        dh = dhe if e is None else dhe * e
+        own = AdapterGradients()
+        if needs.x:
+            low_rank = dh @ widened(layer.lora_a)
+            low_rank = low_rank if dropout is None else drop(low_rank, dropout.p, dropout.rng)
+            dxs.append((wide_dy @ _dense(layer.weight, x) + low_rank).to(x.dtype))
+        if need.lora_a:
+            own.lora_a = (dh.T @ _dropped(x, dropout)).to(layer.lora_a.dtype)
+        if need.lora_b:
+            own.lora_b = (layer.scaling * (wide_dy.T @ (h if e is None else h * e))).to(layer.lora_b.dtype)
+        if need.lora_e:
+            own.lora_e = (h * dhe).sum(0).to(layer.lora_e.dtype)
+        gradients.append(own)
+    return Gradients(sum(dxs[1:], dxs[0]) if needs.x else None, gradients)
 
 
 def column_scale_bwd(
@@ -252,7 +230,7 @@ def lora_linear_ref(
     """
     y = torch.nn.functional.linear(x, weight, None if column_scale is not None else bias)
     flat = x.reshape(-1, x.shape[-1]).to(lora_a.dtype)
-    h = dropout(flat, dropout_p, rng) @ lora_a.T
+    h = drop(flat, dropout_p, rng) @ lora_a.T
     if lora_e is not None:
         h = h * lora_e
     delta = scaling * (h @ lora_b.T)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lora_kernels.backends import cpu
+from lora_kernels.backends.cpu import lora_linear
+from lora_kernels.backends.cpu.extension import kernels
 
 ISAS = ("generic", "avx2", "avx2_wide", "avx512")
 
@@ -25,26 +27,33 @@ def instruction_set(name):
     """Run the CPU kernels of this build inside the block; skips the test where this processor can't."""
     if cpu.unavailable is not None:
         pytest.skip(f"cpu backend: {cpu.unavailable}")
-    if name not in cpu._C.isa_supported():
+    if name not in kernels.isa_supported():
         pytest.skip(f"this processor does not have {name}")
-    with _setting(cpu._C.get_isa, cpu._C.set_isa, name):
+    with _setting(kernels.get_isa, kernels.set_isa, name):
         yield
 
 
 @contextmanager
 def amx(enabled):
     """Use AMX inside the block, or don't; skips the test where it should be used and can't."""
-    if enabled and (cpu._C.get_isa() != "avx512" or not cpu._C.amx_supported()):
+    if enabled and (kernels.get_isa() != "avx512" or not kernels.amx_supported()):
         pytest.skip("this processor, or this build of the kernels, does not have AMX")
-    with _setting(cpu._C.amx_enabled, cpu._C.enable_amx, enabled):
+    with _setting(kernels.amx_enabled, kernels.enable_amx, enabled):
         yield
 
 
 def multiply_bf16(monkeypatch, how):
     """Have bfloat16 products taken "converted" to float32, or in bfloat16 by "torch" or by our "own" kernel, whatever
     this processor has."""
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: how != "converted")
-    monkeypatch.setattr(cpu, "own_bfloat16", lambda: how == "own")
+    monkeypatch.setattr(lora_linear, "native_bfloat16", lambda: how != "converted")
+    monkeypatch.setattr(lora_linear, "own_bfloat16", lambda: how == "own")
+
+
+def own_rows(monkeypatch, *limits):
+    """Have our own product taken for so many rows, in the order of `OwnRows` or for all, whatever is fast here."""
+    limits = limits if len(limits) == 4 else limits * 4
+    monkeypatch.setattr(lora_linear, "own_rows", lambda: lora_linear.OwnRows(*limits))
+    monkeypatch.setattr(lora_linear, "SMALL", 0)
 
 
 @contextmanager
@@ -52,12 +61,12 @@ def threads(count, at_least=None):
     """Have kernels run on `count` threads inside the block, however little work they have; fails unless one of them ran
     on `at_least` (default: `count`)."""
     at_least = count if at_least is None else at_least
-    cpu._C.spare_threads(False)
-    cpu._C.take_most_threads()
+    kernels.spare_threads(False)
+    kernels.take_most_threads()
     try:
         with _setting(torch.get_num_threads, torch.set_num_threads, count):
             yield
-        ran = cpu._C.take_most_threads()
+        ran = kernels.take_most_threads()
     finally:
-        cpu._C.spare_threads(True)
+        kernels.spare_threads(True)
     assert ran >= at_least, f"the kernels ran on {ran} threads; expected: {at_least}"

@@ -1,9 +1,12 @@
 """Problems for lora_linear that several backends' tests share, with what they are compared with."""
 
+from dataclasses import replace
+
 import torch
 
 from lora_kernels import NF4Weight, Projection, quantize_nf4, reference
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.types import AdapterNeeds, Dropout, Layers, Needs
 
 FP32 = torch.float32
 GRADIENTS = ("dx", "dlora_a", "dlora_b", "dlora_e", "dcolumn_scale")
@@ -15,10 +18,37 @@ RNG = torch.tensor([-1234567890123, (7 << 33) + 5])
 CANARY = 0x7FC0BEEF
 
 
+class OneLayer:
+    """The functions of a backend for one layer, whose parts come one by one; `module` is the backend."""
+
+    def __init__(self, module):
+        self.module = module
+        self.column_scale_bwd = module.column_scale_bwd
+
+    def lora_linear_fwd(
+        self, x, weight, lora_a, lora_b, scaling, bias=None, lora_e=None, dropout_p=0.0, rng=None, column_scale=None
+    ):
+        layers = Layers([Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)])
+        (output,) = self.module.lora_linear_fwd(x, layers, dropout_of(dropout_p, rng))
+        return output.y, output.h
+
+    def lora_linear_bwd(self, dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs):
+        layers = Layers([Projection(weight, lora_a, lora_b, scaling, None, lora_e)])
+        need_x, *own = needs
+        needs = Needs(need_x, (AdapterNeeds(own[0], own[1], own[2] and lora_e is not None),))
+        found = self.module.lora_linear_bwd([dy], x, [h], layers, dropout_of(dropout_p, rng), needs)
+        (own,) = found.layers
+        return found.x, own.lora_a, own.lora_b, own.lora_e
+
+
+def dropout_of(dropout_p, rng):
+    return Dropout(dropout_p, rng) if dropout_p else None
+
+
 class LoraCase:
     """Inputs, results and expectations of one problem, all by name.
 
-    A subclass sets `backend`, the module or object whose lora_linear_fwd and lora_linear_bwd are under test.
+    A subclass sets `backend`, the one that is under test.
     """
 
     backend = None
@@ -53,10 +83,10 @@ class LoraCase:
         return {"y": y.detach(), **gradients}
 
     def check(self, place=lambda name, t: t):
-        functions = self.backend.lora_linear_fwd, self.backend.lora_linear_bwd
-        scale_bwd = getattr(self.backend, "column_scale_bwd", reference.column_scale_bwd)
-        actual = self.run(*functions, place, scale_bwd=scale_bwd)
-        exact = self.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
+        backend, exactly = OneLayer(self.backend), OneLayer(reference)
+        functions = backend.lora_linear_fwd, backend.lora_linear_bwd
+        actual = self.run(*functions, place, scale_bwd=backend.column_scale_bwd)
+        exact = self.run(exactly.lora_linear_fwd, exactly.lora_linear_bwd, dtype=torch.float64)
         eager = self.eager()
         assert actual["h"].dtype == FP32
         torch.testing.assert_close(actual["h"].double(), exact["h"], atol=0.03 if self.dtype != FP32 else 1e-5, rtol=0)
@@ -117,7 +147,7 @@ def group_results(function, x, layers, dys, dropout_p, dtype=None):
     """y of each layer, dx and the gradients of the adapters, in the dtypes given or in one for all."""
     x, dys = x.to(dtype or x.dtype).requires_grad_(), [dy.to(dtype or dy.dtype) for dy in dys]
     layers = [
-        layer._replace(**{
+        replace(layer, **{
             name: getattr(layer, name).to(dtype or getattr(layer, name).dtype).requires_grad_(name != "bias")
             for name in ("lora_a", "lora_b", "bias", "lora_e")
             if getattr(layer, name) is not None
@@ -142,8 +172,9 @@ def one_by_one(x, layers, dropout_p):
     """reference.lora_linear_ref of each layer, all with the mask that a group draws."""
     rng = torch.randint(2**62, (2,), dtype=torch.int64) if dropout_p else None
     ys = []
-    for weight, lora_a, lora_b, scaling, bias, lora_e, _ in layers:
+    for layer in layers:
+        weight = layer.weight
         dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight
-        args = (dense.to(x.dtype), lora_a, lora_b, scaling, bias, lora_e)
+        args = (dense.to(x.dtype), layer.lora_a, layer.lora_b, layer.scaling, layer.bias, layer.lora_e)
         ys.append(reference.lora_linear_ref(x, *args, dropout_p, rng))
     return tuple(ys)

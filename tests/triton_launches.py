@@ -22,7 +22,7 @@ from lora_kernels._C import TritonLaunches  # noqa: E402
 
 from lora_kernels.backends.triton import common, configs, lora_linear, nf4  # noqa: E402
 from lora_kernels.reference import quantize_nf4  # noqa: E402
-from lora_kernels.types import Projection  # noqa: E402
+from lora_kernels.types import AdapterNeeds, Dropout, Layers, Needs, Projection  # noqa: E402
 
 KERNELS = {"_h_kernel", "_gemm_kernel", "_tma_gemm_kernel", "_dh_dlora_b_kernel", "_reduce_kernel", "_dlora_a_kernel",
            "_column_scale_bwd_kernel", "_dequantize_kernel"}  # fmt: skip
@@ -119,12 +119,14 @@ def projection(x, out, rank=16, bias=False, nf4=0, conv1d=False, **other):
 
 def run_layers(x, layers, dropout_p, bias_of_scale=None):
     """A function that makes all launches of a layer, or of a group of layers."""
-    rng, hs = empty((2,), torch.int64), [empty((len(x), len(layer.lora_a))) for layer in layers]
+    hs = [empty((len(x), len(layer.lora_a))) for layer in layers]
+    dropout = Dropout(dropout_p, empty((2,), torch.int64)) if dropout_p else None
+    needs = Needs(True, tuple(AdapterNeeds(True, True, layer.lora_e is not None) for layer in layers))
     dys = [empty((len(x), layer.lora_b.shape[0]), x.dtype) for layer in layers]
 
     def run():
-        lora_linear.lora_linear_group_fwd(x, layers, dropout_p, rng)
-        lora_linear.lora_linear_group_bwd(dys, x, hs, layers, dropout_p, rng, True, [(True, True, True)] * len(layers))
+        lora_linear.lora_linear_fwd(x, Layers(layers), dropout)
+        lora_linear.lora_linear_bwd(dys, x, hs, Layers(layers), dropout, needs)
         for dy, layer in zip(dys, layers, strict=True):
             if layer.column_scale is not None:
                 lora_linear.column_scale_bwd(dy, dy, layer.bias, layer.column_scale)

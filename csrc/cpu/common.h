@@ -27,15 +27,6 @@ struct Int {
 LK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 LK_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Scratch memory; data is null where it ran out.
-struct Buffer {
-  explicit Buffer(int64_t floats) : floats(floats), data(take_scratch(floats)) {}
-  ~Buffer() { give_scratch(data, floats); }
-  Buffer(const Buffer&) = delete;
-  const int64_t floats;
-  float* const data;
-};
-
 template <class F>
 LK_INLINE void with_type(DType dtype, F f) {
   switch (dtype) {

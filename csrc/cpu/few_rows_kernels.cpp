@@ -67,7 +67,7 @@ constexpr int64_t kPieceColumns = 1024;
 // registers. R is a multiple of kLanes.
 template <int kRows, class W>
 LK_INLINE void dot_rows(const W& weight, int64_t n, const float* x, int64_t K, const float* b, const float* h,
-                        int64_t R, float (&sums)[kLayerRows]) {
+                        int64_t R, float (&sums)[kFewRows]) {
   vf total[(kRows + 3) / 4 * 4] = {};
   float rest[kRows] = {};
   for (int64_t first = 0; first < K; first += kPieceColumns) {
@@ -120,7 +120,7 @@ bool layers_forward(const LayersForward& p) {
   int64_t size = kRows * K, columns = 0, work = 0;
   bool needed[kOrders] = {};
   for (int i = 0; i < p.count; ++i) {
-    const FewRowsLayer& layer = *p.layers[i];
+    const Layer& layer = *p.layers[i];
     const int64_t R = round_up(layer.R, kLanes);
     low_rank[i] = {nullptr, nullptr, R, layer.R != R || layer.lora_b_dtype != DType::kFloat32};
     size += kRows * R + (low_rank[i].widen_b ? layer.weight.N * R : 0);
@@ -142,7 +142,7 @@ bool layers_forward(const LayersForward& p) {
     }
 
   for (int i = 0; i < p.count; ++i) {
-    const FewRowsLayer& layer = *p.layers[i];
+    const Layer& layer = *p.layers[i];
     auto& [h, b, R, widen_b] = low_rank[i];
     h = next, next += kRows * R;
     memset(h, 0, kRows * R * sizeof(float));
@@ -155,7 +155,7 @@ bool layers_forward(const LayersForward& p) {
     }
     with_dense(layer.lora_a, layer.lora_a_dtype, K, [&](const auto& lora_a) {
       for (int64_t r = 0; r < layer.R; ++r) {
-        float sums[kLayerRows], e = 1;
+        float sums[kFewRows], e = 1;
         dot_rows<kRows>(lora_a, r, x, K, nullptr, nullptr, 0, sums);
         if (layer.lora_e) widen_row(layer.lora_e, layer.lora_e_dtype, r, 1, &e);
         for (int64_t m = 0; m < p.M; ++m) {
@@ -169,14 +169,14 @@ bool layers_forward(const LayersForward& p) {
   const int threads = thread_count(p.num_threads, columns, work, kMinMultiplyAdds);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int i = 0; i < p.count; ++i) {
-    const FewRowsLayer& layer = *p.layers[i];
+    const Layer& layer = *p.layers[i];
     const LowRank& low = low_rank[i];
     const int64_t N = layer.weight.N;
     const float* const own_x = ordered_x[order_of(layer.weight)];
     with_ordered(layer.weight, [&](const auto& weight) {
 #pragma omp for schedule(static) nowait
       for (int64_t n = 0; n < N; ++n) {
-        float sums[kLayerRows];
+        float sums[kFewRows];
         dot_rows<kRows>(weight, n, own_x, K, low.b + n * low.R, low.h, low.R, sums);
         with_type(p.x_dtype, [&](auto* type) {
           using T = __typeof__(*type);
@@ -197,7 +197,7 @@ bool few_rows_layers_forward(const LayersForward& p) {
   return p.M <= 1   ? layers_forward<1>(p)
          : p.M <= 2 ? layers_forward<2>(p)
          : p.M <= 4 ? layers_forward<4>(p)
-                    : layers_forward<kLayerRows>(p);
+                    : layers_forward<kFewRows>(p);
 }
 
 }  // namespace

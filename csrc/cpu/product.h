@@ -30,9 +30,21 @@ struct Product {
   int num_threads;
 };
 
-// One instruction set's build. Returns false when memory ran out.
+// out [rows,cols] = in, whose rows are ld apart, in another type. out is contiguous.
+struct Convert {
+  const void* in;
+  DType in_dtype;
+  int64_t ld;
+  void* out;
+  DType out_dtype;
+  int64_t rows, cols;
+  int num_threads;
+};
+
+// One instruction set's build. `product` returns false when memory ran out.
 struct ProductKernels {
   bool (*product)(const Product&);  // in_dtype may not be float16
+  void (*convert)(const Convert&);
 };
 
 }  // namespace lora_kernels::cpu

@@ -391,9 +391,25 @@ bool product(const Product& p) {
   return product_of<false, bf16>(p);
 }
 
+void convert(const Convert& p) {
+  const int threads = thread_count(p.num_threads, p.rows, p.rows * p.cols, kMinMoves);
+  with_type(p.in_dtype, [&](auto* in_type) {
+    with_type(p.out_dtype, [&](auto* out_type) {
+      using In = __typeof__(*in_type);
+      using Out = __typeof__(*out_type);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+      for (int64_t row = 0; row < p.rows; ++row) {
+        const In* in = (const In*)p.in + row * p.ld;
+        Out* out = (Out*)p.out + row * p.cols;
+        for_each_vector(p.cols, [&](int64_t i, auto read, auto write) { write(out + i, read(in + i)); });
+      }
+    });
+  });
+}
+
 }  // namespace
 
 extern const ProductKernels LK_CONCAT(product_, LK_ISA);
-const ProductKernels LK_CONCAT(product_, LK_ISA) = {product};
+const ProductKernels LK_CONCAT(product_, LK_ISA) = {product, convert};
 
 }  // namespace lora_kernels::cpu

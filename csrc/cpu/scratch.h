@@ -10,4 +10,13 @@ namespace lora_kernels::cpu {
 float* take_scratch(int64_t floats);
 void give_scratch(float* scratch, int64_t floats);
 
+// Scratch memory; data is null where it ran out.
+struct Buffer {
+  explicit Buffer(int64_t floats) : floats(floats), data(take_scratch(floats)) {}
+  ~Buffer() { give_scratch(data, floats); }
+  Buffer(const Buffer&) = delete;
+  const int64_t floats;
+  float* const data;
+};
+
 }  // namespace lora_kernels::cpu

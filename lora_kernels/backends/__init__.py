@@ -7,19 +7,18 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_kernels.backends.contract import Backend
 from lora_kernels.lazy import exports
 from lora_kernels.sharded import is_sharded
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
 
-# name -> module with lora_linear_fwd, lora_linear_bwd, quantize_nf4, dequantize_nf4, adamw_step, `unavailable` (None,
-# or why it can't run here) and, where lora_linear doesn't take every dtype, ACTIVATION_DTYPES.
+# name -> module, a `contract.Backend`
 _MODULES = {
     "reference": "lora_kernels.reference",
     "cpu": "lora_kernels.backends.cpu",
@@ -40,7 +39,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 @cache
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> Backend:
     return importlib.import_module(_MODULES[name])
 
 
@@ -88,6 +87,12 @@ def selected() -> str:
     """The name in force: that of `use_backend`, else of the environment variable, else "auto". Raises as `check`."""
     if _selected is not None:
         return _selected
+    return from_environment()
+
+
+@cache
+def from_environment() -> str:
+    """What the environment variable says when it is first asked for: reading it takes as long as a small kernel."""
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     return name
@@ -95,6 +100,7 @@ def selected() -> str:
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 # What autograd makes of several gradients at once (is_grads_batched), which is no transform of torch.func.
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -193,21 +199,24 @@ def _check_values(name: str, t: Tensor) -> None:
 
 def in_autocast(device_type: str) -> bool:
     """Whether autocast is on for the device, which it can't be for some, such as meta."""
+    if not _is_any_autocast_enabled():
+        return False
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def resolve(x: Tensor, activations: bool = False) -> ModuleType:
-    """The backend module that will run an op on ``x``; `activations`: that op is lora_linear."""
+def resolve(x: Tensor, activations: bool = False) -> Backend:
+    """The backend that will run an op on ``x``; `activations`: that op is lora_linear.
+
+    One that was named is not asked whether it takes x: it raises if it doesn't.
+    """
     name = selected()
     if name != "auto":
         return _load(name)
-    if x.dtype == torch.float64:
-        return _load("reference")
-    for candidate in _AUTO.get(x.device.type, ()):
-        module = _load(candidate)
-        takes = getattr(module, "ACTIVATION_DTYPES", None) if activations else None
-        if module.unavailable is None and (takes is None or x.dtype in takes):
-            return module
+    if x.dtype != torch.float64:
+        for candidate in _AUTO.get(x.device.type, ()):
+            backend = _load(candidate)
+            if backend.unavailable is None and (not activations or backend.takes(x)):
+                return backend
     return _load("reference")
 
 

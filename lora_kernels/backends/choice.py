@@ -20,19 +20,20 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels import backends
-from lora_kernels.backends.triton import vendor
+from lora_kernels.backends.contract import Backend
 from lora_kernels.files import replacing
-from lora_kernels.types import NF4
+from lora_kernels.types import NF4, Dropout, Layers, Needs
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_STRATEGY"
 MODES = ("auto", "fused", "vendor")
@@ -63,8 +64,6 @@ class Choices:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known = self._read()
-        # What `resolve` found already in this process: the text of a key takes as long as a small kernel.
-        self.resolved: dict[tuple, Any] = {}
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -171,24 +170,15 @@ def _is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-@functools.cache
-def vendor_backend() -> SimpleNamespace:
-    """lora_linear's functions with the large products by the vendor's library."""
-    from lora_kernels.backends import triton
-
-    names = ("lora_linear_fwd", "lora_linear_bwd", "lora_linear_group_fwd", "lora_linear_group_bwd")
-    functions = {name: functools.partial(getattr(triton, name), by_vendor=True) for name in names}
-    return SimpleNamespace(**functions, column_scale_bwd=triton.column_scale_bwd)
-
-
-def _candidates(x: Tensor) -> dict[str, ModuleType | SimpleNamespace]:
+def _candidates(x: Tensor) -> dict[str, Backend]:
     from lora_kernels.backends import cuda, triton
+    from lora_kernels.backends.triton import vendor
 
-    found = {"triton": triton}
-    if cuda.unavailable is None and x.dtype in cuda.ACTIVATION_DTYPES:
+    found: dict[str, Backend] = {"triton": triton}
+    if cuda.unavailable is None and cuda.takes(x):
         found["cuda"] = cuda
     if vendor.unsupported(x.dtype) is None:
-        found["vendor"] = vendor_backend()
+        found["vendor"] = triton.by_vendor
     return found
 
 
@@ -198,41 +188,62 @@ def _kind(weight: Tensor | NF4) -> str:
     return "dense" if weight.stride(1) == 1 else "transposed"
 
 
-def resolve(op: str, x: Tensor, layers: Sequence[tuple[Tensor | NF4, Tensor]], variant: tuple, args: tuple) -> Any:
-    """The module, or what has its functions, to run `op` of lora_linear, or of its group, with `args`.
+@dataclass(frozen=True)
+class _Case:
+    """What a choice depends on, besides the layers; needs: None for a forward pass."""
 
-    layers: (weight, lora_a) of each layer; variant: what of the arguments, besides the sizes and the kind of weight,
-    changes the work. Raises ValueError for an unknown LORA_KERNELS_STRATEGY, RuntimeError where it says "vendor" and
-    that can't be used here.
+    rows: int
+    dropout: bool
+    needs: tuple | None
+    in_graph: bool
+
+    def key(self, x: Tensor, layers: Layers) -> str:
+        """The name of the choice in the file."""
+        parts = self.needs or [(layer.bias is not None, layer.column_scale is not None) for layer in layers]
+        flags = [self.dropout, *chain(*parts)]
+        each = ", ".join(
+            f"{_kind(layer.weight)} N={layer.weight.shape[0]} R={layer.lora_a.shape[0]} {layer.lora_a.dtype}"
+            for layer in layers
+        )
+        op = f"lora_linear_{'fwd' if self.needs is None else 'bwd'} {''.join(str(int(flag)) for flag in flags)}"
+        key = f"{op}, {_gpu_name(x.get_device())}, {x.dtype}, M<={self.rows} K={x.shape[1]}, {each}"
+        return key.replace("torch.", "") + ", in a graph" * self.in_graph
+
+
+def is_open(backend: Backend, x: Tensor) -> bool:
+    """Whether `resolve` has a choice, where `backends.resolve` took this one for x."""
+    return backend.name == "triton" and _is_on_gpu(x) and backends.selected() == "auto" and mode() != "fused"
+
+
+def resolve(
+    x: Tensor, layers: Layers, dropout: Dropout | None, needs: Needs | None, run: Callable[[Backend], object]
+) -> Backend:
+    """The backend for a pass of lora_linear of which `is_open` is true: forward, or with `needs` backward. `run` makes
+    that pass on a backend.
+
+    Raises ValueError for an unknown LORA_KERNELS_STRATEGY, RuntimeError where it says "vendor" and that can't be used
+    here.
     """
-    backend = backends.resolve(x, activations=True)
-    if not _is_on_gpu(x) or backends.selected() != "auto" or backend.__name__ != "lora_kernels.backends.triton":
-        return backend
     asked = mode()
-    if asked == "fused":
-        return backend
     if asked == "vendor":
+        from lora_kernels.backends.triton import vendor
+
         if reason := vendor.unsupported(x.dtype):
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=vendor can't be used with x of {x.dtype}: {reason}")
         return _candidates(x)["vendor"]
-    M, K = x.shape
-    rows = 1 << (M - 1).bit_length()
-    choices = _choices()
-    sizes = tuple((_kind(weight), weight.shape[0], lora_a.shape[0], lora_a.dtype) for weight, lora_a in layers)
-    case = (op, variant, x.get_device(), x.dtype, rows, K, sizes, _for_graphs)
-    if (backend := choices.resolved.get(case)) is not None:
-        return backend
-    flags = "".join(str(int(flag)) for flag in variant)
-    each = ", ".join(f"{kind} N={N} R={R} {dtype}" for kind, N, R, dtype in sizes)
-    key = f"{op} {flags}, {_gpu_name(x.get_device())}, {x.dtype}, M<={rows} K={K}, {each}".replace("torch.", "")
-    key += ", in a graph" * _for_graphs
-    candidates = _candidates(x)
+    asked_for = None
+    if needs is not None:
+        asked_for = ((needs.x,), *((need.lora_a, need.lora_b, need.lora_e) for need in needs.layers))
+    case = _Case(1 << (x.shape[0] - 1).bit_length(), dropout is not None, asked_for, _for_graphs)
+    if (kept := layers.prepared.get(case)) is not None:
+        return kept
+    key, choices, candidates = case.key(x, layers), _choices(), _candidates(x)
     chosen = choices.get(key)
     if chosen not in candidates:
         if _is_capturing():
             return candidates["triton"]
         with _lock, torch.cuda.device_of(x):
-            steps = {name: functools.partial(getattr(module, op), *args) for name, module in candidates.items()}
+            steps = {name: functools.partial(run, candidate) for name, candidate in candidates.items()}
             chosen = choose(choices, key, steps, functools.partial(time_ms, queued_by_graph=_for_graphs))
-    choices.resolved[case] = candidates[chosen]
+    layers.prepared[case] = candidates[chosen]
     return candidates[chosen]

@@ -204,7 +204,7 @@ def machine() -> dict[str, str | int]:
     return {
         "cpu": _cpu_model() or capabilities.get("cpu_name", platform.processor()),
         "cores": os.cpu_count() or 0,
-        "isa": "none" if cpu.unavailable else cpu._C.get_isa(),
+        "isa": "none" if cpu.unavailable else cpu.isa(),
         "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
         "platform": "-".join(filter(None, (platform.system(), platform.machine(), "".join(platform.libc_ver())))),
         "torch": torch.__version__,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lora_kernels import quantize_nf4
 from lora_kernels.bench.cases import LAYERS, Case, Settings, missing, split
 from lora_kernels.bench.measure import Step
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear
 from lora_kernels.testing import lora_inputs
 
 FEW, MANY = (1, 4), (16, 128, 512, 2048)

@@ -12,15 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from lora_kernels import backends
+from lora_kernels.backends.contract import Backend
 from lora_kernels.bench.cases import DROPOUT_P, SCALING, Settings, name_of
 from lora_kernels.testing import lora_inputs
+from lora_kernels.types import AdapterNeeds, Dropout, Layers, Needs, Projection
 
 # (kernel, distinct bytes loaded, distinct bytes stored)
 Launch = tuple[str, int, int]
@@ -95,14 +96,14 @@ def emulated_launches() -> Iterator[list[Launch]]:
         done += _simt.take_traffic(record=False)
 
 
-def run_once(backend: ModuleType, M: int, N: int, K: int, R: int) -> None:
+def run_once(backend: Backend, M: int, N: int, K: int, R: int) -> None:
     """One forward and backward of lora_linear in bfloat16, dropout on, by a backend's functions."""
     inputs = lora_inputs(M, N, K, R, torch.bfloat16)
     x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
-    rng = torch.tensor([1, 2])
-    y, h = backend.lora_linear_fwd(x, weight, lora_a, lora_b, SCALING, None, None, DROPOUT_P, rng)
-    needs = (True, True, True, False)
-    backend.lora_linear_bwd(torch.ones_like(y), x, h, weight, lora_a, lora_b, SCALING, None, DROPOUT_P, rng, needs)
+    layers, dropout = Layers([Projection(weight, lora_a, lora_b, SCALING)]), Dropout(DROPOUT_P, torch.tensor([1, 2]))
+    (output,) = backend.lora_linear_fwd(x, layers, dropout)
+    needs = Needs(True, (AdapterNeeds(True, True),))
+    backend.lora_linear_bwd([torch.ones_like(output.y)], x, [output.h], layers, dropout, needs)
 
 
 def passes(launches: list[Launch], M: int, N: int, K: int) -> dict[str, int]:

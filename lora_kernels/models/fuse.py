@@ -18,7 +18,7 @@ from lora_kernels.nn.lora_linear import is_linear, open_group
 from lora_kernels.nn.wrappers import unwrapped
 from lora_kernels.ops.attention import MAX_HEAD_DIM, causal_attention
 from lora_kernels.ops.cpu_only import is_fused
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear
 from lora_kernels.ops.recompute import recomputing
 from lora_kernels.ops.rms_norm import rms_norm
 from lora_kernels.ops.rotary import rotary, takes_rotary
@@ -274,7 +274,7 @@ def _takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and T >= _MIN_ROWS
         and B * T >= _MIN_TOKENS
         and D <= MAX_HEAD_DIM
-        and cpu._C.get_isa() in _ATTENTION_ISAS
+        and cpu.isa() in _ATTENTION_ISAS
         and (T <= _MAX_NATIVE_ROWS or query.dtype == torch.float32 or not cpu.native_bfloat16())
     )
 

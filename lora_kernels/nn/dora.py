@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import check_dense
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear
 from lora_kernels.ops.nf4 import NF4Weight
 
 # Elements of a 16-bit weight that are converted at once.

@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,21 +17,16 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from lora_kernels import backends
-from lora_kernels.backends import cpu
 from lora_kernels.checks import check_integer, check_number
 from lora_kernels.nn.dora import norm_dtype, row_norms, row_squares
 from lora_kernels.nn.nf4_linear import NF4Linear
-from lora_kernels.ops.lora_linear import (
-    few_rows_projection,
-    frozen_linear,
-    is_plain_on_cpu,
-    lora_linear,
-    lora_linear_group,
-)
+from lora_kernels.ops.frozen_linear import frozen_linear
+from lora_kernels.ops.layers import autocast_dtype, prepare
+from lora_kernels.ops.lora_linear import lora_linear_group, project
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 from lora_kernels.ops.recompute import version_of
 from lora_kernels.sharded import is_sharded, whole
-from lora_kernels.types import Projection
+from lora_kernels.types import Layers, Projection
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # No quantised weight is kept in one of these.
@@ -171,10 +167,7 @@ class ProjectionGroup:
         version = version_of(x)
         if source is not x or source_version != version or layer not in results:
             self.idle = self.idle or bool(results)
-            ys = _few_rows(self.layers, x)
-            if ys is None:
-                dropout_p = layer.lora_dropout if layer.training else 0.0
-                ys = lora_linear_group(x, [each.projection() for each in self.layers], dropout_p)
+            ys = _project(self.layers, x)
             results = dict(zip(self.layers, ys, strict=True))
             self._waiting = (x, version, results)
         return results.pop(layer)
@@ -185,18 +178,24 @@ class ProjectionGroup:
             layer.__dict__["group"] = None
 
 
-def _few_rows(layers: Sequence[FusedLoRALinear], x: Tensor) -> list[Tensor] | None:
-    """y of each layer where the op would do nothing but call `cpu.few_rows_layers`, as in generation; else None.
-
-    The op's checks of its arguments take longer than a small layer. Here they are made once for each state of a layer.
-    """
+def _project(layers: Sequence[FusedLoRALinear], x: Tensor) -> Sequence[Tensor]:
+    """y of each layer, whose adapters are in use; of several, none has DoRA."""
     first = layers[0]
-    if torch.is_grad_enabled() or x.numel() > cpu.LAYER_ROWS * first.in_features or not is_plain_on_cpu(x):
-        return None
-    if x.shape[-1:] != (first.in_features,) or (first.training and first.lora_dropout) or len(layers) > cpu.MAX_LAYERS:
-        return None
-    views = [layer.few_rows_view(x) for layer in layers]
-    return None if None in views else cpu.few_rows_layers(x, views)
+    dropout_p = first.lora_dropout if first.training else 0.0
+    if autocast_dtype(x) is None and backends.unwatched(x):
+        kept = [layer.kept_layers(x) for layer in layers]
+        if None not in kept:
+            return project(x, kept[0] if len(kept) == 1 else _joined(kept), dropout_p)
+    return lora_linear_group(x, [layer.projection() for layer in layers], dropout_p)
+
+
+def _joined(kept: list[Layers]) -> Layers:
+    """All of them as one, which the first of them keeps."""
+    members, joined = kept[0].prepared.get("joined", ((), None))
+    if len(members) != len(kept) or not all(map(is_, members, kept)):
+        joined = Layers([layer for each in kept for layer in each])
+        kept[0].prepared["joined"] = tuple(kept), joined
+    return joined
 
 
 def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
@@ -365,7 +364,7 @@ class FusedLoRALinear(nn.Module):
         self.adapters_enabled = True
         self.bypassed = False
         self.group: ProjectionGroup | None = None
-        self._view: tuple[tuple | None, Any] = (None, None)
+        self._kept: tuple[tuple, Layers] | None = None
         # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as
         # a parameter: it must not show up in state_dict or parameters() under a second name.
         self.__dict__["_unmerged_weight"] = None
@@ -439,63 +438,51 @@ class FusedLoRALinear(nn.Module):
             self._eval_norms = (state, row_norms(*args))
         return self._eval_norms[1]
 
+    def _column_scale(self) -> Tensor | None:
+        """DoRA's magnitude over norm."""
+        return None if self.lora_magnitude is None else self.lora_magnitude / self._norms()
+
     def projection(self) -> Projection:
-        """The frozen layer and its adapter as `lora_linear_group` takes them, DoRA apart."""
+        """The frozen layer and its adapter as `lora_linear_group` takes them."""
+        return self._scaled(self._column_scale())
+
+    def _scaled(self, column_scale: Tensor | None) -> Projection:
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return Projection(weight, self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e)
+        return Projection(weight, self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e, column_scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The view is of these tensors in this process.
-        return {**self.__dict__, "_view": (None, None)}
+        # What is kept is of these tensors in this process.
+        return {**self.__dict__, "_kept": None}
 
-    def few_rows_view(self, x: Tensor) -> Any | None:
-        """The layer as `cpu.few_rows_layers` takes it for x, or None; made anew when a tensor has moved."""
-        if self.lora_magnitude is not None or self.fan_in_fan_out:
-            return None
+    def kept_layers(self, x: Tensor) -> Layers | None:
+        """The layer as ops take it, checked for x; made anew when one of its tensors has moved, or is another one.
+
+        None where it is watched, or something makes its tensors anew for each call.
+        """
         # Not self.lora_a: nn.Module's __getattr__ would take longer than all of this.
-        tensors, nf4 = self._parameters, self._modules.get("weight")
-        # What is made anew for each call, by pruning or a parametrization, is no parameter, but an attribute.
-        own = self.__dict__
-        made_anew = own.get("bias") is not None or own.get("lora_e") is not None or not tensors.keys() >= _ADAPTER
-        if made_anew or type(self) is not FusedLoRALinear or ("weight" in tensors) == (nf4 is not None):
+        own, parameters, nf4 = self.__dict__, self._parameters, self._modules.get("weight")
+        # What pruning or a parametrization makes anew is no parameter, but an attribute.
+        made_anew = own.get("bias") is not None or own.get("lora_e") is not None or not parameters.keys() >= _ADAPTER
+        if made_anew or type(self) is not FusedLoRALinear or ("weight" in parameters) == (nf4 is not None):
             return None
-        try:
-            state = (
-                x.dtype,
-                self.scaling,
-                *(None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors.values()),
-                None if nf4 is None else nf4.addresses(),
-            )
-        except RuntimeError:
-            # One of them has no memory.
-            return None
-        if self._view[0] != state:
-            layer = few_rows_projection(x, self.projection())
-            self._view = (state, None if layer is None else cpu.few_rows_layer(layer))
-        return self._view[1]
+        weight = (parameters["weight"],) if nf4 is None else nf4.tensors().tensors
+        scale = None if parameters.get("lora_magnitude") is None else self._column_scale()
+        tensors = *weight, parameters["lora_a"], parameters["lora_b"], parameters.get("lora_e"), scale
+        state, kept = (x.dtype, x.device, x.shape[-1:], self.scaling), self._kept
+        if kept is not None and kept[0] == state and kept[1].are(tensors, (parameters.get("bias"),)):
+            return kept[1]
+        layers = prepare(x, [self._scaled(scale)])
+        self.__dict__["_kept"] = None if layers is None else (state, layers)
+        return layers
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
-        weight = self.weight
         group = self.group
         if group is not None and group.thread == threading.get_ident():
             return group(self, x)
         if self.adapters_enabled and not self.merged and self.r:
-            if (ys := _few_rows((self,), x)) is not None:
-                return ys[0]
-            return lora_linear(
-                x,
-                weight.t() if self.fan_in_fan_out else weight,
-                self.lora_a,
-                self.lora_b,
-                self.scaling,
-                bias=self.bias,
-                lora_e=self.lora_e,
-                dropout_p=self.lora_dropout if self.training else 0.0,
-                column_scale=None if self.lora_magnitude is None else self.lora_magnitude / self._norms(),
-            )
-        if self.merged and not self.adapters_enabled:
-            weight = self._unmerged_weight
+            return _project((self,), x)[0]
+        weight = self._unmerged_weight if self.merged and not self.adapters_enabled else self.weight
         if self.fan_in_fan_out:
             # The call that Conv1D makes, so that disabling the adapters returns the base model's very bits.
             y = torch.addmm(self.bias, x.reshape(-1, self.in_features), weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_kernels import backends
 from lora_kernels.backends import cpu
+from lora_kernels.backends.cpu.extension import DTYPES
 
 
 def is_fused(x: Tensor, weight: Tensor | None = None) -> bool:
@@ -17,7 +18,7 @@ def is_fused(x: Tensor, weight: Tensor | None = None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and (weight is None or (weight.dtype == x.dtype and weight.is_contiguous()))
         and backends.resolve(x) is cpu
-        and x.dtype in cpu._DTYPES
+        and x.dtype in DTYPES
         and x.numel() > 0
     )
 
@@ -28,7 +29,7 @@ def check(**tensors: Tensor) -> None:
     if cpu.unavailable is not None:
         raise RuntimeError(f"the cpu backend, which this op needs, can't run here: {cpu.unavailable}")
     (first, x), *others = tensors.items()
-    if not x.is_cpu or x.dtype not in cpu._DTYPES:
+    if not x.is_cpu or x.dtype not in DTYPES:
         raise ValueError(f"{first} is {x.dtype} on {x.device}; allowed: float32, bfloat16 and float16, on the CPU")
     for name, t in others:
         if (t.device, t.dtype) != (x.device, x.dtype):

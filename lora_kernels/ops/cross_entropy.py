@@ -5,7 +5,8 @@ from torch import Tensor
 
 from lora_kernels import backends
 from lora_kernels.backends.cpu.cross_entropy import cross_entropy as cpu_cross_entropy
-from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx, is_plain_on_cpu
+from lora_kernels.ops.cpu_only import is_fused
+from lora_kernels.ops.frozen_linear import frozen_linear, frozen_linear_dx
 
 IGNORE_INDEX = -100
 _LOGITS_PER_CHUNK = 1 << 24
@@ -24,7 +25,7 @@ def _nll(
     unless grad_dtype is None, its gradient with respect to `rows @ weightᵀ + bias` [m, V], rounded to it once."""
     needs_grad = grad_dtype is not None
     logits = frozen_linear(rows, weight, bias)
-    if logit_softcap is None and is_plain_on_cpu(logits):
+    if logit_softcap is None and is_fused(logits):
         logits = logits.to(grad_dtype or logits.dtype)
         nll = cpu_cross_entropy(logits, target, logit_scale, needs_grad)
         return nll, logits if needs_grad else None

@@ -32,8 +32,11 @@ def _backend(*tensors: Tensor) -> ModuleType:
     return backends.resolve(tensors[0]) if backends.unwatched(*tensors) else reference
 
 
+_TENSORS = ("packed", "absmax", "absmax_scale", "absmax_offset")
+
+
 def _check_parts(parts: NF4) -> None:
-    tensors = {name: t for name, t in zip(NF4._fields[:4], parts[:4], strict=True) if t is not None}
+    tensors = {name: t for name, t in zip(_TENSORS, parts.tensors, strict=True) if t is not None}
     if spread := next((name for name, t in tensors.items() if is_sharded(t)), None):
         raise TypeError(f"{spread} is a DTensor; allowed: tensors that lie in one process, as what is quantised does")
     backends.check_dense(**tensors)
@@ -76,7 +79,7 @@ class NF4Weight(nn.Module):
         self._adopt(parts, dtype)
 
     def _adopt(self, parts: NF4, dtype: torch.dtype) -> None:
-        for name in ("packed", "absmax", "absmax_scale", "absmax_offset"):
+        for name in _TENSORS:
             self.register_buffer(name, getattr(parts, name))
         self.block_size = parts.block_size
         self.shape = torch.Size(parts.shape)
@@ -99,18 +102,11 @@ class NF4Weight(nn.Module):
         """The tensors as the backends take them."""
         # torch finds a buffer by its attribute only after looking in three other places.
         buffers = self._buffers
-        parts = (buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"])
-        return NF4(*parts, self.block_size, tuple(self.shape))
+        return NF4(*(buffers[name] for name in _TENSORS), self.block_size, tuple(self.shape))
 
     def check(self) -> None:
         """Raises as the class does, should something have put other tensors in the place of its own."""
         _check_parts(self.tensors())
-
-    def addresses(self) -> tuple[int, ...]:
-        """Where the tensors lie."""
-        buffers = self._buffers
-        parts = (buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"])
-        return tuple(0 if part is None else part.data_ptr() for part in parts)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The dense weight [N, K]: code · scale in float32, rounded once, bit for bit what bitsandbytes' format means.
@@ -169,7 +165,8 @@ class NF4Weight(nn.Module):
             return
         if not local_metadata.get("assign_to_params_buffers", False):
             device = self.device
-            parts = NF4(*(part.to(device, copy=True) if isinstance(part, Tensor) else part for part in parts))
+            copies = (None if part is None else part.to(device, copy=True) for part in parts.tensors)
+            parts = NF4(*copies, parts.block_size, parts.shape)
         self._adopt(parts, dtype)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_cases import SCALING, LoraCase, strided
+from lora_cases import SCALING, LoraCase, OneLayer, strided
 
 from lora_kernels import lora_linear, reference, use_backend
 from lora_kernels.backends import choice as strategy
@@ -191,7 +191,7 @@ def fake_gpu(monkeypatch, path):
 
             return run
 
-        return SimpleNamespace(__name__=f"lora_kernels.backends.{name}", **{f: call(f) for f in functions})
+        return SimpleNamespace(name=name, MAX_LAYERS=3, **{f: call(f) for f in functions})
 
     candidates = {name: module(name) for name in ("triton", "vendor")}
 
@@ -298,7 +298,7 @@ def test_nothing_is_measured_on_the_cpu(monkeypatch):
 
 
 class VendorCase(LoraCase):
-    backend = strategy.vendor_backend() if triton.unavailable is None else None
+    backend = triton.by_vendor if triton.unavailable is None else None
 
 
 @needs_triton
@@ -323,9 +323,9 @@ def test_vendor_against_float64(case):
 def test_vendor_with_an_nf4_weight_equals_that_with_the_dense_one():
     inputs = lora_inputs(9, 24, 64, 4, BF16, FP32)
     weight = quantize_nf4(inputs["weight"])
-    run = VendorCase.backend.lora_linear_fwd
+    run = OneLayer(VendorCase.backend).lora_linear_fwd
     results = [
-        run(inputs["x"], w, inputs["lora_a"], inputs["lora_b"], SCALING, None, None, 0.0, None)[0]
+        run(inputs["x"], w, inputs["lora_a"], inputs["lora_b"], SCALING)[0]
         for w in (weight.tensors(), weight.dequantize())
     ]
     assert torch.equal(*results)
@@ -342,7 +342,9 @@ def test_small_update_survives_rounding(bias):
     delta = SCALING * exact["x"] @ exact["lora_a"].T @ exact["lora_b"].T
     base = torch.nn.functional.linear(exact["x"], exact["weight"], exact["bias"])
     args = (SCALING, inputs["bias"], None, 0.0, None)
-    y, _ = VendorCase.backend.lora_linear_fwd(*(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")), *args)
+    y, _ = OneLayer(VendorCase.backend).lora_linear_fwd(
+        *(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")), *args
+    )
     projection = ((y.double() - base) * delta).sum() / (delta * delta).sum()
     assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
 

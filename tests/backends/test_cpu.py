@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from cpu_isa import amx, multiply_bf16, threads
-from lora_cases import check_group, group_case, group_results, one_by_one
+from cpu_isa import amx, multiply_bf16, own_rows, threads
+from lora_cases import OneLayer, check_group, group_case, group_results, one_by_one
 
 from lora_kernels import (
     Projection,
@@ -19,8 +20,11 @@ from lora_kernels import (
     use_backend,
 )
 from lora_kernels.backends import cpu
-from lora_kernels.ops.lora_linear import frozen_linear, frozen_linear_dx
+from lora_kernels.backends.cpu import lora_linear
+from lora_kernels.backends.cpu.extension import ISA_ENVIRONMENT_VARIABLE, kernels, launch, weight_view
+from lora_kernels.ops.frozen_linear import frozen_linear, frozen_linear_dx
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
+from lora_kernels.types import Layers
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
@@ -43,6 +47,7 @@ def make_case(M, N, K, R, dtype, adapter_dtype, dropout_p, extras=True, column_s
 
 def run(backend, inputs, dy, dropout_p, rng, needs=(True, True, True, True), h=None):
     x, weight, lora_a, lora_b, bias, lora_e, column_scale = inputs.values()
+    backend = OneLayer(backend)
     y, own_h = backend.lora_linear_fwd(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng, column_scale)
     h = own_h if h is None else h
     results = {"y": y, "h": own_h}
@@ -61,7 +66,7 @@ def eager(inputs, dy, dropout_p, rng):
     x, weight, lora_a, lora_b, bias, lora_e, column_scale = leaves.values()
     y = reference.lora_linear_ref(x, weight, lora_a, lora_b, 0.7, bias, lora_e, dropout_p, rng, column_scale)
     grads = torch.autograd.grad(y, [leaves[name] for name in wanted.values()], dy)
-    h = reference.dropout(x.detach().to(lora_a.dtype), dropout_p, rng) @ lora_a.detach().T
+    h = reference.drop(x.detach().to(lora_a.dtype), dropout_p, rng) @ lora_a.detach().T
     return {"y": y.detach(), "h": h.float(), **dict(zip(wanted, grads, strict=True))}
 
 
@@ -87,7 +92,7 @@ def assert_case(case):
 def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, how, dropout_p):
     multiply_bf16(monkeypatch, how)
     for limit in (0, 1024):
-        monkeypatch.setattr(cpu, "own_rows", lambda limit=limit: cpu.OwnRows(*[limit] * 4))
+        own_rows(monkeypatch, limit)
         assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p))
 
 
@@ -97,7 +102,7 @@ def test_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, how, dro
 def test_column_scale_matches_float64(isa, monkeypatch, sizes, dtype, adapter_dtype, how, dropout_p):
     multiply_bf16(monkeypatch, how)
     for limit in (0, 1024):
-        monkeypatch.setattr(cpu, "own_rows", lambda limit=limit: cpu.OwnRows(*[limit] * 4))
+        own_rows(monkeypatch, limit)
         for extras in (False, True):
             assert_case(make_case(*sizes, dtype, adapter_dtype, dropout_p, extras, column_scale=True))
 
@@ -149,11 +154,11 @@ def test_few_rows_read_every_element_of_nf4(isa, M, block_size, double_quant):
     inputs = lora_inputs(K, N, K, 3, FP32)
     weight = quantize_nf4(inputs["weight"], block_size, double_quant)
     layer = Projection(weight.tensors(), inputs["lora_a"], torch.zeros(N, 3), 1.0)
-    few_rows_layer, x = cpu.few_rows_layer(layer), torch.eye(K)
-    y = torch.cat([cpu.few_rows_layers(x[m : m + M], [few_rows_layer])[0] for m in range(0, K, M)])
+    layers, x = Layers([layer]), torch.eye(K)
+    y = torch.cat([cpu.lora_linear_fwd(x[m : m + M], layers, None)[0].y for m in range(0, K, M)])
     assert torch.equal(y, weight.dequantize(FP32).T)
     x = inputs["x"][:M]
-    (y,) = cpu.few_rows_layers(x, [few_rows_layer])
+    y = cpu.lora_linear_fwd(x, layers, None)[0].y
     dense = weight.dequantize(FP32)
     assert_close_to_reference(y, x @ dense.T, x.double() @ dense.double().T, "y")
 
@@ -165,29 +170,33 @@ def test_frozen_dense_layer_of_few_rows(isa, monkeypatch, dtype, how, M):
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     plain = torch.nn.functional.linear(x, weight, bias)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    torchs = []
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: torchs.append(args) or plain)
-    monkeypatch.setattr(cpu, "own_rows", lambda: cpu.OwnRows(128, 16, 32, 0))
+    # What torch multiplies shows.
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias=None: x.new_full((), torch.nan))
+    own_rows(monkeypatch, 128, 16, 32, 0)
     multiply_bf16(monkeypatch, how)
+
+    def is_torchs(*args):
+        return frozen_linear(*args).isnan().all()
+
     with torch.no_grad():
-        y = frozen_linear(x.view(M, 1, 1024), weight, bias)
         if how == "torch" and M > 16:
-            assert len(torchs) == 1
+            assert is_torchs(x.view(M, 1, 1024), weight, bias)
             return
-        assert not torchs and y.shape == (M, 1, 1030)
+        y = frozen_linear(x.view(M, 1, 1024), weight, bias)
+        assert y.shape == (M, 1, 1030)
         assert_close_to_reference(y.view(M, 1030), plain, exact, "y")
-        # Small, many rows, of another layout, on another backend.
-        frozen_linear(x[:, :64].contiguous(), weight[:64, :64].contiguous())
-        many = frozen_linear(x.expand(200, M, 1024).contiguous(), weight)
-        frozen_linear(x[:, :1000].contiguous(), weight[:, :1000])
+        # Small, of another layout, on another backend.
+        assert is_torchs(x[:, :64].contiguous(), weight[:64, :64].contiguous())
+        assert is_torchs(x, weight.T.contiguous().T)
         with use_backend("reference"):
-            frozen_linear(x, weight)
-        # Our own product of bfloat16 is that of many rows too.
-        assert len(torchs) == (3 if how == "own" else 4)
-    frozen_linear(x, weight)
-    assert len(torchs) == (4 if how == "own" else 5)
-    if how == "own":
-        assert_close_to_reference(many[0] + bias, plain, exact, "many rows")
+            assert is_torchs(x, weight)
+        many = x.expand(200, M, 1024).contiguous()
+        if how == "own":
+            # Our own product of bfloat16 is that of many rows too.
+            assert_close_to_reference(frozen_linear(many, weight)[0] + bias, plain, exact, "many rows")
+        else:
+            assert is_torchs(many, weight)
+    assert is_torchs(x, weight)
 
 
 @pytest.mark.parametrize("dtype, native", [(FP32, False), (BF16, False), (BF16, True), (FP16, False)])
@@ -196,24 +205,19 @@ def test_dx_of_a_frozen_dense_layer(isa, monkeypatch, dtype, native, M):
     weight = lora_inputs(1, 130, 65, 1, dtype)["weight"]
     dy = torch.randn(M, 130).to(dtype)
     exact = dy.double() @ weight.double()
-    monkeypatch.setattr(cpu, "native_bfloat16", lambda: native)
+    monkeypatch.setattr(lora_linear, "native_bfloat16", lambda: native)
     for w in (weight, weight.t().contiguous().t()):
         out = torch.empty(M, 65, dtype=dtype)
         frozen_linear_dx(dy, w, out)
         assert_close_to_reference(out, dy @ w, exact, "dx")
 
 
-def test_group_is_one_call(monkeypatch):
-    """One pass over x either way; the other backends compute the layers one by one, from the same mask."""
+def test_group_draws_the_mask_of_the_reference():
     case = group_case(140, FP32, FP32, False)
-    kernels, launch = [], cpu._launch
-    monkeypatch.setattr(cpu, "_launch", lambda kernel, **rest: (kernels.append(kernel), launch(kernel, **rest)))
     expected = group_results(lora_linear_group, *case, 0.3)
-    assert kernels.count("lora_a_fwd") == kernels.count("lora_a_bwd") == 1
     with use_backend("reference"):
         for a, b in zip(group_results(lora_linear_group, *case, 0.3), expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert kernels.count("lora_a_fwd") == 1
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -222,13 +226,13 @@ def test_group_of_weights_of_every_kind(isa, dropout_p):
     transposed = layers[1].weight.T.contiguous().T
     layers = [
         layers[0],
-        layers[1]._replace(weight=transposed),
-        layers[2]._replace(weight=quantize_nf4(layers[2].weight)),
+        replace(layers[1], weight=transposed),
+        replace(layers[2], weight=quantize_nf4(layers[2].weight)),
     ]
     plain, exact = (group_results(one_by_one, x, layers, dys, dropout_p, dtype) for dtype in (FP32, torch.float64))
-    for limits in (cpu.own_rows(), cpu.OwnRows(1024, 1024, 1024, 1024)):
+    for limits in (lora_linear.own_rows(), (1024,)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu, "own_rows", lambda limits=limits: limits)
+            own_rows(patch, *limits)
             found = group_results(lora_linear_group, x, layers, dys, dropout_p)
         for index, (t, rounded, wide) in enumerate(zip(found, plain, exact, strict=True)):
             assert_close_to_reference(t, rounded, wide, str(index))
@@ -260,7 +264,7 @@ def test_group_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="layers is empty"):
         lora_linear_group(x, [])
     with pytest.raises(ValueError, match=r"layers\[1\]: lora_b has shape"):
-        lora_linear_group(x, [layers[0], layers[1]._replace(lora_b=layers[0].lora_b)])
+        lora_linear_group(x, [layers[0], replace(layers[1], lora_b=layers[0].lora_b)])
     with pytest.raises(ValueError, match="dropout_p"):
         lora_linear_group(x, layers, 1.0)
 
@@ -268,10 +272,12 @@ def test_group_refuses_what_does_not_fit():
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_several_blocks_of_rows_and_columns(isa, dtype, monkeypatch):
     """More rows and columns than a block, several panels of the weight either way; no bias, no lora_e."""
-    monkeypatch.setattr(cpu, "_PANEL", 1 << 16)
-    monkeypatch.setattr(cpu, "_BASE", 1)
-    assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False))
-    assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False, column_scale=True))
+    monkeypatch.setattr(lora_linear, "_PANEL", 1 << 16)
+    monkeypatch.setattr(lora_linear, "_BASE", 1)
+    for limit in (0, 1024):
+        own_rows(monkeypatch, limit)
+        assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False))
+        assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False, column_scale=True))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -305,7 +311,9 @@ def test_product(isa, x_dtype, by_amx, transposed, dtype, M, J, P):
         for count in (1, 2, 7):
             # One for each tile, of which a small result has few.
             with threads(count, at_least=1 if M * J < 10_000 else count):
-                cpu._product(terms, out[:, 1 : J + 1], transposed, scale, bias)
+                views = [(weight_view(weight), x, factor) for weight, x, factor in terms]
+                arguments = {"transposed": transposed, "column_scale": scale, "bias": bias}
+                launch("product", terms=views, out=out[:, 1 : J + 1], **arguments)
             assert out[:, 0].isnan().all() and out[:, J + 1 :].isnan().all()
             if count == 1:
                 first = out[:, 1 : J + 1].clone()
@@ -346,13 +354,13 @@ def test_mask_is_the_references(isa, monkeypatch, dtype, how, dropout_p, rng):
     keep = reference.keep_mask(rng, dropout_p, M, K)
     x, eye = torch.ones(M, K, dtype=dtype), torch.eye(K)
     zero = torch.zeros(1, K, dtype=dtype)
-    _, h = cpu.lora_linear_fwd(x, zero, eye, torch.zeros(1, K), 1.0, None, None, dropout_p, rng)
+    _, h = OneLayer(cpu).lora_linear_fwd(x, zero, eye, torch.zeros(1, K), 1.0, None, None, dropout_p, rng)
     scale = reference.dropout_scale(dropout_p)
     assert torch.equal(h != 0, keep)
     torch.testing.assert_close(h, keep * scale, rtol=1e-6, atol=0)
 
     args = (torch.ones(M, 1, dtype=dtype), x, h, zero, torch.ones(1, K), torch.ones(1, 1), 1.0)
-    dx, dlora_a, _, _ = cpu.lora_linear_bwd(*args, None, dropout_p, rng, (True, True, False, False))
+    dx, dlora_a, _, _ = OneLayer(cpu).lora_linear_bwd(*args, None, dropout_p, rng, (True, True, False, False))
     if scale < 60000:
         # A product of bfloat16 has the term in all of dx, rounded; where it was dropped it is taken out, unrounded.
         left = scale * torch.finfo(dtype).eps / 2 if how != "converted" else 0.0
@@ -365,9 +373,9 @@ def test_dropped_nan_and_inf_do_not_leak(isa):
     keep = reference.keep_mask(RNG, 0.5, *x.shape)
     x[~keep] = torch.nan
     args = (torch.zeros(1, 70), torch.randn(3, 70), torch.randn(1, 3), 1.0)
-    _, h = cpu.lora_linear_fwd(x, *args, None, None, 0.5, RNG)
+    _, h = OneLayer(cpu).lora_linear_fwd(x, *args, None, None, 0.5, RNG)
     needs = (False, True, False, False)
-    _, dlora_a, _, _ = cpu.lora_linear_bwd(torch.ones(40, 1), x, h, *args, None, 0.5, RNG, needs)
+    _, dlora_a, _, _ = OneLayer(cpu).lora_linear_bwd(torch.ones(40, 1), x, h, *args, None, 0.5, RNG, needs)
     assert torch.isfinite(h).all() and torch.isfinite(dlora_a).all()
 
 
@@ -376,7 +384,9 @@ def test_conversion_of_every_value(isa, dtype):
     """All 65536 patterns are read as torch reads them, and values between them are rounded as torch rounds them."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(256, 256)
     finite = torch.where(torch.isfinite(every), every, 0)
-    _, out = cpu.lora_linear_fwd(finite, finite[:1], torch.eye(256), torch.zeros(1, 256), 1.0, None, None, 0.0, None)
+    _, out = OneLayer(cpu).lora_linear_fwd(
+        finite, finite[:1], torch.eye(256), torch.zeros(1, 256), 1.0, None, None, 0.0, None
+    )
     assert torch.equal(out, finite.float())
 
     exact = finite.float()
@@ -384,7 +394,8 @@ def test_conversion_of_every_value(isa, dtype):
     specials = torch.tensor([torch.inf, -torch.inf, torch.nan, 65504.0, 65519.99, 65520.0, 3.4e38, 1e-8, -0.0])
     inputs = torch.cat([inputs.flatten(), specials]).reshape(1, -1)
     rounded = torch.empty(inputs.shape, dtype=dtype)
-    cpu._low_rank_fwd(inputs, None, torch.zeros(1, 1), torch.zeros(inputs.shape[1], 1), 1.0, rounded)
+    tensors = {"base": inputs, "h": torch.zeros(1, 1), "lora_b": torch.zeros(inputs.shape[1], 1), "y": rounded}
+    launch("lora_b_fwd", **tensors, bias=None, column_scale=None, scaling=1.0)
     torch.testing.assert_close(rounded, inputs.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -406,9 +417,9 @@ def test_the_number_of_threads_changes_no_bit(isa):
     nf4 = quantize_nf4(weight)
     case = make_case(5, 70, 64, 4, FP32, FP32, 0.0)
     kernels = [
-        lambda: quantize_nf4(weight).tensors()[0],
+        lambda: quantize_nf4(weight).tensors().packed,
         nf4.dequantize,
-        lambda: cpu.lora_linear_fwd(*list(case[0].values())[:4], 0.7, None, None, 0.0, None)[0],
+        lambda: OneLayer(cpu).lora_linear_fwd(*list(case[0].values())[:4], 0.7, None, None, 0.0, None)[0],
     ]
     for kernel in kernels:
         single = kernel()
@@ -433,27 +444,27 @@ def test_small_lora_term_is_not_rounded_away(isa, monkeypatch, how, dropout_p):
     x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
     scaling = 1e-3 * weight.double().norm().item() / (lora_b.double() @ lora_a.double()).norm().item()
     rng = RNG if dropout_p else None
-    delta = scaling * (reference.dropout(x.double(), dropout_p, rng) @ lora_a.double().T @ lora_b.double().T)
-    y, h = cpu.lora_linear_fwd(x, weight, lora_a, lora_b, scaling, None, None, dropout_p, rng)
+    delta = scaling * (reference.drop(x.double(), dropout_p, rng) @ lora_a.double().T @ lora_b.double().T)
+    y, h = OneLayer(cpu).lora_linear_fwd(x, weight, lora_a, lora_b, scaling, None, None, dropout_p, rng)
     error = y.double() - x.double() @ weight.double().T
     assert (error * delta).sum() / (delta * delta).sum() == pytest.approx(1.0, abs=0.01)
 
     dy = torch.randn(2048, 96, generator=torch.Generator().manual_seed(3)).to(BF16)
     args = (dy, x, h, weight, lora_a, lora_b, scaling, None, dropout_p, rng, (True, False, False, False))
-    delta = reference.dropout(scaling * (dy.double() @ lora_b.double() @ lora_a.double()), dropout_p, rng)
-    error = cpu.lora_linear_bwd(*args)[0].double() - dy.double() @ weight.double()
+    delta = reference.drop(scaling * (dy.double() @ lora_b.double() @ lora_a.double()), dropout_p, rng)
+    error = OneLayer(cpu).lora_linear_bwd(*args)[0].double() - dy.double() @ weight.double()
     assert (error * delta).sum() / (delta * delta).sum() == pytest.approx(1.0, abs=0.01)
 
 
 def test_unknown_isa_is_refused():
     with pytest.raises(ValueError, match="sse9.*generic"):
-        cpu._C.set_isa("sse9")
+        kernels.set_isa("sse9")
 
 
 @pytest.mark.parametrize("name", ["generic", "sse9"])
 def test_isa_by_environment(name):
-    code = "from lora_kernels.backends import cpu; print(cpu._C.get_isa(), '|', cpu.unavailable)"
-    environment = os.environ | {cpu.ISA_ENVIRONMENT_VARIABLE: name}
+    code = "from lora_kernels.backends import cpu; print(cpu.isa(), '|', cpu.unavailable)"
+    environment = os.environ | {ISA_ENVIRONMENT_VARIABLE: name}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     if name == "generic":
         assert output.stdout.strip() == "generic | None"
@@ -474,4 +485,4 @@ def test_group_checks_the_column_scale():
     x, layers, _ = group_case(5, FP32, FP32, False)
     for scale, error in ((torch.ones(1), ValueError), (torch.ones(layers[1].weight.shape[0]).double(), TypeError)):
         with pytest.raises(error, match=r"layers\[1\]: column_scale has"):
-            lora_linear_group(x, [layers[0], layers[1]._replace(column_scale=scale)])
+            lora_linear_group(x, [layers[0], replace(layers[1], column_scale=scale)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, check_group, group_case, group_results, strided
+from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, OneLayer, check_group, group_case, group_results, strided
 
 from lora_kernels import (
     backends,
@@ -14,7 +14,9 @@ from lora_kernels import (
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import emulated as cuda_emulated
 from lora_kernels.testing import lora_inputs
+from lora_kernels.types import AdapterNeeds, Layers, Needs
 
+ONE = OneLayer(cuda_emulated)
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -59,7 +61,7 @@ class Case(LoraCase):
         super().__init__(*sizes, dtype=dtype, **options)
 
     def results(self):
-        functions = cuda_emulated.lora_linear_fwd, cuda_emulated.lora_linear_bwd
+        functions = ONE.lora_linear_fwd, ONE.lora_linear_bwd
         return self.run(*functions, scale_bwd=cuda_emulated.column_scale_bwd)
 
 
@@ -72,11 +74,11 @@ def test_mask_is_the_reference_mask_bit_for_bit(rng):
         ones, zeros = torch.ones(M, K, dtype=BF16), torch.zeros(1, K, dtype=BF16)
         lora_b = torch.ones(1, K, dtype=BF16)
         args = (1.0, None, None, dropout_p, rng)
-        _, h = cuda_emulated.lora_linear_fwd(ones, zeros, torch.eye(K), lora_b, *args)
+        _, h = ONE.lora_linear_fwd(ones, zeros, torch.eye(K), lora_b, *args)
         assert torch.equal(h, keep * torch.tensor(scale))
 
         dy, lora_b, lora_a = torch.eye(M, dtype=BF16), torch.eye(M, dtype=BF16), torch.ones(M, K, dtype=BF16)
-        dx, dlora_a, *_ = cuda_emulated.lora_linear_bwd(
+        dx, dlora_a, *_ = ONE.lora_linear_bwd(
             dy, ones, torch.zeros(M, M), torch.zeros(M, K, dtype=BF16), lora_a, lora_b, 1.0, None, dropout_p, rng,
             (True, True, False, False),
         )  # fmt: skip
@@ -148,11 +150,12 @@ def test_a_group_is_queued_at_once(monkeypatch):
         "_queue",
         lambda self, on, *launches: queued.append([name for name, _ in launches]),
     )
-    forward = cuda_emulated.lora_linear_group_fwd(x, layers, 0.0, None)
+    forward = cuda_emulated.lora_linear_fwd(x, Layers(layers), None)
     # As Triton's are: columns of one matrix.
     ranks = [layer.lora_a.shape[0] for layer in layers]
     hs = torch.zeros(5, sum(ranks)).split(ranks, dim=1)
-    cuda_emulated.lora_linear_group_bwd(dys, x, hs, layers, 0.0, None, True, [(True, True, True)] * 3)
+    needs = Needs(True, (AdapterNeeds(True, True),) * 3)
+    cuda_emulated.lora_linear_bwd(dys, x, hs, Layers(layers), None, needs)
     backward = ["lora_dh_dlora_b", "lora_reduce", "lora_dlora_a", "lora_gemm"]
     assert queued == [["lora_h", "lora_few_rows"] * 3, backward * 3] and len(forward) == 3
 
@@ -268,11 +271,11 @@ def test_a_product_starts_early_only_where_lora_h_is_just_queued(simt, monkeypat
     t = lora_inputs(M, 24, 64, 4, BF16)
     w = t["weight"] if weight == "dense" else reference.quantize_nf4(t["weight"], 64, True)
     adapters = t["lora_a"][:R], t["lora_b"][:, :R]
-    _, h = cuda_emulated.lora_linear_fwd(t["x"], w, *adapters, 1.0, None, None, 0.0, None)
+    _, h = ONE.lora_linear_fwd(t["x"], w, *adapters, 1.0)
     *_, before, (_, product) = queued
     assert product["just_queued"] == (before is not None and before[0] == "lora_h")
     dy = torch.zeros(M, 24, dtype=BF16)
-    cuda_emulated.lora_linear_bwd(dy, t["x"], h, w, *adapters, 1.0, None, 0.0, None, (True, False, False, False))
+    ONE.lora_linear_bwd(dy, t["x"], h, w, *adapters, 1.0, None, 0.0, None, (True, False, False, False))
     assert queued[-1][0] == "lora_gemm" and not queued[-1][1]["just_queued"]
 
 
@@ -306,7 +309,7 @@ def test_the_low_rank_term_beside_a_full_weight():
     x, weight, lora_a, lora_b = (inputs[name].double() for name in ("x", "weight", "lora_a", "lora_b"))
     delta = SCALING * x @ lora_a.T @ lora_b.T
     named = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
-    y, _ = cuda_emulated.lora_linear_fwd(*named, SCALING, None, None, 0.0, None)
+    y, _ = ONE.lora_linear_fwd(*named, SCALING, None, None, 0.0, None)
     projection = ((y.double() - x @ weight.T) * delta).sum() / (delta * delta).sum()
     assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
 
@@ -326,17 +329,15 @@ def test_through_the_op_and_autograd():
 
 
 def test_errors_name_the_argument():
-    fwd = cuda_emulated.lora_linear_fwd
+    fwd = ONE.lora_linear_fwd
     x = torch.zeros(2, 2)
     with pytest.raises(ValueError, match="x is torch.float32: .*bfloat16 and float16"):
-        fwd(x, x, x, x, 1.0, None, None, 0.0, None)
+        fwd(x, x, x, x, 1.0)
     x16 = x.bfloat16()
     with pytest.raises(ValueError, match="lora_b is torch.float16; allowed: torch.float32 and x's torch.bfloat16"):
-        fwd(x16, x16, x, x.half(), 1.0, None, None, 0.0, None)
-    with pytest.raises(ValueError, match="rng: .*got None"):
-        fwd(x16, x16, x, x, 1.0, None, None, 0.5, None)
+        fwd(x16, x16, x, x.half(), 1.0)
     with pytest.raises(ValueError, match="x is on meta"):
-        fwd(x16.to("meta"), x16, x, x, 1.0, None, None, 0.0, None)
+        fwd(x16.to("meta"), x16, x, x, 1.0)
 
 
 def test_a_failed_launch_says_which_and_why(simt):
@@ -357,6 +358,6 @@ def test_unavailable_says_why():
         assert cuda.unavailable is not None
         x = torch.zeros(1, 1, dtype=BF16)
         with pytest.raises(RuntimeError, match="can't run here"):
-            cuda.lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.0, None)
+            OneLayer(cuda).lora_linear_fwd(x, x, x, x, 1.0)
         with pytest.raises(RuntimeError, match="cuda backend, which can't run here"), backends.use_backend("cuda"):
             pass

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lora_cases import LoraCase, strided
+from lora_cases import LoraCase, OneLayer, strided
 
 from lora_kernels import reference
 from lora_kernels.backends.cuda import emulated as cuda_emulated
@@ -61,9 +61,11 @@ def test_the_frozen_linear_has_no_rank():
         weight = reference.quantize_nf4(torch.randn(24, 64), 64, True)
         x, dy = torch.randn(M, 64).bfloat16(), torch.randn(M, 24).bfloat16()
         lora_a, lora_b = x.new_empty(0, 64), x.new_empty(24, 0)
-        y, h = cuda_emulated.lora_linear_fwd(x, weight, lora_a, lora_b, 1.0, None, None, 0.0, None)
+        y, h = OneLayer(cuda_emulated).lora_linear_fwd(x, weight, lora_a, lora_b, 1.0)
         needs = (True, False, False, False)
-        dx, *rest = cuda_emulated.lora_linear_bwd(dy, x, h, weight, lora_a, lora_b, 1.0, None, 0.0, None, needs)
+        dx, *rest = OneLayer(cuda_emulated).lora_linear_bwd(
+            dy, x, h, weight, lora_a, lora_b, 1.0, None, 0.0, None, needs
+        )
         dense = torch.empty(24, 64, dtype=BF16)
         reference.dequantize_nf4(weight, dense)
         assert h.shape == (M, 0) and rest == [None] * 3
@@ -76,7 +78,7 @@ def test_decoding_reads_little_but_the_four_bits():
 
     case = Case(1, 256, 1024, 8, dtype=BF16, adapter_dtype=FP32)
     _simt.take_traffic(record=True)
-    case.run(cuda_emulated.lora_linear_fwd, lambda *args: (None,) * 4)
+    case.run(OneLayer(cuda_emulated).lora_linear_fwd, lambda *args: (None,) * 4)
     traffic = {kernel: loaded for kernel, loaded, _ in _simt.take_traffic(record=False)}
     loaded = next(loaded for kernel, loaded in traffic.items() if "Nf4Weight" in kernel)
     packed = 256 * 1024 // 2

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_cases import LoraCase
+from lora_cases import LoraCase, OneLayer
 from places import ROOT
 
 from lora_kernels import reference
@@ -35,7 +35,7 @@ def nf4():
     cuda_emulated.dequantize_nf4(actual, dense[1])
     assert torch.equal(*dense)
     x, lora_a, lora_b = torch.randn(3, 512).bfloat16(), torch.randn(8, 512), torch.randn(64, 8)
-    y, _ = cuda_emulated.lora_linear_fwd(x, actual, lora_a, lora_b, 1.0, None, None, 0.0, None)
+    y, _ = OneLayer(cuda_emulated).lora_linear_fwd(x, actual, lora_a, lora_b, 1.0)
     assert (y.float() - x.float() @ (dense[0] + lora_b @ lora_a).T).abs().max() < 4
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lora_cases import LoraCase
+from lora_cases import LoraCase, OneLayer
 
 from lora_kernels.backends.cuda import emulated as cuda_emulated
 from lora_kernels.bench.traffic import emulated_launches
@@ -16,7 +16,7 @@ def test_forward_and_backward_pass_four_times_over_MK_and_three_over_MN(bias, co
     """A column scale takes three passes over MN more, all of them backward: it reads dy and y and writes dz."""
     M, N, K, R = 128, 256, 192, 1
     case = LoraCase(M, N, K, R, dtype=torch.bfloat16, dropout_p=0.2, bias=bias, column_scale=column_scale)
-    functions = cuda_emulated.lora_linear_fwd, cuda_emulated.lora_linear_bwd
+    functions = OneLayer(cuda_emulated).lora_linear_fwd, OneLayer(cuda_emulated).lora_linear_bwd
     with emulated_launches() as launches:
         case.run(*functions, scale_bwd=cuda_emulated.column_scale_bwd)
     assert len(launches) <= 6 + column_scale

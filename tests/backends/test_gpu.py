@@ -5,10 +5,11 @@ TRITON_INTERPRET=0 pytest tests/backends/test_gpu.py
 """
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from lora_cases import GROUP, RNG, SCALING, LoraCase, check_group, group_case
+from lora_cases import GROUP, RNG, SCALING, LoraCase, OneLayer, check_group, group_case
 
 from lora_kernels import (
     LoRAPlusAdamW,
@@ -21,7 +22,17 @@ from lora_kernels.backends import choice as strategy
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import vendor
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
-from lora_kernels.types import NF4, Projection
+from lora_kernels.types import (
+    NF4,
+    AdapterGradients,
+    AdapterNeeds,
+    Dropout,
+    Gradients,
+    Layers,
+    Needs,
+    Output,
+    Projection,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -44,12 +55,16 @@ def _backends(*names):
 
 
 def _module(name):
-    return {"triton": triton, "cuda": cuda, "vendor": strategy.vendor_backend() if name == "vendor" else None}[name]
+    return {"triton": triton, "cuda": cuda, "vendor": triton.by_vendor if name == "vendor" else None}[name]
 
 
 def _move(value, device):
-    if isinstance(value, NF4):
-        return NF4(*(_move(part, device) for part in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_move(part, device) for part in value)
+    if isinstance(value, Layers):
+        return Layers(_move(value.projections, device))
+    if isinstance(value, (NF4, Projection, Dropout, Output, Gradients, AdapterGradients)):
+        return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
@@ -59,22 +74,22 @@ class OnDevice:
     def __init__(self, name, device="cuda", weight=None):
         self.module, self.device, self.weight = _module(name), device, weight
 
-    def _run(self, function, args, weight_at):
-        args = list(args)
-        if self.weight is not None:
-            args[weight_at] = self.weight
-        results = getattr(self.module, function)(*(_move(arg, self.device) for arg in args))
-        return tuple(_move(result, "cpu") for result in results)
+    def _run(self, function, *args):
+        return _move(getattr(self.module, function)(*_move(args, self.device)), "cpu")
 
-    def lora_linear_fwd(self, *args):
-        return self._run("lora_linear_fwd", args, 1)
+    def _layers(self, layers):
+        if self.weight is None:
+            return layers
+        return Layers([replace(layer, weight=self.weight) for layer in layers])
 
-    def lora_linear_bwd(self, *args):
-        return self._run("lora_linear_bwd", args, 3)
+    def lora_linear_fwd(self, x, layers, dropout):
+        return self._run("lora_linear_fwd", x, self._layers(layers), dropout)
+
+    def lora_linear_bwd(self, dys, x, hs, layers, dropout, needs):
+        return self._run("lora_linear_bwd", dys, x, hs, self._layers(layers), dropout, needs)
 
     def column_scale_bwd(self, *args):
-        results = self.module.column_scale_bwd(*(_move(arg, self.device) for arg in args))
-        return tuple(_move(result, "cpu") for result in results)
+        return self._run("column_scale_bwd", *args)
 
 
 CASES = [
@@ -163,15 +178,14 @@ def test_group(backend, M, K, sizes, nf4, dropout_p):
     """Forward and backward of the module; the mask is the one that `one_by_one` draws."""
     x, layers, dys = group_case(M, BF16, FP32, nf4, K, sizes)
     torch.manual_seed(3)
-    rng = torch.randint(2**62, (2,), dtype=torch.int64) if dropout_p else None
-    frozen = [layer._replace(weight=layer.weight.tensors()) if nf4 else layer for layer in layers]
-    moved = [Projection(*(_move(part, "cuda") for part in layer)) for layer in frozen]
-    args, module = (x.cuda(), moved, dropout_p, _move(rng, "cuda")), _module(backend)
-    forward = module.lora_linear_group_fwd(*args)
-    hs = [h for _, h in forward]
-    needs = [(True, True, True)] * len(layers)
-    dx, grads = module.lora_linear_group_bwd([dy.cuda() for dy in dys], args[0], hs, *args[1:], True, needs)
-    actual = [*(y for y, _ in forward), dx, *(grad for each in grads for grad in each if grad is not None)]
+    dropout = Dropout(dropout_p, torch.randint(2**62, (2,), dtype=torch.int64)) if dropout_p else None
+    frozen = Layers([replace(layer, weight=layer.weight.tensors()) if nf4 else layer for layer in layers])
+    run = OnDevice(backend)
+    outputs = run.lora_linear_fwd(x, frozen, dropout)
+    needs = Needs(True, tuple(AdapterNeeds(True, True, layer.lora_e is not None) for layer in layers))
+    found = run.lora_linear_bwd(dys, x, [output.h for output in outputs], frozen, dropout, needs)
+    adapters = [t for own in found.layers for t in (own.lora_a, own.lora_b, own.lora_e) if t is not None]
+    actual = [*(output.y for output in outputs), found.x, *adapters]
     check_group(actual, x, layers, dys, dropout_p, BF16)
 
 
@@ -201,7 +215,7 @@ def test_mask_is_the_reference_mask(backend):
     """Read off h where lora_a selects columns, and off dx where only the masked term is left."""
     M, K, dropout_p = 150, 168, 0.3
     keep, scale = reference.keep_mask(RNG, dropout_p, M, K), reference.dropout_scale(dropout_p)
-    run, ones, eye = OnDevice(backend), torch.ones(M, K, dtype=BF16), torch.eye(M, dtype=BF16)
+    run, ones, eye = OneLayer(OnDevice(backend)), torch.ones(M, K, dtype=BF16), torch.eye(M, dtype=BF16)
     zeros = torch.zeros(1, K, dtype=BF16)
     _, h = run.lora_linear_fwd(ones, zeros, torch.eye(K), torch.ones(1, K, dtype=BF16), 1.0, None, None, dropout_p, RNG)
     assert torch.equal(h, keep * torch.tensor(scale))
@@ -224,7 +238,8 @@ def test_small_update_survives_rounding(backend, M, bias):
     delta = SCALING * exact["x"] @ exact["lora_a"].T @ exact["lora_b"].T
     base = torch.nn.functional.linear(exact["x"], exact["weight"], exact["bias"])
     args = (SCALING, inputs["bias"], None, 0.0, None)
-    y, _ = _module(backend).lora_linear_fwd(*(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")), *args)
+    parts = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
+    y, _ = OneLayer(_module(backend)).lora_linear_fwd(*parts, *args)
     projection = (((y.double() - base) * delta).sum() / (delta * delta).sum()).item()
     noise = 3 * 0.3 * 2**-8 * y.double().norm().item() / math.sqrt(y.numel()) / delta.norm().item()
     assert abs(projection - 1) < 0.01 + noise, f"projection {projection:.4f}"

@@ -9,7 +9,17 @@ import sys
 import fake_cuda
 import pytest
 import torch
-from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, check_group, group_case, group_results, strided
+from lora_cases import (
+    RNG,
+    SCALING,
+    GuardedBuffers,
+    LoraCase,
+    OneLayer,
+    check_group,
+    group_case,
+    group_results,
+    strided,
+)
 from places import TESTS, environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +31,9 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from lora_kernels.backends.triton import configs, lora_linear, lora_linear_bwd, lora_linear_fwd  # noqa: E402
+from lora_kernels.backends.triton import configs, lora_linear  # noqa: E402
+
+ONE, EXACT = OneLayer(backend), OneLayer(reference)
 
 pytestmark = pytest.mark.skipif(not lora_linear.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
@@ -135,9 +147,9 @@ def test_guarded_buffers(monkeypatch, column_scale):
     """Nothing outside the tensors is read or written, and every output element is: all of them start as NaN."""
     guarded = GuardedBuffers()
     case = Case(35, 67, 41, 5, dropout_p=0.2, bias=True, lora_e=True, column_scale=column_scale)
-    exact = case.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
+    exact = case.run(EXACT.lora_linear_fwd, EXACT.lora_linear_bwd, dtype=torch.float64)
     monkeypatch.setattr(torch, "empty", guarded)
-    functions = (lora_linear_fwd, lora_linear_bwd, lambda name, t: guarded(t.shape, t.dtype).copy_(t))
+    functions = (ONE.lora_linear_fwd, ONE.lora_linear_bwd, lambda name, t: guarded(t.shape, t.dtype).copy_(t))
     actual = case.run(*functions, scale_bwd=backend.column_scale_bwd)
     assert len(guarded.arenas) == (21 if column_scale else 18)
     guarded.check()
@@ -175,7 +187,7 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
     case = Case(70, 40, 40, 33, dropout_p=0.2, lora_e=True, column_scale=True)
     first = case.check()
     monkeypatch.setattr(interpreter, "range", shuffled_range(random.Random(0)), raising=False)
-    second = case.run(lora_linear_fwd, lora_linear_bwd, scale_bwd=backend.column_scale_bwd)
+    second = case.run(ONE.lora_linear_fwd, ONE.lora_linear_bwd, scale_bwd=backend.column_scale_bwd)
     for name, t in first.items():
         assert torch.equal(t, second[name]), f"{name} depends on the order of programs"
 
@@ -197,7 +209,7 @@ def test_products_add_up_the_parts_of_h(monkeypatch, adapter_dtype, M, rank):
     monkeypatch.setattr(configs, "PARTS", configs.PARTS | {"h": configs.Parts(2, 33, 32)})
     monkeypatch.setattr(lora_linear, "_multiprocessors", lambda index: 12)
     case = Case(M, 150, 300, rank, dtype=BF16, adapter_dtype=adapter_dtype, bias=True, lora_e=True)
-    functions = lora_linear_fwd, lora_linear_bwd
+    functions = ONE.lora_linear_fwd, ONE.lora_linear_bwd
     with OperatorLog() as log:
         case.run(*functions)
     assert "sum" not in log.names
@@ -241,7 +253,7 @@ def test_tiles_by_the_copy_engine(monkeypatch, noted_launches, options, conv1d):
 
 
 def test_what_the_copy_engine_can_not_fetch():
-    run = lora_linear._LoraLauncher(torch.zeros(4, 64, dtype=BF16), 0.0, None, False)
+    run = lora_linear._LoraLauncher(torch.zeros(4, 64, dtype=BF16), None, False)
     run.family = "sm90"
 
     def by_tma(x, weight, backward=False, m=512):
@@ -299,7 +311,7 @@ def test_launches(monkeypatch):
     """Two forward and four backward, and no other operator that would launch one; a column scale adds two backward."""
     launches = []
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: launches.append(self.fn.__name__))
-    functions = lora_linear_fwd, lora_linear_bwd
+    functions = ONE.lora_linear_fwd, ONE.lora_linear_bwd
     sizes, options = (9, 10, 11, 3), dict(dtype=BF16, adapter_dtype=FP32, dropout_p=0.1, bias=True, lora_e=True)
     plain, scaled = Case(*sizes, **options), Case(*sizes, **options, column_scale=True)
     with OperatorLog() as log:
@@ -328,7 +340,9 @@ def test_the_low_rank_term_beside_a_full_weight():
     inputs["lora_b"] *= 1e-3 * inputs["weight"].double().norm() / update.norm()
     x, weight, lora_a, lora_b = (inputs[name].double() for name in ("x", "weight", "lora_a", "lora_b"))
     delta = SCALING * x @ lora_a.T @ lora_b.T
-    y, _ = lora_linear_fwd(*(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")), SCALING, None, None, 0.0, None)
+    y, _ = ONE.lora_linear_fwd(
+        *(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")), SCALING, None, None, 0.0, None
+    )
     projection = ((y.double() - x @ weight.T) * delta).sum() / (delta * delta).sum()
     assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
 
@@ -336,20 +350,18 @@ def test_the_low_rank_term_beside_a_full_weight():
 def test_errors_name_the_argument():
     x = torch.zeros(2, 2, dtype=torch.float64)
     with pytest.raises(TypeError, match="x: .*float64"):
-        lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.0, None)
-    with pytest.raises(ValueError, match="rng: .*got None"):
-        x = x.float()
-        lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.5, None)
+        ONE.lora_linear_fwd(x, x, x, x, 1.0)
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused():
     script = """
 import torch
 from lora_kernels.backends import triton as backend
+from lora_kernels.types import Layers, Projection
 x = torch.zeros(2, 2)
 assert torch.cuda.is_available() or "TRITON_INTERPRET" in backend.unavailable, backend.unavailable
 try:
-    backend.lora_linear_fwd(x, x, x, x, 1.0, None, None, 0.0, None)
+    backend.lora_linear_fwd(x, Layers([Projection(x, x, x, 1.0)]), None)
 except RuntimeError as error:
     print(error)
 """

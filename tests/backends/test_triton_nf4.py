@@ -1,21 +1,24 @@
 """The Triton kernels of NF4 weights under the interpreter, against float64; the codec is in tests/ops/test_nf4.py."""
 
 import random
+from dataclasses import fields
 
 import pytest
 import torch
 
 from lora_kernels import lora_linear, quantize_nf4, reference, use_backend
 from lora_kernels.backends import triton as backend
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 from lora_kernels.types import NF4
 
 pytest.importorskip("triton")
 from test_triton import (  # noqa: E402
     BF16,
+    EXACT,
     FP16,
     FP32,
+    ONE,
     SCALING,
     Case,
     OperatorLog,
@@ -25,7 +28,7 @@ from test_triton import (  # noqa: E402
 )
 from triton.runtime import interpreter  # noqa: E402
 
-from lora_kernels.backends.triton import configs, lora_linear_bwd, lora_linear_fwd  # noqa: E402
+from lora_kernels.backends.triton import configs  # noqa: E402
 from lora_kernels.backends.triton.common import INTERPRETED  # noqa: E402
 from lora_kernels.backends.triton.lora_linear import planned  # noqa: E402
 
@@ -41,7 +44,8 @@ def forget_configurations():
 
 
 def assert_same(actual, expected):
-    for name, a, b in zip(NF4._fields, actual, expected, strict=True):
+    names = [field.name for field in fields(NF4)]
+    for name, a, b in ((name, getattr(actual, name), getattr(expected, name)) for name in names):
         if isinstance(a, torch.Tensor):
             assert a.dtype == b.dtype, name
             assert torch.equal(a, b), name
@@ -61,7 +65,8 @@ class Nf4Case(Case):
     def run(self, fwd, bwd, place=lambda name, t: t, dtype=None, **options):
         if dtype is not None:
             return super().run(fwd, bwd, place, dtype, **options)
-        parts = NF4(*(place("part", part) if isinstance(part, torch.Tensor) else part for part in self.parts))
+        placed = (None if part is None else place("part", part) for part in self.parts.tensors)
+        parts = NF4(*placed, self.parts.block_size, self.parts.shape)
         return super().run(
             lambda x, weight, *rest: fwd(x, parts, *rest),
             lambda dy, x, h, weight, *rest: bwd(dy, x, h, parts, *rest),
@@ -131,7 +136,7 @@ def test_gradients_of_an_adapter_of_rank_0_are_empty():
     x, h, dy = case.inputs["x"], torch.empty(3, 0), case.dy
     adapters = torch.empty(0, 64), torch.empty(5, 0)
     needs = (False, True, True, False)
-    _, da, db, _ = lora_linear_bwd(dy, x, h, case.parts, *adapters, SCALING, None, 0.0, None, needs)
+    _, da, db, _ = ONE.lora_linear_bwd(dy, x, h, case.parts, *adapters, SCALING, None, 0.0, None, needs)
     assert da.shape == (0, 64) and db.shape == (5, 0)
 
 
@@ -167,11 +172,11 @@ def test_guarded_buffers(monkeypatch, K):
         return guarded(t.shape, t.dtype).copy_(t)
 
     case = Nf4Case(19, 35, K, 3, block_size=32, double_quant=True, bias=True)
-    exact = case.run(reference.lora_linear_fwd, reference.lora_linear_bwd, dtype=torch.float64)
+    exact = case.run(EXACT.lora_linear_fwd, EXACT.lora_linear_bwd, dtype=torch.float64)
     weight = case.inputs["weight"]
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", guarded)
-    actual = case.run(lora_linear_fwd, lora_linear_bwd, place)
+    actual = case.run(ONE.lora_linear_fwd, ONE.lora_linear_bwd, place)
     parts = backend.quantize_nf4(place("weight", weight), 32, True)
     out = guarded(weight.shape, FP32)
     backend.dequantize_nf4(parts, out)
@@ -194,7 +199,7 @@ def test_the_order_of_programs_does_not_matter(monkeypatch, K):
     case = Nf4Case(40, 70, K, 3, block_size=32, double_quant=True)
     first = case.check()
     monkeypatch.setattr(interpreter, "range", shuffled_range(random.Random(0)), raising=False)
-    second = case.run(lora_linear_fwd, lora_linear_bwd)
+    second = case.run(ONE.lora_linear_fwd, ONE.lora_linear_bwd)
     for name, t in first.items():
         assert t is second[name] is None or torch.equal(t, second[name]), f"{name} depends on the order of programs"
 
@@ -206,7 +211,7 @@ def test_launches(monkeypatch):
     launches = []
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: launches.append(self.fn.__name__))
     with OperatorLog() as log:
-        case.run(lora_linear_fwd, lora_linear_bwd)
+        case.run(ONE.lora_linear_fwd, ONE.lora_linear_bwd)
     assert launches == ["_h_kernel", "_gemm_kernel", "_dh_dlora_b_kernel", "_reduce_kernel", "_dlora_a_kernel",
                         "_gemm_kernel"]  # fmt: skip
     assert set(log.names) <= {"empty", "permute", "t", "view"}, log.names

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lora_cases import LoraCase
+from lora_cases import LoraCase, OneLayer
 
 pytest.importorskip("triton")
+from lora_kernels.backends import triton  # noqa: E402
 from lora_kernels.backends.triton import lora_linear  # noqa: E402
 from lora_kernels.bench.traffic import triton_launches  # noqa: E402
 
@@ -16,7 +17,8 @@ def test_forward_and_backward_pass_four_times_over_MK_and_three_over_MN(column_s
     """A column scale takes three passes over MN more, all of them backward: it reads dy and y and writes dz."""
     M, N, K, R = 128, 256, 192, 1
     case = LoraCase(M, N, K, R, dtype=torch.bfloat16, dropout_p=0.2, column_scale=column_scale)
-    functions = lora_linear.lora_linear_fwd, lora_linear.lora_linear_bwd
+    one = OneLayer(triton)
+    functions = one.lora_linear_fwd, one.lora_linear_bwd
     with triton_launches() as launches:
         case.run(*functions, scale_bwd=lora_linear.column_scale_bwd)
     print("\n".join(map(str, launches)))

@@ -42,7 +42,7 @@ from lora_kernels import (
 from lora_kernels.backends import cpu
 from lora_kernels.ops.attention import causal_attention
 from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear
 from lora_kernels.ops.rms_norm import rms_norm
 from lora_kernels.ops.rotary import rotary
 from lora_kernels.ops.swiglu import swiglu
@@ -276,14 +276,19 @@ OURS = (
 NEED_VALUES = ("merge", "load_adapter", "save_adapter", "quantize_nf4", "chunked_cross_entropy", "chunked_logprobs")
 _LOSSES = "lora_kernels.ops.cross_entropy"
 ASKS_ONLY = "looks at what a tensor is, not at its values"
+INSIDE = "takes what lora_linear, which is tried, has looked at"
 SETTINGS = "settings, without tensors"
 # What is public and isn't tried, and why.
 LEFT_OUT = {
     **dict.fromkeys(("AdaLoRAConfig", "FullConfig", "LoRAConfig", "PrefixConfig", "PromptConfig", "INITS"), SETTINGS),
     **dict.fromkeys(("available", "use_backend"), "names of backends"),
-    **dict.fromkeys(("is_fused", "takes_rotary", "is_plain_on_cpu", "few_rows_projection", "version_of"), ASKS_ONLY),
+    **dict.fromkeys(("is_fused", "takes_rotary", "version_of"), ASKS_ONLY),
     **dict.fromkeys(("adapters_disabled", "add_adapter", "use_adapter"), "put other modules into the model's places"),
-    "Projection": "a tuple, which lora_linear_group takes",
+    "Projection": "parts of a layer, which lora_linear_group takes",
+    **dict.fromkeys(("autocast_dtype", "check_dense", "check_frozen", "check_layer", "prepare"), ASKS_ONLY),
+    **dict.fromkeys(("projection_in_memory", "tensors_of", "under_autocast", "vector", "weight_tensors"), INSIDE),
+    **dict.fromkeys(("backward", "column_scale_bwd", "drawn", "forward", "matrix", "most_layers"), INSIDE),
+    **dict.fromkeys(("project", "refuse_second_derivative"), INSIDE),
     "trainable_summary": "counts elements",
     "loraplus_groups": "sorts parameters by their names",
     "fuse_decoder": "puts modules into a decoder that call rms_norm, swiglu, rotary, causal_attention and lora_linear",

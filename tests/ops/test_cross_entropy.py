@@ -44,7 +44,7 @@ def make_inputs(bias: bool):
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 @pytest.mark.parametrize("dense_size", [1, 1 << 19], ids=["our product", "torch's"])
 def test_equals_cross_entropy_over_all_logits(monkeypatch, dtype, bias, softcap, scale, chunk_size, dense_size):
-    monkeypatch.setattr("lora_kernels.ops.lora_linear._DENSE_SIZE", dense_size)
+    monkeypatch.setattr("lora_kernels.backends.cpu.lora_linear.DENSE_SIZE", dense_size)
     inputs, labels = make_inputs(bias)
     inputs = tuple(None if t is None else t.to(dtype) for t in inputs)
 
@@ -162,7 +162,7 @@ def test_memory_of_the_logits_is_used_again(monkeypatch):
     """Of any number of chunks, one chunk's logits at a time."""
     monkeypatch.setattr(recycling, "LARGE", 1)
     monkeypatch.setattr(recycling, "_pool", recycling.Pool())
-    monkeypatch.setattr("lora_kernels.ops.lora_linear._DENSE_SIZE", 1)
+    monkeypatch.setattr("lora_kernels.backends.cpu.lora_linear.DENSE_SIZE", 1)
     hidden = torch.randn(99, 24, requires_grad=True)
     weight = torch.randn(2000, 24)
     for function in (chunked_cross_entropy, chunked_logprobs):
@@ -181,7 +181,7 @@ def weighted_logprobs(logprobs):
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 @pytest.mark.parametrize("dense_size", [1, 1 << 19], ids=["our product", "torch's"])
 def test_logprobs_equal_log_softmax_over_all_logits(monkeypatch, dtype, bias, softcap, scale, chunk_size, dense_size):
-    monkeypatch.setattr("lora_kernels.ops.lora_linear._DENSE_SIZE", dense_size)
+    monkeypatch.setattr("lora_kernels.backends.cpu.lora_linear.DENSE_SIZE", dense_size)
     inputs, labels = make_inputs(bias)
     inputs = tuple(None if t is None else t.to(dtype) for t in inputs)
     picked = {}

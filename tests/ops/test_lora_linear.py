@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lora_cases import OneLayer
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import backends, lora_linear, reference, use_backend
@@ -74,9 +75,9 @@ def test_reference_equals_plain_torch_in_float64():
     detached = {name: t.detach() for name, t in inputs.items()}
     args = [detached[name] for name in ("x", "weight", "lora_a", "lora_b")]
     bias, scale = detached["bias"], detached["column_scale"]
-    y, h = reference.lora_linear_fwd(*args, 0.7, bias, detached["lora_e"], 0.25, rng, scale)
+    y, h = OneLayer(reference).lora_linear_fwd(*args, 0.7, bias, detached["lora_e"], 0.25, rng, scale)
     dz, dscale = reference.column_scale_bwd(dy, y, bias, scale)
-    grads = reference.lora_linear_bwd(
+    grads = OneLayer(reference).lora_linear_bwd(
         dz, args[0], h, *args[1:], 0.7, detached["lora_e"], 0.25, rng, (True, True, True, True)
     )
     torch.testing.assert_close(y, expected_y.detach(), rtol=1e-12, atol=1e-12)
@@ -132,7 +133,7 @@ def test_mask_keeps_the_right_share_independently(dropout_p):
 def test_no_nan_leaks_through_a_dropped_element():
     x = torch.full((1, 8), math.inf)
     rng = torch.tensor([0, 0])
-    dropped = reference.dropout(x, 0.9, rng)
+    dropped = reference.drop(x, 0.9, rng)
     assert torch.equal(torch.isinf(dropped), reference.keep_mask(rng, 0.9, 1, 8))
 
 
@@ -385,11 +386,14 @@ def test_backend_choice(monkeypatch):
     with use_backend("reference"):
         assert backends.resolve(x) is reference
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "reference")
+    backends.from_environment.cache_clear()
     assert backends.resolve(x) is reference
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "nonsense")
+    backends.from_environment.cache_clear()
     with pytest.raises(ValueError, match="LORA_KERNELS_BACKEND"):
         backends.resolve(x)
     monkeypatch.delenv("LORA_KERNELS_BACKEND")
+    backends.from_environment.cache_clear()
     assert backends.resolve(x.double()) is reference
     assert set(backends.available()) == {"reference", "cpu", "triton", "cuda", "cuda-emulated"}
 

@@ -8,35 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import cpu
 from lora_kernels.backends.cpu import memory as recycling
+from lora_kernels.backends.cpu.extension import launch
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """y [..., K] and rstd [...] of contiguous x [..., K] and weight [K] of one dtype; rstd is float32."""
     y, rstd = recycling.empty(*x.shape, dtype=x.dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    cpu._launch("rms_norm_fwd", x=x, weight=weight, eps=eps, offset=offset, y=y, rstd=rstd)
+    launch("rms_norm_fwd", x=x, weight=weight, eps=eps, offset=offset, y=y, rstd=rstd)
     return y, rstd
 
 
 def rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
     """dx [..., K]; dy and x are contiguous."""
     dx = recycling.empty(*x.shape, dtype=x.dtype)
-    cpu._launch("rms_norm_bwd", dy=dy, x=x, rstd=rstd, weight=weight, offset=offset, dx=dx)
+    launch("rms_norm_bwd", dy=dy, x=x, rstd=rstd, weight=weight, offset=offset, dx=dx)
     return dx
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """gate ∘ sigmoid(gate) ∘ up of contiguous tensors of one shape and dtype."""
     y = recycling.empty(*gate.shape, dtype=gate.dtype)
-    cpu._launch("swiglu_fwd", gate=gate, up=up, y=y)
+    launch("swiglu_fwd", gate=gate, up=up, y=y)
     return y
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """dgate and dup; all contiguous."""
     dgate, dup = (recycling.empty(*gate.shape, dtype=gate.dtype) for _ in range(2))
-    cpu._launch("swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup)
+    launch("swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup)
     return dgate, dup
 
 
@@ -51,7 +51,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
     """y [B, H, T, D] of x [B, H, T, D], whose last stride is 1, and contiguous cos and sin [B or 1, T, D], all of one
     dtype; or, transposed, dx of dy."""
     y = _empty_heads(x)
-    cpu._launch("rotary", x=x, cos=cos, sin=sin, transposed=transposed, y=y)
+    launch("rotary", x=x, cos=cos, sin=sin, transposed=transposed, y=y)
     return y
 
 
@@ -61,7 +61,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     q is [B, H, T, D], k and v are [B, KV, T, D], of one dtype and with the last stride 1.
     """
     o, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    cpu._launch("attention_fwd", q=q, k=k, v=v, o=o, lse=lse, scale=scale)
+    launch("attention_fwd", q=q, k=k, v=v, o=o, lse=lse, scale=scale)
     return o, lse
 
 
@@ -71,5 +71,5 @@ def attention_bwd(
     """dq, dk and dv, laid out as o is; the last stride of dout is 1."""
     dq, dk, dv = (_empty_heads(t) for t in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "o": o, "dout": dout, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
-    cpu._launch("attention_bwd", **tensors, scale=scale)
+    launch("attention_bwd", **tensors, scale=scale)
     return dq, dk, dv

@@ -35,6 +35,9 @@ _ALIGNMENT = 64
 _SLACK = 1.25
 
 
+_CPU = torch.device("cpu")
+
+
 class Pool:
     def __init__(self) -> None:
         # Blocks that nothing refers to any more: appended to whenever a tensor dies, in any thread and between any two
@@ -139,16 +142,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = _CPU) -> Tensor:
     """torch.empty(shape); on the CPU from a block where they are enabled, and from huge pages where there are any."""
     size = math.prod(shape) * dtype.itemsize
-    is_large = size >= (HUGE if _pool is None else LARGE)
     # A compiler or a mode that makes no real tensors reads none of this.
     if (
-        not is_large
+        size < (HUGE if _pool is None else LARGE)
         or torch.device(device).type != "cpu"
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
     ):
         return torch.empty(shape, dtype=dtype, device=device)
     return _tensor(_aligned(_new_block(size)), shape, dtype) if _pool is None else _pool.empty(*shape, dtype=dtype)
+
+
+def new(like: Tensor, *shape: int) -> Tensor:
+    """`empty` in the dtype and on the device of another tensor."""
+    if math.prod(shape) * like.itemsize < LARGE:
+        return like.new_empty(*shape)
+    return empty(*shape, dtype=like.dtype, device=like.device)

@@ -8,6 +8,7 @@ synchronised: kernels are queued on the current stream of the tensors' device. S
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
@@ -25,7 +26,18 @@ from lora_kernels.reference import (
     dropout_threshold,
     dynamic_code,
 )
-from lora_kernels.types import NF4, AdamWGroup, Projection
+from lora_kernels.types import (
+    NF4,
+    AdamWGroup,
+    AdapterGradients,
+    AdapterNeeds,
+    Dropout,
+    Gradients,
+    Layers,
+    Needs,
+    Output,
+    Projection,
+)
 
 # The name of a kernel, and its arguments by name: numbers, tensors and parts of one, as (tensor, first byte, bytes).
 _Launch = tuple[str, dict[str, Any]]
@@ -190,54 +202,47 @@ class Kernels:
         )
         return [*launches, ("lora_gemm", arguments)]
 
-    def lora_linear_fwd(
-        self,
-        x: Tensor,
-        weight: Tensor | NF4,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        bias: Tensor | None,
-        lora_e: Tensor | None,
-        dropout_p: float,
-        rng: Tensor | None,
-        column_scale: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches: one more where an
-        NF4 weight meets more rows than it is decoded for inside the product, and is dequantised first.
+    def takes(self, x: Tensor) -> bool:
+        return x.device.type == self.device_type and x.dtype in ACTIVATION_DTYPES
 
-        Arguments are those of `lora_kernels.reference.lora_linear_fwd`. x in float32 is taken for R = 0 and an NF4
-        weight only, which torch then multiplies dequantised: DoRA's norms need that. Raises ValueError for other x that
-        is not bfloat16 or float16, for adapters that are neither float32 nor of x's dtype, for tensors on another type
-        of device, and for dropout without rng; RuntimeError with CUDA's message where a launch fails.
+    def beats_torch(self, x: Tensor, weight: Tensor) -> bool:
+        """The vendor's product, which torch takes, is never slower."""
+        return False
+
+    def lora_linear_fwd(self, x: Tensor, layers: Layers, dropout: Dropout | None) -> list[Output]:
+        """Of each layer y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, all queued at once.
+        Two launches a layer, and one more where an NF4 weight meets more rows
+        than it is decoded for inside the product, and is dequantised first.
+
+        x in float32 is taken for R = 0 and an NF4 weight only, which torch then multiplies dequantised: DoRA's norms
+        need that. Raises ValueError for other x that is not bfloat16 or float16, for adapters that are neither float32
+        nor of x's dtype, and for tensors on another type of device; RuntimeError with CUDA's message where a launch
+        fails.
         """
-        if x.dtype == torch.float32 and lora_b.shape[1] == 0 and isinstance(weight, NF4) and column_scale is None:
+        first = layers.projections[0]
+        if x.dtype == torch.float32 and len(layers) == 1 and self._is_frozen_nf4(first):
             self._check_device("x", x)
-            dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-            self.dequantize_nf4(weight, dense)
-            return torch.nn.functional.linear(x, dense, bias), x.new_empty(len(x), 0)
-        layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
-        return self.lora_linear_group_fwd(x, [layer], dropout_p, rng)[0]
-
-    def lora_linear_group_fwd(
-        self, x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(y, h) of `lora_linear_fwd` for each layer, all queued at once. dropout(x) is one for all of them."""
-        results, launches = [], []
+            dense = torch.empty(first.weight.shape, dtype=x.dtype, device=x.device)
+            self.dequantize_nf4(first.weight, dense)
+            return [Output(torch.nn.functional.linear(x, dense, first.bias), x.new_empty(len(x), 0))]
+        outputs, launches = [], []
         for layer in layers:
-            y, h, own = self._forward(x, *layer, dropout_p, rng)
-            results.append((y, h))
+            output, own = self._forward(x, layer, dropout)
+            outputs.append(output)
             launches += own
         self._queue(x, *launches)
-        return results
+        return outputs
 
-    def _forward(
-        self, x, weight, lora_a, lora_b, scaling, bias, lora_e, column_scale, dropout_p, rng
-    ) -> tuple[Tensor, Tensor, list[_Launch]]:
+    def _is_frozen_nf4(self, layer: Projection) -> bool:
+        return isinstance(layer.weight, NF4) and layer.lora_b.shape[1] == 0 and layer.column_scale is None
+
+    def _forward(self, x: Tensor, layer: Projection, dropout: Dropout | None) -> tuple[Output, list[_Launch]]:
         """y and h, and the launches that make them."""
+        weight, lora_a, lora_b, lora_e = layer.weight, layer.lora_a, layer.lora_b, layer.lora_e
+        bias, column_scale, scaling = layer.bias, layer.column_scale, layer.scaling
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
         (M, K), (N, R) = x.shape, lora_b.shape
-        threshold, dtype, launches = _threshold(dropout_p, rng), self._dtypes[x.dtype], []
+        (rng, threshold, keep_scale), dtype, launches = _drawn(dropout), self._dtypes[x.dtype], []
         splits, columns_per_split = self._parts_of_h(x, R)
         h = torch.empty((M, R), dtype=torch.float32, device=x.device)
         h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device) if splits > 1 else h
@@ -255,8 +260,8 @@ class Kernels:
                 R=R,
                 columns_per_split=columns_per_split,
                 threshold=threshold,
-                rng=rng if threshold else None,
-                scale=dropout_scale(dropout_p),
+                rng=rng,
+                scale=keep_scale,
                 dtype=dtype,
             )
             launches.append(("lora_h", arguments))
@@ -286,7 +291,7 @@ class Kernels:
             launches.append(("nf4_few_rows" if is_nf4 else "lora_few_rows", arguments))
         else:
             launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
-        return y, h, launches
+        return Output(y, h), launches
 
     def column_scale_bwd(
         self, dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
@@ -319,66 +324,43 @@ class Kernels:
 
     def lora_linear_bwd(
         self,
-        dy: Tensor,
-        x: Tensor,
-        h: Tensor,
-        weight: Tensor | NF4,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        lora_e: Tensor | None,
-        dropout_p: float,
-        rng: Tensor | None,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false, in at most four launches.
-
-        Arguments and errors are those of `lora_linear_fwd`, h its second result. Sums are taken in a fixed order: the
-        result depends on the number of multiprocessors but not on timing.
-        """
-        layer = Projection(weight, lora_a, lora_b, scaling, None, lora_e)
-        dx, (grads,) = self.lora_linear_group_bwd([dy], x, [h], [layer], dropout_p, rng, needs[0], [needs[1:]])
-        return dx, *grads
-
-    def lora_linear_group_bwd(
-        self,
         dys: Sequence[Tensor],
         x: Tensor,
         hs: Sequence[Tensor],
-        layers: Sequence[Projection],
-        dropout_p: float,
-        rng: Tensor | None,
-        need_x: bool,
-        needs: Sequence[Sequence[bool]],
-    ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
-        """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd, all queued at once; a layer's
-        needs are in that order. dx is the sum of what each layer's would be, rounded."""
-        dxs, grads, launches = [], [], []
-        for dy, h, layer, layer_needs in zip(dys, hs, layers, needs, strict=True):
-            dx, own_grads, own = self._backward(dy, x, h, layer, dropout_p, rng, (need_x, *layer_needs))
+        layers: Layers,
+        dropout: Dropout | None,
+        needs: Needs,
+    ) -> Gradients:
+        """See `lora_kernels.reference.lora_linear_bwd`, and `lora_linear_fwd` for the errors. At most four launches a
+        layer, all queued at once; dx is the sum of what each layer's would be, rounded.
+
+        Sums are taken in a fixed order: the result depends on the number of multiprocessors but not on timing.
+        """
+        dxs, gradients, launches = [], [], []
+        for dy, h, layer, need in zip(dys, hs, layers, needs.layers, strict=True):
+            dx, own_gradients, own = self._backward(dy, x, h, layer, dropout, needs.x, need)
             dxs.append(dx)
-            grads.append(own_grads)
+            gradients.append(own_gradients)
             launches += own
         if launches:
             self._queue(x, *launches)
         dx = dxs[0]
-        if need_x:
+        if needs.x:
             for other in dxs[1:]:
                 dx += other
-        return dx, grads
+        return Gradients(dx, gradients)
 
     def _backward(
-        self, dy: Tensor, x: Tensor, h: Tensor, layer: Projection, dropout_p: float, rng: Tensor | None,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None], list[_Launch]]:  # fmt: skip
-        """dx and (dlora_a, dlora_b, dlora_e) of one layer, and the launches that make them."""
-        weight, lora_a, lora_b, scaling, _, lora_e, _ = layer
+        self, dy: Tensor, x: Tensor, h: Tensor, layer: Projection, dropout: Dropout | None, need_dx: bool,
+        need: AdapterNeeds,
+    ) -> tuple[Tensor | None, AdapterGradients, list[_Launch]]:  # fmt: skip
+        """dx and the gradients of one layer's adapter, and the launches that make them."""
+        weight, lora_a, lora_b, lora_e = layer.weight, layer.lora_a, layer.lora_b, layer.lora_e
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
-        need_dx, need_da, need_db, need_de = needs[0], needs[1], needs[2], needs[3] and lora_e is not None
+        need_da, need_db, need_de = need.lora_a, need.lora_b, need.lora_e
         if not (need_dx or need_da or need_db or need_de):
-            return None, (None, None, None), []
-        threshold, keep_scale = _threshold(dropout_p, rng), dropout_scale(dropout_p)
-        rng = rng if threshold else None
+            return None, AdapterGradients(), []
+        rng, threshold, keep_scale = _drawn(dropout)
         (M, K), (N, R) = x.shape, lora_b.shape
         need_dh = (need_dx or need_da) and R > 0
         dtype, a_dtype, b_dtype = (self._dtypes[t.dtype] for t in (x, lora_a, lora_b))
@@ -430,7 +412,7 @@ class Kernels:
                 M=M,
                 N=N,
                 R=R,
-                scaling=scaling,
+                scaling=layer.scaling,
                 dtype=dtype,
             )
             launches.append(("lora_reduce", arguments))
@@ -453,7 +435,7 @@ class Kernels:
         if need_dx:
             u = _RankParts(dh)
             launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
-        return dx, (dlora_a, dlora_b, dlora_e), launches
+        return dx, AdapterGradients(dlora_a, dlora_b, dlora_e), launches
 
     def _nf4(self, weight: NF4) -> dict:
         """The arguments that describe an NF4 weight to a kernel."""
@@ -584,19 +566,21 @@ def _kept(cache: dict[str, Any], name: str, values: list, dtype: torch.dtype, de
     return table
 
 
-def _threshold(dropout_p: float, rng: Tensor | None) -> int:
-    threshold = dropout_threshold(dropout_p)
-    if threshold and rng is None:
-        raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
-    return threshold
+def _drawn(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
+    """How the kernels take dropout: rng, threshold and the scale of what is kept."""
+    if dropout is None:
+        return None, 0, 1.0
+    return dropout.rng, dropout_threshold(dropout.p), dropout_scale(dropout.p)
 
 
 _kernels = Kernels("_cuda", "cuda", "it is built where nvcc is found")
+name = "cuda"
+MAX_LAYERS = sys.maxsize
 unavailable = _kernels.unavailable
+takes = _kernels.takes
+beats_torch = _kernels.beats_torch
 lora_linear_fwd = _kernels.lora_linear_fwd
 lora_linear_bwd = _kernels.lora_linear_bwd
-lora_linear_group_fwd = _kernels.lora_linear_group_fwd
-lora_linear_group_bwd = _kernels.lora_linear_group_bwd
 column_scale_bwd = _kernels.column_scale_bwd
 quantize_nf4 = _kernels.quantize_nf4
 dequantize_nf4 = _kernels.dequantize_nf4

@@ -7,6 +7,7 @@ order in which threads run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,11 +57,13 @@ class EmulatedKernels(Kernels):
 
 
 _kernels = EmulatedKernels("_simt", "cpu", "it is part of a build in place, for tests")
+name = "cuda-emulated"
+MAX_LAYERS = sys.maxsize
 unavailable = _kernels.unavailable
+takes = _kernels.takes
+beats_torch = _kernels.beats_torch
 lora_linear_fwd = _kernels.lora_linear_fwd
 lora_linear_bwd = _kernels.lora_linear_bwd
-lora_linear_group_fwd = _kernels.lora_linear_group_fwd
-lora_linear_group_bwd = _kernels.lora_linear_group_bwd
 column_scale_bwd = _kernels.column_scale_bwd
 quantize_nf4 = _kernels.quantize_nf4
 dequantize_nf4 = _kernels.dequantize_nf4

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import torch
 
 unavailable: str | None = None
@@ -21,19 +24,36 @@ else:
             f"triton is {triton.__version__}; {'.'.join(map(str, OLDEST))} (of torch 2.8) and newer are supported"
         )
 
+name = "triton"
+
 if unavailable is None:
     from .adamw import adamw_step
     from .configs import unsupported_gpu
     from .lora_linear import (
         INTERPRETED,
-        MAX_GROUP,
+        MAX_LAYERS,
+        beats_torch,
         column_scale_bwd,
         lora_linear_bwd,
         lora_linear_fwd,
-        lora_linear_group_bwd,
-        lora_linear_group_fwd,
+        takes,
     )
     from .nf4 import dequantize_nf4, quantize_nf4
+
+    # The same with the large products by the vendor's library.
+    by_vendor = SimpleNamespace(
+        name="vendor",
+        unavailable=None,
+        MAX_LAYERS=MAX_LAYERS,
+        takes=takes,
+        beats_torch=beats_torch,
+        lora_linear_fwd=partial(lora_linear_fwd, by_vendor=True),
+        lora_linear_bwd=partial(lora_linear_bwd, by_vendor=True),
+        column_scale_bwd=column_scale_bwd,
+        quantize_nf4=quantize_nf4,
+        dequantize_nf4=dequantize_nf4,
+        adamw_step=adamw_step,
+    )
 
     if isinstance(triton.language.zeros, triton.runtime.JITFunction) == INTERPRETED:
         unavailable = "TRITON_INTERPRET changed after triton was imported; set it before"
@@ -43,14 +63,16 @@ if unavailable is None:
         unavailable = unsupported_gpu()
 
 __all__ = [
-    "MAX_GROUP",
+    "MAX_LAYERS",
     "adamw_step",
+    "beats_torch",
+    "by_vendor",
     "column_scale_bwd",
     "dequantize_nf4",
     "lora_linear_bwd",
     "lora_linear_fwd",
-    "lora_linear_group_bwd",
-    "lora_linear_group_fwd",
+    "name",
     "quantize_nf4",
+    "takes",
     "unavailable",
 ]

@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_kernels.backends.parts import ceil_div, in_parts
 from lora_kernels.backends.triton import vendor
 from lora_kernels.reference import dropout_scale, dropout_threshold
-from lora_kernels.types import NF4, Projection
+from lora_kernels.types import NF4, AdapterGradients, Dropout, Gradients, Layers, Needs, Output, Projection
 
 from . import configs
 from .common import INTERPRETED, Launcher, Tile, cast, dot, let_next_kernel_start, wait_for_kernel_before
@@ -34,12 +34,12 @@ from .nf4 import dequantize_nf4, load_tables, load_tile, tables
 
 __all__ = [
     "INTERPRETED",
-    "MAX_GROUP",
+    "MAX_LAYERS",
+    "beats_torch",
     "column_scale_bwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
-    "lora_linear_group_bwd",
-    "lora_linear_group_fwd",
+    "takes",
 ]
 
 
@@ -653,19 +653,20 @@ def _plan_dlora_a(kind: _Kind, m: int, k: int, rank: int) -> _Plan:
 class _LoraLauncher(Launcher):
     """Adds what launches of `lora_linear` share: their kind and dropout arguments."""
 
-    def __init__(self, x: Tensor, dropout_p: float, rng: Tensor | None, by_vendor: bool) -> None:
+    def __init__(self, x: Tensor, dropout: Dropout | None, by_vendor: bool) -> None:
         super().__init__("x", x)
         self.by_vendor = by_vendor
-        self.threshold = threshold = dropout_threshold(dropout_p)
-        if threshold and rng is None:
-            raise ValueError(f"rng: dropout_p={dropout_p} needs an int64 tensor (seed, offset), got None")
-        self.rng = rng
-        self.inv_keep = dropout_scale(dropout_p)
+        self.threshold, self.inv_keep, self.rng = 0, 1.0, None
+        if dropout is not None:
+            self.threshold, self.inv_keep = dropout_threshold(dropout.p), dropout_scale(dropout.p)
+            self.rng = dropout.rng
         is_float32, precision = x.dtype == torch.float32, "ieee"
         if is_float32 and not torch.version.hip:
             precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         overlaps = configs.overlaps(self.family)
-        self.kind = _Kind(self.family, _multiprocessors(self.index), is_float32, precision, threshold > 0, overlaps)
+        self.kind = _Kind(
+            self.family, _multiprocessors(self.index), is_float32, precision, self.threshold > 0, overlaps
+        )
 
     def h(self, x: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor | None]:
         """(h [M, R] = dropout(x) lora_aᵀ, None), or with many columns (h, which `product` is to make, the matrices
@@ -716,7 +717,7 @@ class _LoraLauncher(Launcher):
             kernel = "nf4_cols" if backward else "nf4_rows"
             stored = (kernel, weight.block_size, aligned)
             kernel = kernel if aligned else "nf4_ragged"
-            nf4_parts = (*weight[1:4], tables(x.device))
+            nf4_parts = (*weight.tensors[1:], tables(x.device))
         rows = self.by_tma(terms, m, n, backward)
         if product is not None:
             kernel = "finish"
@@ -748,7 +749,7 @@ class _LoraLauncher(Launcher):
             return
         tensors, strides = [], []
         for x, weight in terms:
-            tensors += (x, weight[0] if isinstance(weight, NF4) else weight)
+            tensors += (x, weight.packed if isinstance(weight, NF4) else weight)
             wn, wk = (0, 0) if isinstance(weight, NF4) else weight.stride()
             strides += (x.stride(0), wk, wn) if backward else (x.stride(0), wn, wk)
         args = (
@@ -822,25 +823,39 @@ class _LoraLauncher(Launcher):
 _Term = tuple[Tensor, Tensor | NF4]
 # So many products the kernels add up: the layers of a group.
 _TERMS = 3
-MAX_GROUP = _TERMS
+MAX_LAYERS = _TERMS
 
 
-def _columns(layers: Sequence[Projection]) -> list[slice]:
+def takes(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and (INTERPRETED or x.device.type != "cpu")
+
+
+def beats_torch(x: Tensor, weight: Tensor) -> bool:
+    """The vendor's product, which torch takes, is never slower."""
+    return False
+
+
+def _columns(layers: Layers) -> list[slice]:
     """The columns of each layer's h in that of all."""
     ends = list(itertools.accumulate((layer.lora_a.shape[0] for layer in layers), initial=0))
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def _one_below_the_other(layers: Sequence[Projection]) -> Tensor:
-    return layers[0].lora_a if len(layers) == 1 else torch.cat([layer.lora_a for layer in layers])
+def _one_below_the_other(layers: Layers) -> Tensor:
+    each = [layer.lora_a for layer in layers]
+    return each[0] if len(each) == 1 else torch.cat(each)
 
 
-def lora_linear_group_fwd(
-    x: Tensor, layers: Sequence[Projection], dropout_p: float, rng: Tensor | None, by_vendor: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """(y, h) of `lora_linear_fwd` for each of at most MAX_GROUP layers. dropout(x) is one for all of them, and x is
-    read once for all h, which are columns of one matrix."""
-    run = _LoraLauncher(x, dropout_p, rng, by_vendor)
+def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None, by_vendor: bool = False) -> list[Output]:
+    """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32 of each of at most MAX_LAYERS layers, in
+    one launch for all h, which are columns of one matrix, and one for each y.
+
+    A sum over many columns of x is cut into parts, which the second launch adds up. With `by_vendor` the large product
+    is the vendor's (`lora_kernels.backends.triton.vendor`); else see `lora_kernels.reference.lora_linear_fwd`. Raises
+    TypeError for other dtypes than float32, float16, bfloat16 and RuntimeError for CPU tensors outside Triton's
+    interpreter.
+    """
+    run = _LoraLauncher(x, dropout, by_vendor)
     ys = [torch.empty((x.shape[0], layer.weight.shape[0]), dtype=x.dtype, device=x.device) for layer in layers]
     with run.device:
         h, parts = run.h(x, _one_below_the_other(layers))
@@ -853,24 +868,7 @@ def lora_linear_group_fwd(
                 [(x, layer.weight)], layer.column_scale, layer.bias, h, parts, layer.lora_e, layer.lora_b.T, y,
                 layer.scaling,
             )  # fmt: skip
-    return list(zip(ys, hs, strict=True))
-
-
-def lora_linear_fwd(
-    x: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    bias: Tensor | None, lora_e: Tensor | None, dropout_p: float, rng: Tensor | None,
-    column_scale: Tensor | None = None, by_vendor: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, in two launches.
-
-    A sum over many columns of x is cut into parts, which the second launch adds up. With `by_vendor` the large product
-    is the vendor's (`lora_kernels.backends.triton.vendor`); the other arguments are those of
-    `lora_kernels.reference.lora_linear_fwd`.
-    Raises TypeError for other dtypes than float32, float16, bfloat16 and RuntimeError for CPU tensors outside Triton's
-    interpreter.
-    """
-    layer = Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)
-    return lora_linear_group_fwd(x, [layer], dropout_p, rng, by_vendor)[0]
+    return [Output(y, h) for y, h in zip(ys, hs, strict=True)]
 
 
 def column_scale_bwd(
@@ -897,29 +895,29 @@ def column_scale_bwd(
     return dz, None if parts is None else parts.sum(0)
 
 
-def lora_linear_group_bwd(
-    dys: Sequence[Tensor], x: Tensor, hs: Sequence[Tensor], layers: Sequence[Projection], dropout_p: float,
-    rng: Tensor | None, need_x: bool, needs: Sequence[Sequence[bool]], by_vendor: bool = False,
-) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:  # fmt: skip
-    """dx, and (dlora_a, dlora_b, dlora_e) of each layer, of lora_linear_group_fwd; a layer's needs are in that order.
+def lora_linear_bwd(
+    dys: Sequence[Tensor], x: Tensor, hs: Sequence[Tensor], layers: Layers, dropout: Dropout | None, needs: Needs,
+    by_vendor: bool = False,
+) -> Gradients:  # fmt: skip
+    """See `lora_kernels.reference.lora_linear_bwd`, and `lora_linear_fwd` for the errors.
 
     dx is the sum over the layers, rounded once as one layer's is, and x is read once for all dlora_a.
     """
-    run = _LoraLauncher(x, dropout_p, rng, by_vendor)
+    run = _LoraLauncher(x, dropout, by_vendor)
     (m, k), columns = x.shape, _columns(layers)
-    need_a = any(need for need, *_ in needs)
+    need_a = any(need.lora_a for need in needs.layers)
     dh = dx = None
-    if need_x or need_a:
+    if needs.x or need_a:
         dh = torch.empty((m, columns[-1].stop), dtype=torch.float32, device=x.device)
-    grads = []
+    gradients = []
     with run.device:
-        for dy, h, layer, ranks, (_, need_b, need_e) in zip(dys, hs, layers, columns, needs, strict=True):
+        for dy, h, layer, ranks, need in zip(dys, hs, layers, columns, needs.layers, strict=True):
             part = dh if dh is None or len(layers) == 1 else dh[:, ranks]
-            grads.append(run.dh_dlora_b(dy, h, layer, part, need_b, need_e and layer.lora_e is not None))
-        lora_a, dlora_as = _one_below_the_other(layers), [None] * len(layers)
+            gradients.append(AdapterGradients(None, *run.dh_dlora_b(dy, h, layer, part, need.lora_b, need.lora_e)))
+        lora_a = _one_below_the_other(layers)
         if need_a:
             parts = run.dlora_a(x, dh, lora_a.dtype)
-        if need_x:
+        if needs.x:
             dx = torch.empty((m, k), dtype=x.dtype, device=x.device)
             terms = [(dy, layer.weight) for dy, layer in zip(dys, layers, strict=True)]
             # Where dlora_a comes between, dh is there before this starts.
@@ -927,24 +925,7 @@ def lora_linear_group_bwd(
         if need_a:
             # After dx, whose kernel may overlap with the one that made the parts.
             dlora_a = parts.view(lora_a.shape) if len(parts) == 1 else parts.sum(0).to(lora_a.dtype)
-            dlora_as = [dlora_a]
-            if len(layers) > 1:
-                dlora_as = [
-                    dlora_a[ranks].to(layer.lora_a.dtype) if need else None
-                    for layer, ranks, (need, *_) in zip(layers, columns, needs, strict=True)
-                ]
-    return dx, [(dlora_a, *rest) for dlora_a, rest in zip(dlora_as, grads, strict=True)]
-
-
-def lora_linear_bwd(
-    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor | NF4, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: tuple[bool, bool, bool, bool],
-    by_vendor: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dx, dlora_a, dlora_b, dlora_e), None where `needs` is false.
-
-    Arguments and errors are those of `lora_linear_fwd`, h its second result.
-    """
-    layer = Projection(weight, lora_a, lora_b, scaling, None, lora_e)
-    dx, (grads,) = lora_linear_group_bwd([dy], x, [h], [layer], dropout_p, rng, needs[0], [needs[1:]], by_vendor)
-    return dx, *grads
+            for own, layer, ranks, need in zip(gradients, layers, columns, needs.layers, strict=True):
+                part = dlora_a if len(layers) == 1 else dlora_a[ranks].to(layer.lora_a.dtype)
+                own.lora_a = part if need.lora_a else None
+    return Gradients(dx, gradients)

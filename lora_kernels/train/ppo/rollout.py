@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lora_kernels.methods.virtual_tokens import cache_argument
 from lora_kernels.ops.cross_entropy import IGNORE_INDEX
-from lora_kernels.ops.lora_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear
 from lora_kernels.train.causal_lm import AnswerLoss
 
 
