@@ -36,7 +36,7 @@ def measure(rounds: int, output: Path | None) -> None:
     from lora_kernels.backends.cuda import Kernels
     from lora_kernels.backends.triton import common, lora_linear
     from lora_kernels.bench.measure import interleave, write_report
-    from lora_kernels.types import Projection
+    from lora_kernels.types import AdapterNeeds, Dropout, Layers, Needs, Projection
 
     torch.set_num_threads(1)
     _simt.set_idle(True)
@@ -57,24 +57,25 @@ def measure(rounds: int, output: Path | None) -> None:
 
     common.Launcher.__init__, common.Launcher.launch = init, launch_as_wanted
 
-    def forward(name, backend, dy, x, h, layer):
+    def forward(name, backend, dy, x, h, layers):
         nonlocal way
         way = name
-        backend.lora_linear_group_fwd(x, [layer], 0.1, rng)
+        backend.lora_linear_fwd(x, layers, dropout)
 
-    def backward(name, backend, dy, x, h, layer):
+    def backward(name, backend, dy, x, h, layers):
         nonlocal way
         way = name
-        backend.lora_linear_group_bwd([dy], x, [h], [layer], 0.1, rng, True, [(True, True, False)])
+        backend.lora_linear_bwd([dy], x, [h], layers, dropout, needs)
 
-    rng, results = torch.zeros(2, dtype=torch.int64), {}
+    dropout, results = Dropout(0.1, torch.zeros(2, dtype=torch.int64)), {}
+    needs = Needs(True, (AdapterNeeds(True, True),))
     backends = {"extension": lora_linear, "kept": lora_linear, "Triton": lora_linear, "CUDA C++": cuda}
     for M, N, K in SIZES:
         x, dy, h = torch.zeros(M, K).bfloat16(), torch.zeros(M, N).bfloat16(), torch.zeros(M, RANK)
         weight, lora_a, lora_b = torch.zeros(N, K).bfloat16(), torch.zeros(RANK, K), torch.zeros(N, RANK)
-        layer = Projection(weight, lora_a, lora_b, 2.0, None, None, None)
+        layers = Layers([Projection(weight, lora_a, lora_b, 2.0)])
         steps = {
-            f"{name}, {call.__name__}": partial(call, name, backend, dy, x, h, layer)
+            f"{name}, {call.__name__}": partial(call, name, backend, dy, x, h, layers)
             for name, backend in backends.items()
             for call in (forward, backward)
         }
