@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.addresses import adamw_columns
 from lora_kernels.backends.cpu.extension import DTYPES, empty, kernels
-from lora_kernels.reference import adamw_columns
 from lora_kernels.types import AdamWGroup
 
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.addresses import addresses
 from lora_kernels.backends.parts import ceil_div, in_parts
 from lora_kernels.reference import (
     ABSMAX_BLOCK,
-    addresses,
     dropout_scale,
     dropout_threshold,
     dynamic_code,

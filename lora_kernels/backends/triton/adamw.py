@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.reference import adamw_columns, addresses
+from lora_kernels.backends.addresses import adamw_columns, addresses
 from lora_kernels.types import AdamWGroup
 
 from . import configs
