@@ -280,6 +280,15 @@ def test_several_blocks_of_rows_and_columns(isa, dtype, monkeypatch):
         assert_case(make_case(613, 300, 530, 17, dtype, FP32, 0.1, extras=False, column_scale=True))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_rows_are_converted_some_at_a_time(monkeypatch, dtype, dropout_p):
+    """In float32 1030 rows of so many columns would be more than is held of them."""
+    multiply_bf16(monkeypatch, "converted")
+    own_rows(monkeypatch, 2000)
+    assert_case(make_case(1030, 9, 16400, 4, dtype, FP32, dropout_p))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("M, J, P", [(1, 1, 1), (13, 17, 255), (203, 300, 800), (1100, 40, 300), (35, 530, 257)])

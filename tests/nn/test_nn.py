@@ -312,6 +312,43 @@ def test_few_rows_follow_every_change_of_the_layer(few_rows, change):
     assert torch.equal(got, before) == (change == "merged and back")
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_training_follows_every_change_of_the_layer(change):
+    layer, x = make(), torch.randn(20, 24)
+    layer(x).sum().backward()
+    layer.zero_grad()
+    with torch.no_grad():
+        CHANGES[change](layer)
+    if layer.merged:
+        layer.unmerge()
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters() if p.requires_grad}
+    lora_b = leaves.get("lora_b", layer.lora_b)
+    lora_b = lora_b * leaves["lora_e"] if "lora_e" in leaves else lora_b
+    update = layer.scaling * x @ leaves.get("lora_a", layer.lora_a).T @ lora_b.T
+    expected = nn.functional.linear(x, layer.weight, layer.bias) + update
+    dy = torch.randn(20, 40)
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    if leaves:
+        expected.backward(dy)
+        y.backward(dy)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(layer.get_parameter(name).grad, leaf.grad, msg=name)
+
+
+def test_gradients_are_made_of_what_hooks_have_stored_elsewhere():
+    layer, x, dy = make(), torch.randn(20, 24, requires_grad=True), torch.randn(20, 40)
+    nn.init.normal_(layer.lora_b)
+    wanted = [x, layer.lora_a, layer.lora_b]
+    expected = torch.autograd.grad(layer(x), wanted, dy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True).copy(), torch.from_numpy):
+        y = layer(x)
+    for t in wanted:
+        t.data.fill_(torch.nan)
+    for gradient, plain in zip(torch.autograd.grad(y, wanted, dy), expected, strict=True):
+        torch.testing.assert_close(gradient, plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_few_rows_follow_a_change_of_dtype(few_rows, dtype):
     layer = make().eval()
