@@ -79,6 +79,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 	find csrc tests/simt tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # Wrong changes that tests should notice. Takes long: MUTANTS_FLAGS='--base main' tries what a branch has changed alone.

@@ -55,6 +55,7 @@ def lora_inputs(
         "column_scale": None,
     }
     if column_scale:
-        inputs["column_scale"] = normal(N, std=0.3, dtype=torch.promote_types(dtype, torch.float32)).exp()
-        inputs["column_scale"][3::7] *= -1
+        scale = normal(N, std=0.3, dtype=torch.promote_types(dtype, torch.float32)).exp()
+        scale[3::7] *= -1
+        inputs["column_scale"] = scale
     return inputs

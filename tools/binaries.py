@@ -31,7 +31,7 @@ def tool(name: str) -> Path:
 
 def nvidia_kernels(binary: Path) -> dict[tuple[str, str], dict]:
     """{(architecture, mangled name): facts} of each kernel in a cubin, object file or shared library."""
-    rows = {}
+    rows: dict[tuple[str, str], dict] = {}
     for arch, text in _dump("--dump-resource-usage", binary):
         for name, usage in re.findall(r"Function (\w+):\s+(REG:.*)", text):
             number = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
@@ -46,7 +46,7 @@ def nvidia_kernels(binary: Path) -> dict[tuple[str, str], dict]:
 def _dump(option: str, binary: Path) -> Iterator[tuple[str, str]]:
     """What cuobjdump says, as (architecture, text) for each binary in the file; a cubin's architecture is ""."""
     environment = {**os.environ, "PATH": f"{tool('nvdisasm').parent}:{os.environ['PATH']}"}
-    command = [tool("cuobjdump"), option, binary]
+    command = [str(tool("cuobjdump")), option, str(binary)]
     text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     only, *parts = re.split(r"\narch = (sm_\w+)\n", text)
     return zip(parts[::2], parts[1::2], strict=True) if parts else iter([("", only)])

@@ -107,7 +107,8 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
 def learned(tokenizer: Any, conversation: Conversation) -> list[str]:
     """The texts that are learned, in their order. ValueError where the conversation is refused."""
     ((ids, mask),) = Renderer(tokenizer).tokenize([conversation])
-    texts, before = [], False
+    texts: list[list[int]] = []
+    before = False
     for token, inside in zip(ids, mask, strict=True):
         if inside:
             texts[len(texts) - 1 if before else len(texts) :] = [(texts[-1] if before else []) + [token]]

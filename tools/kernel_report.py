@@ -116,7 +116,7 @@ def triton_problems(rows: list[dict]) -> list[str]:
 def triton_rows(*options: str) -> list[dict]:
     """The rows of tests/triton_tools.py, which must run in a process without TRITON_INTERPRET."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tests/triton_tools.py", "--json", *options]
+    command = [sys.executable, str(ROOT / "tests/triton_tools.py"), "--json", *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"tests/triton_tools.py exited with {result.returncode}:\n{result.stderr[-4000:]}")
@@ -126,7 +126,7 @@ def triton_rows(*options: str) -> list[dict]:
 def build_cuda() -> Path:
     """Compile what of the CUDA kernels isn't compiled yet, into build/, and return the extension."""
     folder = ROOT / "build/kernel_report"
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", folder]
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     if not (found := sorted(folder.glob("lora_kernels/_cuda*.so"))):
         raise SystemExit("the CUDA kernels were not compiled: there is no nvcc, or LORA_KERNELS_CUDA_ARCHS says none")

@@ -32,7 +32,8 @@ def changed_functions(base: str) -> dict[str, list[str]]:
     """Module -> patterns of the functions and methods whose lines differ from `base`."""
     diff = subprocess.run(["git", "diff", "-U0", base, "--", "lora_kernels/*.py"], capture_output=True, text=True)
     diff.check_returncode()
-    found, path = {}, None
+    found: dict[str, set[str]] = {}
+    path = None
     for line in diff.stdout.splitlines():
         if line.startswith("+++ "):
             path = None if line.endswith("/dev/null") else line.removeprefix("+++ b/")
@@ -98,7 +99,8 @@ def main() -> None:
     args = parser.parse_args()
     modules = changed_functions(args.base) if args.base else SAMPLE
     modules = {path: names for path, names in modules.items() if not args.only or args.only in path}
-    rows, details, total = [], [], Counter()
+    rows, details = [], []
+    total: Counter[str] = Counter()
     for path, functions in modules.items():
         counts, survivors = run_module(path, functions, args.processes)
         total += counts

@@ -235,7 +235,7 @@ class Renderer:
         same = self._decode(os.path.commonprefix([ids, others]))
         return len(same) if one.startswith(same) else 0
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 

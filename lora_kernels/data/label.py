@@ -39,8 +39,8 @@ def label(
         raise ValueError(f"output {output}: its name must end in .jsonl")
     mend(output)
     done = {_key(prompt) for prompt in _labelled(output)}
-    todo = {_key(prompt): prompt for prompt in prompts}
-    todo = [prompt for key, prompt in todo.items() if key not in done]
+    unique = {_key(prompt): prompt for prompt in prompts}
+    todo = [prompt for key, prompt in unique.items() if key not in done]
     console.print(f"{len(done)} prompts in {output}, {len(todo)} to label. Keys: 1 or 2, the better answer; s, skip; "
                   "q, quit.", highlight=False)  # fmt: skip
     made = 0

@@ -297,8 +297,8 @@ def _content(value: Any, role: str, where: str) -> str:
     is_parts = isinstance(value, list) and all(isinstance(part, (str, dict)) for part in value)
     if role == "tool" and not isinstance(value, str):
         # What the tool returned may be any list.
-        texts = is_parts and all(isinstance(part, dict) and {*part} == {"type", "text"} for part in value)
-        if not (value and texts and all(part["type"] == "text" for part in value)):
+        is_texts = is_parts and all(isinstance(part, dict) and {*part} == {"type", "text"} for part in value)
+        if not (value and is_texts and all(part["type"] == "text" for part in value)):
             return _as_json(value, "content", where)
     if not is_parts:
         return text_field({"content": value}, "content", where)

@@ -100,7 +100,7 @@ def plot_ranks(ranks: Mapping[str, int], output: str | Path, title: str = "Rank 
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    most = max(1, *ranks.values())
+    most: float = max(1, *ranks.values())
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=most, aspect="auto")
     for y, values in enumerate(grid):
         for x, rank in enumerate(values):

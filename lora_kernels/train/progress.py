@@ -13,7 +13,8 @@ class Progress:
     def __init__(self, total_steps: int, enabled: bool = True) -> None:
         self.total_steps, self.enabled = total_steps, enabled
         self.console = Console(stderr=True)
-        self.started, self.first_step = time.perf_counter(), None
+        self.started = time.perf_counter()
+        self.first_step: int | None = None
         self.fields = {"loss": "-", "eval_loss": "-", "speed": "-", "extra": ""}
         self.bar = None
         if enabled and self.console.is_terminal:

@@ -77,11 +77,11 @@ def test_a_bug_asks_for_the_doctor_s_output():
 
 def test_pre_commit_runs_the_versions_that_lint_runs(pyproject):
     hooks = {hook["id"]: hook for repo in read(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]}
-    assert {"ruff-check", "ruff-format", "lint-imports", "clang-format"} <= hooks.keys()
+    assert {"ruff-check", "ruff-format", "mypy", "lint-imports", "clang-format"} <= hooks.keys()
     # They are the environment's own, whose versions the extra `dev` pins.
     assert all(hook["language"] == "system" for hook in hooks.values())
     pinned = {re.split("[=<>]", requirement)[0] for requirement in pyproject["project"]["optional-dependencies"]["dev"]}
-    assert {"clang-format", "import-linter", "ruff"} <= pinned
+    assert {"clang-format", "import-linter", "mypy", "ruff"} <= pinned
     lint = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2].partition("\n\n")[0]
     for hook in hooks.values():
         assert f"$(BIN)/{hook['entry'].removeprefix('.venv/bin/').split()[0]}" in lint

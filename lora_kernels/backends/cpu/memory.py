@@ -126,8 +126,10 @@ def return_freed_memory() -> None:
     then come from one heap, whose gaps between small allocations stay with the process: as much again as it uses. The
     large results of our own ops are recycled instead, since fresh pages for each of them would take longer.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, LARGE)
         enable()
 
