@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import re
@@ -220,7 +221,7 @@ class Renderer:
 
     def _piecewise(self, text: str, spans: list[Span], whole: list[int], where: str):
         borders = [0, *(cut for span in spans for cut in span)]
-        pieces = self._encode([text[start:end] for start, end in zip(borders, borders[1:], strict=False)])
+        pieces = self._encode([text[start:end] for start, end in itertools.pairwise(borders)])
         ids = [token for piece, _ in pieces for token in piece]
         if self._decode(ids) != self._decode(whole):
             raise ValueError(

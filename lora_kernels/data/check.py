@@ -1,5 +1,6 @@
 """What a data file holds and what is wrong with it: `lora-kernels data check`."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +153,7 @@ def marked(input_ids: Sequence[int], answer_mask: np.ndarray, tokenizer: Any, co
     """The row as text, special tokens included: learned tokens bold green, or without colour in ⟦ ⟧, others dim."""
     text = Text()
     borders = [0, *(np.flatnonzero(np.diff(answer_mask.astype(np.int8))) + 1), len(input_ids)]
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         learned = bool(answer_mask[start])
         piece = tokenizer.decode(list(input_ids[start:end]), clean_up_tokenization_spaces=False)
         text.append(f"⟦{piece}⟧" if learned and not colour else piece, style=_LEARNED if learned else _PROMPT)

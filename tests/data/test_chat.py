@@ -1,6 +1,7 @@
 """Records in all their forms to conversations, and conversations to rows by odd chat templates."""
 
 import datetime
+import itertools
 import json
 import timeit
 
@@ -39,7 +40,7 @@ def shown(record, template=CHATML, **rendering):
     tokenizer = template if isinstance(template, PreTrainedTokenizerFast) else tiny_tokenizer(template)
     ((ids, mask),) = Renderer(tokenizer, **rendering).tokenize([to_conversation(record, "record")])
     borders = [0, *(np.flatnonzero(np.diff(mask.astype(int))) + 1), len(ids)]
-    pieces = [tokenizer.decode(ids[start:end]) for start, end in zip(borders, borders[1:], strict=False)]
+    pieces = [tokenizer.decode(ids[start:end]) for start, end in itertools.pairwise(borders)]
     marks = [mask[start] for start in borders[:-1]]
     return "".join(f"[[{piece}]]" if mark else piece for piece, mark in zip(pieces, marks, strict=True))
 

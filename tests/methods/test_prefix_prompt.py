@@ -146,7 +146,7 @@ def test_padding_changes_no_row(config_class, kind):
     for side in ("left", "right"):
         for got, want in zip(real_logits(model, side), alone, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
-    ids, mask = padded(ROWS, "left")
+    _ids, mask = padded(ROWS, "left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     given = real_logits(model, "left", position_ids=positions, use_cache=False)
     for got, want in zip(given, alone, strict=True):

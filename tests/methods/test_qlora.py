@@ -458,7 +458,7 @@ def test_losses_are_those_of_peft_on_bitsandbytes(tmp_path, model_dir, use_dora)
     )  # fmt: skip
     records = [(record, f"data:{i}") for i, record in enumerate(tiny_records(40))]
     dataset = build_dataset(records, tiny_tokenizer(), 128, "data")
-    model, tokenizer = load_model(model_dir, "float32", quantize="nf4")
+    model, _tokenizer = load_model(model_dir, "float32", quantize="nf4")
     inject(model, LoRAConfig(r=4, lora_alpha=8, use_dora=use_dora))
     save_adapter(model, tmp_path / "start")
     train_sft(model, dataset, None, settings, progress=False)

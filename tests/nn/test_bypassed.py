@@ -565,7 +565,7 @@ class Image(Applies):
     config = SimpleNamespace(image_size=(8, 16), num_channels=2)
 
     def forward(self, pixel_values=None):
-        batch, channels, height, width = pixel_values.shape
+        _batch, channels, height, width = pixel_values.shape
         assert (channels, height, width) == (2, 8, 16)
         return self.apply(pixel_values.mT)
 

@@ -339,7 +339,7 @@ def _problem(name, made, expected, gradients, kind):
         # torch itself says so.
         escaped = kind == "escaped from vmap" and ("have escaped" in str(error) or "have storage" in str(error))
         return None if escaped else f"{type(error).__name__}: {error}"
-    if kind in UNREADABLE or kind in ("fake", "meta") and name in NEED_VALUES:
+    if kind in UNREADABLE or (kind in ("fake", "meta") and name in NEED_VALUES):
         return "was taken"
     pairs = [(found, expected), *((grad, gradients[key]) for key, grad in found_gradients.items() if key in gradients)]
     for one, other in pairs:

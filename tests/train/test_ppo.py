@@ -197,7 +197,7 @@ def test_micro_batches_cover_every_row_once():
         for minibatches in (1, 2, 5):
             plan = micro_batches(range(count), minibatches, 3)
             rows = [[row for rows in minibatch for row in rows] for minibatch in plan]
-            assert sum(rows, []) == list(range(count))
+            assert [index for row in rows for index in row] == list(range(count))
             assert len(plan) == min(minibatches, count)
             assert max(map(len, rows)) - min(map(len, rows)) <= 1
             assert all(1 <= len(part) <= 3 for minibatch in plan for part in minibatch)
