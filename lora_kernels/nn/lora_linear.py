@@ -465,7 +465,7 @@ class FusedLoRALinear(nn.Module):
         made_anew = own.get("bias") is not None or own.get("lora_e") is not None or not parameters.keys() >= _ADAPTER
         if made_anew or type(self) is not FusedLoRALinear or ("weight" in parameters) == (nf4 is not None):
             return None
-        weight = (parameters["weight"],) if nf4 is None else nf4.tensors().tensors
+        weight = (parameters["weight"],) if nf4 is None else nf4.parts
         scale = None if parameters.get("lora_magnitude") is None else self._column_scale()
         tensors = *weight, parameters["lora_a"], parameters["lora_b"], parameters.get("lora_e"), scale
         state, kept = (x.dtype, x.device, x.shape[-1:], self.scaling), self._kept

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from lora_kernels.ops.frozen_linear import frozen_linear
+from lora_kernels.ops.frozen_linear import frozen_linear, kept_layers
+from lora_kernels.ops.lora_linear import project
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
+from lora_kernels.types import Layers
 
 
 class NF4Linear(nn.Module):
@@ -20,6 +24,7 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.bias = None if bias is None else bias.requires_grad_(False)
+        self._kept: Layers | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = False) -> NF4Linear:
@@ -34,8 +39,15 @@ class NF4Linear(nn.Module):
         linear.bias = self.bias
         return linear.train(self.training)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is kept is of these tensors in this process.
+        return {**self.__dict__, "_kept": None}
+
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        # Not self._kept: nn.Module's __setattr__ would take longer than the rest.
+        layers = self.__dict__["_kept"] = kept_layers(x, weight, bias, self._kept)
+        return frozen_linear(x, weight, bias) if layers is None else project(x, layers, 0.0)[0]
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         load_packed(self, state_dict, prefix)

@@ -43,6 +43,22 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     return project(x, Layers([projection_in_memory(layer)]), 0.0)[0]
 
 
+def kept_layers(x: Tensor, weight: NF4Weight, bias: Tensor | None, kept: Layers | None) -> Layers | None:
+    """The layer as `project` takes it, checked for x: `kept`, if it is of the very tensors, lying where they did.
+
+    None where it is watched, or under autocast. Raises as `lora_linear` does.
+    """
+    if autocast_dtype(x) is not None or not backends.unwatched(x, *weight.parts, bias):
+        return None
+    if kept is not None:
+        _, _, _, _, lora_a, *rest = kept.tensors
+        fits = (lora_a.dtype, lora_a.device, lora_a.shape[1:]) == (x.dtype, x.device, x.shape[-1:])
+        if fits and kept.are((*weight.parts, lora_a, *rest), (bias,)):
+            return kept
+    check_frozen(x, weight, bias)
+    return Layers([projection_in_memory(_frozen(x, weight, bias))])
+
+
 def frozen_linear_dx(dy: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = dy W, for what `frozen_linear` gave by a dense weight, outside of autograd.
 

@@ -24,7 +24,7 @@ def tensors_of(layers: Sequence[Projection]) -> list[Tensor | None]:
 
 
 def weight_tensors(weight: Tensor | NF4Weight) -> tuple[Tensor | None, ...]:
-    return weight.tensors().tensors if isinstance(weight, NF4Weight) else (weight,)
+    return weight.parts if isinstance(weight, NF4Weight) else (weight,)
 
 
 def prepare(x: Tensor, layers: Sequence[Projection]) -> Layers | None:

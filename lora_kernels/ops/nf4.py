@@ -98,11 +98,16 @@ class NF4Weight(nn.Module):
         """Bytes that the tensors take."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def tensors(self) -> NF4:
-        """The tensors as the backends take them."""
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """packed, absmax, absmax_scale and absmax_offset."""
         # torch finds a buffer by its attribute only after looking in three other places.
         buffers = self._buffers
-        return NF4(*(buffers[name] for name in _TENSORS), self.block_size, tuple(self.shape))
+        return buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"]
+
+    def tensors(self) -> NF4:
+        """The tensors as the backends take them."""
+        return NF4(*self.parts, self.block_size, tuple(self.shape))
 
     def check(self) -> None:
         """Raises as the class does, should something have put other tensors in the place of its own."""

@@ -59,7 +59,7 @@ def _formula(x: Tensor, layers: Sequence[Projection], dropout_p: float) -> tuple
 def _op(x: Tensor, layer: Projection, dropout_p: float, rng: Tensor | None) -> Tensor:
     weight, scales, block_size = layer.weight, (None, None, None), 0
     if isinstance(weight, NF4Weight):
-        (weight, *scales), block_size = weight.tensors().tensors, weight.block_size
+        (weight, *scales), block_size = weight.parts, weight.block_size
     adapter = layer.lora_a, layer.lora_b, layer.scaling, layer.bias, layer.lora_e
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, _ = torch.ops.lora_kernels.lora_linear_fwd(

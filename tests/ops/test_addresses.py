@@ -295,7 +295,7 @@ LEFT_OUT = {
     "recomputing": "a context without tensors",
     "remember": "keeps tensors, and reads none",
     "adamw_step": "what LoRAPlusAdamW, which is tried, calls",
-    **dict.fromkeys(("check", "needs_no_graph"), ASKS_ONLY),
+    **dict.fromkeys(("check", "needs_no_graph", "kept_layers"), ASKS_ONLY),
     "with_rows": "one operation of torch",
     "frozen_linear_dx": "takes what chunked_cross_entropy, which is tried, has checked and computed",
     **dict.fromkeys(("to_bitsandbytes", "from_bitsandbytes"), "rename tensors of files, in torch's operations"),

@@ -366,7 +366,7 @@ def test_op_contract():
     weight = quantize_nf4(weight_of((24, 64)), double_quant=True)
     inputs = lora_inputs(6, 24, 64, 3)
     tensors = [inputs[name].requires_grad_() for name in ("x", "lora_a", "lora_b")]
-    packed, *scales = weight.tensors().tensors
+    packed, *scales = weight.parts
     args = (tensors[0], packed, *tensors[1:], 0.7, None, None, 0.0, None, None, *scales, weight.block_size)
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_fwd.default, args)
 
@@ -502,7 +502,7 @@ def test_a_frozen_layer_keeps_nothing_but_its_weight_for_backward(name, dtype, b
         y = frozen_linear(x, weight, b)
         (dx,) = torch.autograd.grad(y, x, dy)
         again = frozen_linear(x, weight, b)
-    assert {t.data_ptr() for t in kept if t.numel()} == {t.data_ptr() for t in weight.tensors().tensors[:2]}
+    assert {t.data_ptr() for t in kept if t.numel()} == {t.data_ptr() for t in weight.parts[:2]}
     assert again.requires_grad
     plain = torch.nn.functional.linear(x, dense, b)
     exact = torch.nn.functional.linear(x.double(), dense.double(), None if b is None else b.double())
