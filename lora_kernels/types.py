@@ -57,7 +57,7 @@ def _places(tensors: Sequence[Tensor | None]) -> list[tuple | None]:
 
 
 class Layers:
-    """Layers that read the same x, checked, and what backends have prepared for them.
+    """Layers that read the same x, checked for x of one dtype on one device, and what backends have prepared for them.
 
     projections: in memory, with contiguous vectors, and a weight that is NF4 or has unit stride along one dimension.
     tensors: of each in turn the weight's (four of NF4), lora_a, lora_b, lora_e and column_scale.

@@ -1,8 +1,9 @@
 """What a backend is: a module, or an object, with these names. `lora_kernels.reference` is one, and says what is meant.
 
 Tensors of a call are on one device and `unwatched` (see `lora_kernels.backends`). Rows of x and dy have unit stride and
-don't overlap; vectors are contiguous; a dense weight has unit stride along either dimension. No size is 0. A backend
-raises for dtypes and devices that it can't take; nothing falls back to another backend.
+don't overlap, as have those of h, which may be another backend's; vectors are contiguous; a dense weight has unit
+stride along either dimension. No size is 0 but a rank, that of a layer without an adapter. A backend raises for dtypes
+and devices that it can't take; nothing falls back to another backend.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 # Along which dimension of the adapter's tensors the rank runs.
 RANK_DIMENSION = {"lora_a": 0, "lora_b": 1, "lora_e": 0}
 _ADAPTER = frozenset({"lora_a", "lora_b"})
+_OPTIONAL = ("bias", "lora_e", "lora_magnitude")
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -167,7 +168,7 @@ class ProjectionGroup:
         version = version_of(x)
         if source is not x or source_version != version or layer not in results:
             self.idle = self.idle or bool(results)
-            ys = _project(self.layers, x)
+            ys = _adapted(self.layers, x)
             results = dict(zip(self.layers, ys, strict=True))
             self._waiting = (x, version, results)
         return results.pop(layer)
@@ -178,7 +179,7 @@ class ProjectionGroup:
             layer.__dict__["group"] = None
 
 
-def _project(layers: Sequence[FusedLoRALinear], x: Tensor) -> Sequence[Tensor]:
+def _adapted(layers: Sequence[FusedLoRALinear], x: Tensor) -> Sequence[Tensor]:
     """y of each layer, whose adapters are in use; of several, none has DoRA."""
     first = layers[0]
     dropout_p = first.lora_dropout if first.training else 0.0
@@ -189,12 +190,21 @@ def _project(layers: Sequence[FusedLoRALinear], x: Tensor) -> Sequence[Tensor]:
     return lora_linear_group(x, [layer.projection() for layer in layers], dropout_p)
 
 
+def _same_view(view: Tensor, kept: tuple[tuple, Layers] | None) -> Tensor:
+    """The view that `kept` has of the same weight, if it has one."""
+    before = None if kept is None else kept[1].tensors[0]
+    if before is None or (before.data_ptr(), before.dtype) != (view.data_ptr(), view.dtype):
+        return view
+    return before if (before.shape, before.stride()) == (view.shape, view.stride()) else view
+
+
 def _joined(kept: list[Layers]) -> Layers:
     """All of them as one, which the first of them keeps."""
-    members, joined = kept[0].prepared.get("joined", ((), None))
-    if len(members) != len(kept) or not all(map(is_, members, kept)):
+    first, *others = kept
+    members, joined = first.prepared.get("joined", ((), None))
+    if len(members) != len(others) or not all(map(is_, members, others)):
         joined = Layers([layer for each in kept for layer in each])
-        kept[0].prepared["joined"] = tuple(kept), joined
+        first.prepared["joined"] = others, joined
     return joined
 
 
@@ -444,11 +454,9 @@ class FusedLoRALinear(nn.Module):
 
     def projection(self) -> Projection:
         """The frozen layer and its adapter as `lora_linear_group` takes them."""
-        return self._scaled(self._column_scale())
-
-    def _scaled(self, column_scale: Tensor | None) -> Projection:
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return Projection(weight, self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e, column_scale)
+        adapter = self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e
+        return Projection(weight, *adapter, self._column_scale())
 
     def __getstate__(self) -> dict[str, Any]:
         # What is kept is of these tensors in this process.
@@ -457,22 +465,30 @@ class FusedLoRALinear(nn.Module):
     def kept_layers(self, x: Tensor) -> Layers | None:
         """The layer as ops take it, checked for x; made anew when one of its tensors has moved, or is another one.
 
-        None where it is watched, or something makes its tensors anew for each call.
+        None where it is watched, or something makes its tensors anew for each call, as DoRA makes its column_scale.
         """
         # Not self.lora_a: nn.Module's __getattr__ would take longer than all of this.
         own, parameters, nf4 = self.__dict__, self._parameters, self._modules.get("weight")
         # What pruning or a parametrization makes anew is no parameter, but an attribute.
-        made_anew = own.get("bias") is not None or own.get("lora_e") is not None or not parameters.keys() >= _ADAPTER
-        if made_anew or type(self) is not FusedLoRALinear or ("weight" in parameters) == (nf4 is not None):
+        made_anew = not parameters.keys() >= _ADAPTER or ("weight" in parameters) == (nf4 is not None)
+        made_anew = made_anew or any(own.get(name) is not None or name in self._buffers for name in _OPTIONAL)
+        if made_anew or parameters.get("lora_magnitude") is not None or type(self) is not FusedLoRALinear:
             return None
-        weight = (parameters["weight"],) if nf4 is None else nf4.parts
-        scale = None if parameters.get("lora_magnitude") is None else self._column_scale()
-        tensors = *weight, parameters["lora_a"], parameters["lora_b"], parameters.get("lora_e"), scale
-        state, kept = (x.dtype, x.device, x.shape[-1:], self.scaling), self._kept
+        kept = self._kept
+        if nf4 is not None:
+            weight = nf4.parts
+        elif self.fan_in_fan_out:
+            weight = (_same_view(parameters["weight"].t(), kept),)
+        else:
+            weight = (parameters["weight"],)
+        tensors = *weight, parameters["lora_a"], parameters["lora_b"], parameters.get("lora_e"), None
+        state = x.dtype, x.device, x.shape[-1:], self.scaling
         if kept is not None and kept[0] == state and kept[1].are(tensors, (parameters.get("bias"),)):
             return kept[1]
-        layers = prepare(x, [self._scaled(scale)])
-        self.__dict__["_kept"] = None if layers is None else (state, layers)
+        layers = prepare(x, [self.projection()])
+        # A tensor that was computed would be kept with what it was computed from.
+        is_own = layers is not None and all(t is None or t.is_leaf for t in layers.tensors)
+        own["_kept"] = (state, layers) if is_own else None
         return layers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -481,7 +497,7 @@ class FusedLoRALinear(nn.Module):
         if group is not None and group.thread == threading.get_ident():
             return group(self, x)
         if self.adapters_enabled and not self.merged and self.r:
-            return _project((self,), x)[0]
+            return _adapted((self,), x)[0]
         weight = self._unmerged_weight if self.merged and not self.adapters_enabled else self.weight
         if self.fan_in_fan_out:
             # The call that Conv1D makes, so that disabling the adapters returns the base model's very bits.
@@ -524,6 +540,7 @@ class FusedLoRALinear(nn.Module):
                 trained = whole.requires_grad and len(index) > 0
                 setattr(self, name, nn.Parameter(whole.index_select(dimension, index), requires_grad=trained))
         self.r = len(index)
+        self._kept = None
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -595,6 +612,8 @@ class FusedLoRALinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRALinear:
+        # It would hold the tensors that are moved.
+        self._kept = None
         super()._apply(fn, recurse)
         if self.merged:
             with torch.no_grad():

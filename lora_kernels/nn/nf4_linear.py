@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_kernels.ops.frozen_linear import frozen_linear, kept_layers
+from lora_kernels.ops.frozen_linear import frozen_layers, frozen_linear
 from lora_kernels.ops.lora_linear import project
 from lora_kernels.ops.nf4 import NF4Weight, load_packed, quantize_nf4
 from lora_kernels.types import Layers
@@ -39,6 +40,11 @@ class NF4Linear(nn.Module):
         linear.bias = self.bias
         return linear.train(self.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # It would hold the tensors that are moved.
+        self._kept = None
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         # What is kept is of these tensors in this process.
         return {**self.__dict__, "_kept": None}
@@ -46,7 +52,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         # Not self._kept: nn.Module's __setattr__ would take longer than the rest.
-        layers = self.__dict__["_kept"] = kept_layers(x, weight, bias, self._kept)
+        layers = self.__dict__["_kept"] = frozen_layers(x, weight, bias, self._kept)
         return frozen_linear(x, weight, bias) if layers is None else project(x, layers, 0.0)[0]
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -1,5 +1,5 @@
-"""By which backend a pass of lora_linear runs. With `lora_linear.project`, which chooses among autograd, the torch op
-and the bare backend, all that decides between an op and a kernel."""
+"""By which backend a pass of lora_linear runs: the only place that knows of autocast, of backends and of the choice
+among them on a GPU."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     return project(x, Layers([projection_in_memory(layer)]), 0.0)[0]
 
 
-def kept_layers(x: Tensor, weight: NF4Weight, bias: Tensor | None, kept: Layers | None) -> Layers | None:
+def frozen_layers(x: Tensor, weight: NF4Weight, bias: Tensor | None, kept: Layers | None) -> Layers | None:
     """The layer as `project` takes it, checked for x: `kept`, if it is of the very tensors, lying where they did.
 
     None where it is watched, or under autocast. Raises as `lora_linear` does.
@@ -53,6 +53,8 @@ def kept_layers(x: Tensor, weight: NF4Weight, bias: Tensor | None, kept: Layers 
     if kept is not None:
         _, _, _, _, lora_a, *rest = kept.tensors
         fits = (lora_a.dtype, lora_a.device, lora_a.shape[1:]) == (x.dtype, x.device, x.shape[-1:])
+        # One that was made in inference mode can't be saved for backward.
+        fits = fits and lora_a.is_inference() == torch.is_inference_mode_enabled()
         if fits and kept.are((*weight.parts, lora_a, *rest), (bias,)):
             return kept
     check_frozen(x, weight, bias)

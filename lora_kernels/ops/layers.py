@@ -54,12 +54,14 @@ def projection_in_memory(layer: Projection) -> Projection:
         weight = weight.tensors()
     elif not isinstance(weight, NF4) and 1 not in weight.stride():
         weight = weight.contiguous()
-    scale = layer.column_scale
-    if scale is not None and scale.dtype != torch.float64:
-        scale = scale.float()
     lora_a, lora_b = layer.lora_a.contiguous(), layer.lora_b.contiguous()
-    vectors = vector(layer.bias), vector(layer.lora_e), vector(scale)
+    vectors = vector(layer.bias), vector(layer.lora_e), vector(in_dtype_of_sums(layer.column_scale))
     return Projection(weight, lora_a, lora_b, float(layer.scaling), *vectors)
+
+
+def in_dtype_of_sums(t: Tensor | None) -> Tensor | None:
+    """A column_scale as every backend reads it: float32, or float64 where it is that."""
+    return t if t is None or t.dtype == torch.float64 else t.float()
 
 
 def vector(t: Tensor | None) -> Tensor | None:

@@ -4,8 +4,9 @@ x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], lora_e [R]; h =
 Saved for backward: x, h and the random (seed, offset), and y where column_scale [N] is trained. Never the mask, never
 dropout(x).
 
-There are three roads to a kernel, and `project` chooses one of them: the torch op where something else than autograd
-watches (`ops/watched.py`), one autograd Function where a gradient is asked for, else the backend alone.
+There are three roads to a kernel: the torch op where something else than autograd watches, which `prepare` says and
+`ops/watched.py` takes; otherwise `project` takes one autograd Function where a gradient is asked for, or the backend
+alone.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
 
     dropout(x) is one for all of them (as in the merged projections of loralib, Hu et al. 2021). On the CPU, and in
     groups of up to three by Triton's kernels, x is read once for the low-rank part of all layers, and so is its dropout
-    drawn; backward writes dx once. CUDA C++ queues the kernels of all layers at once. Elsewhere, and where a weight, a
-    bias or a column_scale is trained or something sees the ops (a compiler, a mode), the layers are computed one after
-    the other. The result is the same but for the order and the rounding in which dx is summed.
+    drawn; backward writes dx once. CUDA C++ queues the kernels of all layers at once. Elsewhere, and where something
+    sees the ops (a compiler, a mode), the layers are computed one after the other. The result is the same but for the
+    order and the rounding in which dx is summed.
 
     Raises as `lora_linear` does, and ValueError where there is no layer.
     """
@@ -85,25 +86,30 @@ def lora_linear_group(x: Tensor, layers: Sequence[Projection], dropout_p: float 
         raise ValueError("layers is empty; allowed: at least one Projection")
     x, layers = under_autocast(x, layers)
     prepared = prepare(x, layers)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
+    _check_dropout(dropout_p)
     if prepared is None:
         return watched.project(x, layers, float(dropout_p))
     return project(x, prepared, float(dropout_p))
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
 
 
 def project(x: Tensor, layers: Layers, dropout_p: float) -> tuple[Tensor, ...]:
     """y [..., N] of each layer, for x that fits them and is `unwatched`, outside of autocast or in its dtype."""
     dropout = None
     if dropout_p:
+        _check_dropout(dropout_p)
         rng = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)
         dropout = dispatch.drawn(dropout_p, rng)
     if len(layers) > 1 and len(layers) > dispatch.most_layers(x):
-        return tuple(_project(x, Layers([layer]), dropout)[0] for layer in layers)
-    return _project(x, layers, dropout)
+        return tuple(_one_pass(x, Layers([layer]), dropout)[0] for layer in layers)
+    return _one_pass(x, layers, dropout)
 
 
-def _project(x: Tensor, layers: Layers, dropout: Dropout | None) -> tuple[Tensor, ...]:
+def _one_pass(x: Tensor, layers: Layers, dropout: Dropout | None) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled():
         trained = layers.trained()
         if trained or x.requires_grad:
@@ -124,7 +130,7 @@ class _Pass(torch.autograd.Function):
         outputs = dispatch.forward(dispatch.matrix(x), layers, dropout)
         ys, hs = [output.y for output in outputs], [output.h for output in outputs]
         rng, dropout_p = (None, 0.0) if dropout is None else (dropout.rng, dropout.p)
-        reads_x, scaled = _kept(trained)
+        reads_x, scaled = _saved(trained)
         more = [t for i in scaled for t in (ys[i], layers.biases[i])]
         ctx.save_for_backward(x if reads_x else None, rng, *hs, *layers.tensors, *more)
         # Not the layers themselves, which would keep what torch frees after backward.
@@ -137,12 +143,12 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        reference, settings, trained, dropout_p, shape = ctx.state
+        weak_layers, settings, trained, dropout_p, shape = ctx.state
         x, rng, *saved = ctx.saved_tensors
         count = len(dys)
         end = count + sum(8 if block_size else 5 for _, block_size, _ in settings)
         hs, tensors, scaled = saved[:count], saved[count:end], saved[end:]
-        layers = reference()
+        layers = weak_layers()
         if layers is None or not layers.are(tensors):
             # Nobody keeps them, or something has stored the tensors elsewhere, as hooks on saved tensors do.
             layers = Layers.of(settings, tensors)
@@ -157,7 +163,8 @@ class _Pass(torch.autograd.Function):
                 if (i, "column_scale") in trained:
                     y, bias, *scaled = scaled
                     y = dispatch.matrix(y)
-                dzs[i], found[i, "column_scale"] = dispatch.column_scale_bwd(dzs[i], y, bias, layer.column_scale)
+                sources = (dys[i], y, x, *tensors)
+                dzs[i], found[i, "column_scale"] = _unscaled(dzs[i], y, bias, layer.column_scale, sources)
             if (i, "weight") in need:
                 # The base is frozen in LoRA; this and the bias's serve those who train it as well.
                 found[i, "weight"] = dzs[i].T @ rows
@@ -168,6 +175,17 @@ class _Pass(torch.autograd.Function):
             dx = dx if dx is None or len(shape) == 2 else dx.view(shape)
             found.update(adapters)
         return dx, None, None, None, *(found[place] if place in need else None for place in trained)
+
+
+def _unscaled(
+    dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor, sources: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of what column_scale multiplies and of itself, made of the `sources`; as in `_by_backend`."""
+    if not torch.is_grad_enabled():
+        return dispatch.column_scale_bwd(dy, y, bias, column_scale)
+    with torch.no_grad():
+        gradients = dispatch.column_scale_bwd(dy, y, bias, column_scale)
+    return _NoSecondDerivative.apply(2, *gradients, *sources)
 
 
 def _by_backend(
@@ -188,7 +206,7 @@ def _by_backend(
 
 
 @lru_cache
-def _kept(trained: tuple[tuple[int, str], ...]) -> tuple[bool, list[int]]:
+def _saved(trained: tuple[tuple[int, str], ...]) -> tuple[bool, list[int]]:
     """Whether x is kept, for the gradient of a weight or an adapter; and the layers whose y and bias are, for that of
     their column_scale."""
     return any(name in ("lora_a", "weight") for _, name in trained), [

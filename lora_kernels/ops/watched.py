@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_kernels import backends, reference
 from lora_kernels.ops import dispatch
-from lora_kernels.ops.layers import projection_in_memory, tensors_of, vector
+from lora_kernels.ops.layers import in_dtype_of_sums, projection_in_memory, tensors_of, vector
 from lora_kernels.ops.nf4 import NF4Weight
 from lora_kernels.types import NF4, AdapterNeeds, Dropout, Layers, Needs, Projection
 
@@ -63,7 +63,7 @@ def _op(x: Tensor, layer: Projection, dropout_p: float, rng: Tensor | None) -> T
     adapter = layer.lora_a, layer.lora_b, layer.scaling, layer.bias, layer.lora_e
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, _ = torch.ops.lora_kernels.lora_linear_fwd(
-        rows, weight, *adapter, dropout_p, rng, layer.column_scale, *scales, block_size
+        rows, weight, *adapter, dropout_p, rng, in_dtype_of_sums(layer.column_scale), *scales, block_size
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 

@@ -1,6 +1,8 @@
 import copy
+import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import use_backend
+from lora_kernels import NF4Linear, lora_linear_group, use_backend
 from lora_kernels.backends import cpu
 from lora_kernels.nn import INITS, FusedLoRALinear
+from lora_kernels.nn.lora_linear import open_group
 from lora_kernels.testing import assert_close_to_reference
 
 
@@ -485,3 +488,71 @@ def test_autocast_to_another_half_precision(own, other):
     layer = FusedLoRALinear(16, 8, r=2, lora_alpha=4, dtype=own, adapter_dtype=own, init="both_gaussian")
     with torch.autocast("cpu", dtype=other):
         assert layer(torch.randn(3, 16, dtype=own)).dtype == other
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.5])
+def test_a_dropout_that_was_set_later_is_checked(dropout):
+    layer = make()
+    layer.lora_dropout = dropout
+    with pytest.raises(ValueError, match=r"dropout_p is .*allowed: 0 <= dropout_p < 1"):
+        layer(torch.randn(3, 24))
+
+
+def test_a_pruned_magnitude_is_used():
+    layer, x = make(use_dora=True), torch.randn(3, 24)
+    with torch.no_grad():
+        layer.lora_magnitude.mul_(1.5)
+    expected = layer(x)
+    prune.identity(layer, "lora_magnitude")
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_evaluation_in_inference_mode_and_training_in_turn(quantize):
+    linear = nn.Linear(64, 40)
+    frozen = NF4Linear.from_linear(linear) if quantize else FusedLoRALinear.from_linear(linear, 4, 8)
+    x = torch.randn(20, 64, requires_grad=True)
+    for _ in range(2):
+        with torch.inference_mode():
+            frozen(x.detach())
+        frozen(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_conv1d_keeps_what_was_prepared():
+    layer, x = FusedLoRALinear.from_linear(make_conv1d(), 4, 8), torch.randn(20, 24)
+    kept = layer.kept_layers(x)
+    assert kept is not None and layer.kept_layers(x) is kept
+    layer.weight = nn.Parameter(2 * layer.weight, requires_grad=False)
+    assert layer.kept_layers(x) is not kept
+    torch.testing.assert_close(layer(x), formula(layer, x))
+
+
+def test_what_a_group_keeps_is_no_cycle():
+    layers, x = [make() for _ in range(3)], torch.randn(20, 24)
+    group = open_group(layers)
+    for layer in layers:
+        layer(x)
+    group.close()
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    gc.collect()
+    gc.disable()
+    try:
+        del layer, layers, group
+        assert all(weight() is None for weight in weights)
+    finally:
+        gc.enable()
+
+
+def test_backward_on_another_backend_than_forward():
+    pytest.importorskip("triton")
+    layers, x = [make(seed=seed) for seed in range(2)], torch.randn(20, 24)
+    projections = [layer.projection() for layer in layers]
+    dys = [torch.randn(20, 40) for _ in layers]
+    gradients = []
+    for name in ("cpu", "triton"):
+        with use_backend(name):
+            ys = lora_linear_group(x, projections)
+        with use_backend("cpu"):
+            gradients.append(torch.autograd.grad(ys, [layer.lora_b for layer in layers], dys))
+    torch.testing.assert_close(*gradients)

@@ -286,7 +286,9 @@ LEFT_OUT = {
     **dict.fromkeys(("adapters_disabled", "add_adapter", "use_adapter"), "put other modules into the model's places"),
     "Projection": "parts of a layer, which lora_linear_group takes",
     **dict.fromkeys(("autocast_dtype", "check_dense", "check_frozen", "check_layer", "prepare"), ASKS_ONLY),
-    **dict.fromkeys(("projection_in_memory", "tensors_of", "under_autocast", "vector", "weight_tensors"), INSIDE),
+    **dict.fromkeys(
+        ("in_dtype_of_sums", "projection_in_memory", "tensors_of", "under_autocast", "vector", "weight_tensors"), INSIDE
+    ),
     **dict.fromkeys(("backward", "column_scale_bwd", "drawn", "forward", "matrix", "most_layers"), INSIDE),
     **dict.fromkeys(("project", "refuse_second_derivative"), INSIDE),
     "trainable_summary": "counts elements",
@@ -295,7 +297,7 @@ LEFT_OUT = {
     "recomputing": "a context without tensors",
     "remember": "keeps tensors, and reads none",
     "adamw_step": "what LoRAPlusAdamW, which is tried, calls",
-    **dict.fromkeys(("check", "needs_no_graph", "kept_layers"), ASKS_ONLY),
+    **dict.fromkeys(("check", "needs_no_graph", "frozen_layers"), ASKS_ONLY),
     "with_rows": "one operation of torch",
     "frozen_linear_dx": "takes what chunked_cross_entropy, which is tried, has checked and computed",
     **dict.fromkeys(("to_bitsandbytes", "from_bitsandbytes"), "rename tensors of files, in torch's operations"),

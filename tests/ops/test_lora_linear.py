@@ -1,11 +1,13 @@
 """The op: its formula by gradcheck, the reference by an independent version, and torch's machinery around it."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from lora_cases import OneLayer
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import backends, lora_linear, reference, use_backend
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
@@ -442,3 +444,29 @@ def test_a_dispatch_mode_sees_the_op(trains):
     with Log():
         found = lora_linear(x, weight, lora_a, lora_b, 2.0)
     assert "lora_kernels.lora_linear_fwd.default" in seen and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_column_scale_of_16_bits_where_a_mode_watches(dtype):
+    """The op is given it in float32, as the kernels read it."""
+    inputs = lora_inputs(20, 48, 64, 4, dtype, torch.float32)
+    scale = torch.rand(48).to(dtype)
+    gradients = []
+    for mode in (nullcontext, lambda: FlopCounterMode(display=False)):
+        leaf = scale.clone().requires_grad_()
+        with mode():
+            y = lora_linear(**inputs | {"column_scale": leaf}, scaling=0.5)
+            y.float().square().sum().backward()
+        gradients.append(leaf.grad)
+        assert leaf.grad.dtype == dtype
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("trained", ["weight", "column_scale"])
+def test_second_derivatives_past_a_column_scale_are_refused(trained):
+    inputs = lora_inputs(5, 6, 7, 2, column_scale=True)
+    leaves = {name: t.requires_grad_(name in ("x", trained)) for name, t in inputs.items() if t is not None}
+    y = lora_linear(**leaves, scaling=0.5)
+    (gradient,) = torch.autograd.grad(y.square().sum(), [leaves[trained]], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), [leaves["x"]])

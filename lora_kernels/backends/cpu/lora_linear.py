@@ -192,7 +192,7 @@ def lora_linear_bwd(
     are accumulated in float32 and rounded to their adapter's dtype. The result depends on torch.get_num_threads() but
     not on timing.
     """
-    prepared = _prepared(x, layers)
+    prepared, hs = _prepared(x, layers), [h.contiguous() for h in hs]
     how = _plan(x.dtype, x.shape[0], prepared, forward=False)
     if how in (Plan.TORCH_FLOAT32, Plan.TORCH_BFLOAT16):
         return _bwd_by_torch(dys, x, hs, layers, dropout, needs, how is Plan.TORCH_BFLOAT16)
