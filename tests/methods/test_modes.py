@@ -176,7 +176,7 @@ def test_checkpointing_is_for_gradients_and_only_once(monkeypatch):
     layer.mlp.register_forward_pre_hook(lambda *_: recomputed.append(in_backward()))
     model(input_ids=tiny_batch()).logits.sum().backward()
     assert recomputed == [False, True]
-    monkeypatch.setattr("lora_kernels.train.run.checkpoint", None)
+    monkeypatch.setattr("lora_kernels.train.activation_checkpointing.checkpoint", None)
     with torch.no_grad():
         model(input_ids=tiny_batch())
     with pytest.raises(ValueError, match="gradient_checkpointing: Linear has no layers that can recompute activations"):
