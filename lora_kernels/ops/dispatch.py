@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,13 +29,11 @@ def most_layers(x: Tensor) -> int:
 
 def forward(x: Tensor, layers: Layers, dropout: Dropout | None) -> list[Output]:
     """`Backend.lora_linear_fwd` for x [M, K]."""
-    if backends.in_autocast(x.device.type):
-        with _own_dtypes(x):
-            return forward(x, layers, dropout)
     backend = _backend(x, layers)
-    if choice.is_open(backend, x):
-        backend = choice.resolve(x, layers, dropout, None, lambda each: each.lora_linear_fwd(x, layers, dropout))
-    return backend.lora_linear_fwd(x, layers, dropout)
+    with _own_dtypes(x):
+        if choice.is_open(backend, x):
+            backend = choice.resolve(x, layers, dropout, None, lambda each: each.lora_linear_fwd(x, layers, dropout))
+        return backend.lora_linear_fwd(x, layers, dropout)
 
 
 def backward(
@@ -43,14 +41,12 @@ def backward(
 ) -> Gradients:
     """`Backend.lora_linear_bwd` for dy [M, N] and x [M, K]; by the formulas where a kernel can't read the gradients, as
     where torch batches several of them."""
-    if backends.in_autocast(x.device.type):
-        with _own_dtypes(x):
-            return backward(dys, x, hs, layers, dropout, needs)
     backend = reference if backends.by_formula(*dys) else _backend(x, layers)
     args = dys, x, hs, layers, dropout, needs
-    if choice.is_open(backend, x):
-        backend = choice.resolve(x, layers, dropout, needs, lambda each: each.lora_linear_bwd(*args))
-    return backend.lora_linear_bwd(*args)
+    with _own_dtypes(x):
+        if choice.is_open(backend, x):
+            backend = choice.resolve(x, layers, dropout, needs, lambda each: each.lora_linear_bwd(*args))
+        return backend.lora_linear_bwd(*args)
 
 
 def column_scale_bwd(
@@ -69,7 +65,8 @@ def _backend(x: Tensor, layers: Layers) -> Backend:
 
 def _own_dtypes(x: Tensor) -> AbstractContextManager[None]:
     """Without autocast: the op has chosen its dtypes already."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if backends.in_autocast(kind) else nullcontext()
 
 
 def drawn(dropout_p: float, rng: Tensor) -> Dropout | None:
