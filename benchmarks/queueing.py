@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; allowed: at least 1")
     if fake_cuda.is_there():
         measure(options.rounds, options.output)
         return

@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=301)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; allowed: at least 1")
     torch.manual_seed(0)
     torch.set_num_threads(1)
     cases = {
