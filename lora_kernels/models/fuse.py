@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_kernels import backends, reference
 from lora_kernels.backends import cpu
-from lora_kernels.nn.lora_linear import is_linear, open_group
+from lora_kernels.nn.lora_linear import AdaptedLayer, is_linear, open_group
 from lora_kernels.nn.wrappers import unwrapped
 from lora_kernels.ops.attention import MAX_HEAD_DIM, causal_attention
 from lora_kernels.ops.cpu_only import is_fused
@@ -29,6 +30,8 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # The function by which transformers' attentions rotate queries and keys; it is called with the arguments after it.
 _ROTARY, _ROTARY_ARGUMENTS = "apply_rotary_pos_emb", ("q", "k", "cos", "sin")
 _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+# Features of the layers on which an MLP is tried.
+_SMALL = 8
 # Where attention was measured (avx2), or is made of the same tiles; and from how many rows, and tokens in all, it was
 # faster than torch's.
 _ATTENTION_ISAS = ("avx2", "avx512")
@@ -129,18 +132,35 @@ def _is_swiglu(module: nn.Module) -> bool:
     children = dict(module.named_children())
     if set(children) != set(_MLP):
         return False
-    gate_proj, up_proj, down_proj, act_fn = (children[name] for name in _MLP)
-    if type(act_fn).__name__ not in ("SiLU", "SiLUActivation") or gate_proj.weight.device.type != "cpu":
+    act_fn = children["act_fn"]
+    if type(act_fn).__name__ not in ("SiLU", "SiLUActivation") or children["gate_proj"].weight.device.type != "cpu":
         return False
-    x = _probe(gate_proj.in_features, gate_proj.weight.dtype)
-    return torch.equal(module(x), down_proj(act_fn(gate_proj(x)) * up_proj(x)))
+    # Small layers in place of its own, which may be quantised, or drop a part of their input.
+    gate_proj, up_proj, down_proj = (_small_linear(seed) for seed in range(3))
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = dict(zip(_MLP, (gate_proj, up_proj, down_proj, act_fn), strict=True))
+    x = _probe(_SMALL, torch.float32)
+    try:
+        found = type(module).forward(twin, x)
+    except Exception:
+        # It takes something else.
+        return False
+    return torch.equal(found, down_proj(act_fn(gate_proj(x)) * up_proj(x)))
+
+
+def _small_linear(seed: int) -> nn.Linear:
+    layer = nn.Linear(_SMALL, _SMALL, bias=False, device="meta")
+    weight = torch.randn(_SMALL, _SMALL, generator=torch.Generator().manual_seed(seed), device="cpu")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def _projections(module: nn.Module) -> tuple[str, ...]:
     """The names of its linear layers that read the same x, if it has such."""
     for names in _SAME_INPUT:
         layers = [getattr(module, name, None) for name in names]
-        if all(is_linear(layer) for layer in layers) and len({layer.in_features for layer in layers}) == 1:
+        known = all(isinstance(layer, AdaptedLayer) or is_linear(layer) for layer in layers)
+        if known and len({layer.in_features for layer in layers}) == 1:
             return names
     return ()
 

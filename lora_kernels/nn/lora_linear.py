@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import is_
 from typing import Any
 
@@ -150,25 +150,82 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
+class AdaptedLayer:
+    """A linear layer with an adapter, which is prepared once for its tensors, and in a group is computed with others.
+
+    A base beside nn.Module. `group` is the one that is open, if any. Subclasses have `projection`, `kept_layers`,
+    `group_terms` and `dropout_p`.
+    """
+
+    group: ProjectionGroup | None = None
+    _kept: tuple[tuple, Layers] | None = None
+
+    def projection(self) -> Projection:
+        """The frozen layer and its adapter as `lora_linear_group` takes them."""
+        raise NotImplementedError
+
+    def kept_layers(self, x: Tensor) -> Layers | None:
+        """The layer as ops take it, checked for x; None where something makes its tensors anew for each call."""
+        raise NotImplementedError
+
+    def group_terms(self) -> Hashable | None:
+        """What the layers of a group must have in common; None where this one must be computed by itself."""
+        raise NotImplementedError
+
+    @property
+    def dropout_p(self) -> float:
+        """That of the next call: 0 in evaluation."""
+        raise NotImplementedError
+
+    def together(self, layers: Sequence[AdaptedLayer], x: Tensor) -> Sequence[Tensor]:
+        """y of each of these layers, with equal `group_terms`, of which this is one. Their adapters are in use."""
+        if autocast_dtype(x) is None and backends.unwatched(x):
+            kept = [layer.kept_layers(x) for layer in layers]
+            if None not in kept:
+                return project(x, kept[0] if len(kept) == 1 else _joined(kept), self.dropout_p)
+        return lora_linear_group(x, [layer.projection() for layer in layers], self.dropout_p)
+
+    def _keep(self, x: Tensor, scaling: float, tensors: Sequence[Tensor | None], bias: Tensor | None) -> Layers | None:
+        """What was kept of these `tensors`, in the order of `Layers`; made anew when one of them has moved, or is
+        another one. None where it is watched."""
+        kept, state = self._kept, (x.dtype, x.device, x.shape[-1:], scaling)
+        if kept is not None and kept[0] == state and kept[1].are(tensors, (bias,)):
+            return kept[1]
+        layers = prepare(x, [self.projection()])
+        # A tensor that was computed would be kept with what it was computed from.
+        is_own = layers is not None and all(t is None or t.is_leaf for t in layers.tensors)
+        self.__dict__["_kept"] = (state, layers) if is_own else None
+        return layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is kept is of these tensors in this process.
+        return {**self.__dict__, "_kept": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        # It would hold the tensors that are moved.
+        self.__dict__["_kept"] = None
+        return super()._apply(fn, recurse)
+
+
 class ProjectionGroup:
     """Layers that are called with the same x, one after the other: the first call computes them all.
 
     `idle` is set where the result of a layer wasn't fetched: they didn't read the same x after all.
     """
 
-    def __init__(self, layers: Sequence[FusedLoRALinear]) -> None:
+    def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         self.layers = layers
         self.idle = False
         # Other threads that run the same model meanwhile have nothing to do with it.
         self.thread = threading.get_ident()
-        self._waiting: tuple[Tensor | None, int | None, dict[FusedLoRALinear, Tensor]] = (None, None, {})
+        self._waiting: tuple[Tensor | None, int | None, dict[AdaptedLayer, Tensor]] = (None, None, {})
 
-    def __call__(self, layer: FusedLoRALinear, x: Tensor) -> Tensor:
+    def __call__(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         source, source_version, results = self._waiting
         version = version_of(x)
         if source is not x or source_version != version or layer not in results:
             self.idle = self.idle or bool(results)
-            ys = _adapted(self.layers, x)
+            ys = layer.together(self.layers, x)
             results = dict(zip(self.layers, ys, strict=True))
             self._waiting = (x, version, results)
         return results.pop(layer)
@@ -179,18 +236,7 @@ class ProjectionGroup:
             layer.__dict__["group"] = None
 
 
-def _adapted(layers: Sequence[FusedLoRALinear], x: Tensor) -> Sequence[Tensor]:
-    """y of each layer, whose adapters are in use; of several, none has DoRA."""
-    first = layers[0]
-    dropout_p = first.lora_dropout if first.training else 0.0
-    if autocast_dtype(x) is None and backends.unwatched(x):
-        kept = [layer.kept_layers(x) for layer in layers]
-        if None not in kept:
-            return project(x, kept[0] if len(kept) == 1 else _joined(kept), dropout_p)
-    return lora_linear_group(x, [layer.projection() for layer in layers], dropout_p)
-
-
-def _same_view(view: Tensor, kept: tuple[tuple, Layers] | None) -> Tensor:
+def same_view(view: Tensor, kept: tuple[tuple, Layers] | None) -> Tensor:
     """The view that `kept` has of the same weight, if it has one."""
     before = None if kept is None else kept[1].tensors[0]
     if before is None or (before.data_ptr(), before.dtype) != (view.data_ptr(), view.dtype):
@@ -211,20 +257,18 @@ def _joined(kept: list[Layers]) -> Layers:
 def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
     """A group of these layers, which until it is closed compute each other's results; None where they can't be one.
 
-    They must be FusedLoRALinears of one dropout with their adapters in use, unmerged and without DoRA, and nothing may
-    wait for a layer's own call, such as a hook that fills its weight.
+    They must be AdaptedLayers whose `group_terms` agree, and nothing may wait for a layer's own call, such as a hook
+    that fills its weight.
     """
-    how = set()
+    terms = set()
     for layer in layers:
-        if type(layer) is not FusedLoRALinear or layer.group is not None or not layer.adapters_enabled or not layer.r:
-            return None
-        if layer.merged or layer.lora_magnitude is not None:
+        if not isinstance(layer, AdaptedLayer) or layer.group is not None:
             return None
         own = layer.__dict__
         if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
             return None
-        how.add((layer.in_features, layer.lora_dropout if layer.training else 0.0))
-    if len(how) > 1:
+        terms.add(layer.group_terms())
+    if None in terms or len(terms) > 1:
         return None
     group = ProjectionGroup(layers)
     for layer in layers:
@@ -233,7 +277,7 @@ def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
     return group
 
 
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(AdaptedLayer, nn.Module):
     """A frozen linear layer plus a trainable low-rank update (LoRA, Hu et al. 2021, section 4.1):
 
         y = x Wᵀ + bias + scaling · (dropout(x) · lora_aᵀ) · lora_bᵀ
@@ -373,8 +417,6 @@ class FusedLoRALinear(nn.Module):
         self.scaling = lora_scaling(r, lora_alpha, use_rslora)
         self.adapters_enabled = True
         self.bypassed = False
-        self.group: ProjectionGroup | None = None
-        self._kept: tuple[tuple, Layers] | None = None
         # Holds the frozen weight while a merged one stands in its place. In __dict__, so that it is not registered as
         # a parameter: it must not show up in state_dict or parameters() under a second name.
         self.__dict__["_unmerged_weight"] = None
@@ -453,14 +495,9 @@ class FusedLoRALinear(nn.Module):
         return None if self.lora_magnitude is None else self.lora_magnitude / self._norms()
 
     def projection(self) -> Projection:
-        """The frozen layer and its adapter as `lora_linear_group` takes them."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         adapter = self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e
         return Projection(weight, *adapter, self._column_scale())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is kept is of these tensors in this process.
-        return {**self.__dict__, "_kept": None}
 
     def kept_layers(self, x: Tensor) -> Layers | None:
         """The layer as ops take it, checked for x; made anew when one of its tensors has moved, or is another one.
@@ -474,22 +511,26 @@ class FusedLoRALinear(nn.Module):
         made_anew = made_anew or any(own.get(name) is not None or name in self._buffers for name in _OPTIONAL)
         if made_anew or parameters.get("lora_magnitude") is not None or type(self) is not FusedLoRALinear:
             return None
-        kept = self._kept
         if nf4 is not None:
             weight = nf4.parts
         elif self.fan_in_fan_out:
-            weight = (_same_view(parameters["weight"].t(), kept),)
+            weight = (same_view(parameters["weight"].t(), self._kept),)
         else:
             weight = (parameters["weight"],)
         tensors = *weight, parameters["lora_a"], parameters["lora_b"], parameters.get("lora_e"), None
-        state = x.dtype, x.device, x.shape[-1:], self.scaling
-        if kept is not None and kept[0] == state and kept[1].are(tensors, (parameters.get("bias"),)):
-            return kept[1]
-        layers = prepare(x, [self.projection()])
-        # A tensor that was computed would be kept with what it was computed from.
-        is_own = layers is not None and all(t is None or t.is_leaf for t in layers.tensors)
-        own["_kept"] = (state, layers) if is_own else None
-        return layers
+        return self._keep(x, self.scaling, tensors, parameters.get("bias"))
+
+    def group_terms(self) -> Hashable | None:
+        """None without an adapter in use, and with DoRA, whose norms are made anew for each call."""
+        if type(self) is not FusedLoRALinear or not self.adapters_enabled or not self.r:
+            return None
+        if self.merged or self.lora_magnitude is not None:
+            return None
+        return self.in_features, self.dropout_p
+
+    @property
+    def dropout_p(self) -> float:
+        return self.lora_dropout if self.training else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; the frozen layer alone when merged or when adapters_enabled is False."""
@@ -497,7 +538,7 @@ class FusedLoRALinear(nn.Module):
         if group is not None and group.thread == threading.get_ident():
             return group(self, x)
         if self.adapters_enabled and not self.merged and self.r:
-            return _adapted((self,), x)[0]
+            return self.together((self,), x)[0]
         weight = self._unmerged_weight if self.merged and not self.adapters_enabled else self.weight
         if self.fan_in_fan_out:
             # The call that Conv1D makes, so that disabling the adapters returns the base model's very bits.
@@ -612,8 +653,6 @@ class FusedLoRALinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRALinear:
-        # It would hold the tensors that are moved.
-        self._kept = None
         super()._apply(fn, recurse)
         if self.merged:
             with torch.no_grad():
