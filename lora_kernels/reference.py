@@ -90,8 +90,8 @@ def keep_mask(rng: Tensor, dropout_p: float, M: int, K: int) -> Tensor:
     seed, offset = (int(v) for v in rng.tolist())
     columns = torch.arange((K + 7) // 8, device=rng.device).expand(M, -1)
     rows = torch.arange(M, device=rng.device).unsqueeze(1).expand_as(columns)
-    fixed = [torch.full_like(columns, word) for word in (offset & _MASK32, (offset >> 32) & _MASK32)]
-    words = torch.stack(philox4x32(columns, rows, *fixed, key=(seed & _MASK32, (seed >> 32) & _MASK32)), dim=-1)
+    low, high = (torch.full_like(columns, word) for word in (offset & _MASK32, (offset >> 32) & _MASK32))
+    words = torch.stack(philox4x32(columns, rows, low, high, (seed & _MASK32, (seed >> 32) & _MASK32)), dim=-1)
     lanes = torch.cat([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :K]
     return lanes >= dropout_threshold(dropout_p)
 
@@ -184,7 +184,7 @@ def lora_linear_bwd(
             own.lora_a = (dh.T @ _dropped(x, dropout)).to(layer.lora_a.dtype)
         if need.lora_b:
             own.lora_b = (layer.scaling * (wide_dy.T @ (h if e is None else h * e))).to(layer.lora_b.dtype)
-        if need.lora_e:
+        if need.lora_e and layer.lora_e is not None:
             own.lora_e = (h * dhe).sum(0).to(layer.lora_e.dtype)
         gradients.append(own)
     return Gradients(sum(dxs[1:], dxs[0]) if needs.x else None, gradients)
@@ -298,7 +298,7 @@ def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> NF4:
 
 def nf4_absmax(weight: NF4) -> Tensor:
     """The blocks' scales in float32, [blocks]; double quantisation undone."""
-    if weight.absmax_scale is None:
+    if weight.absmax_scale is None or weight.absmax_offset is None:
         return weight.absmax
     codes = dynamic_code().to(weight.absmax.device)[weight.absmax.int()]
     return codes * weight.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: codes.numel()] + weight.absmax_offset

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from functools import reduce
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from lora_kernels.reference import widened
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _MODULE = "torch.distributed.tensor"
 
 
-def is_sharded(t: Any) -> bool:
+def is_sharded(t: Any) -> TypeGuard[DTensor]:
     """Whether t is a DTensor."""
     # Not imported for it: where there is one, somebody has.
     return _MODULE in sys.modules and isinstance(t, sys.modules[_MODULE].DTensor)
@@ -64,4 +68,4 @@ def norm(owners: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
             module, (mesh, placements) = sys.modules[_MODULE], key
             kinds = [module.Replicate() if each.is_replicate() else module.Partial() for each in placements]
             squares[key] = module.DTensor.from_local(square, mesh, kinds).full_tensor()
-    return sum(squares.values()).sqrt()
+    return reduce(torch.add, squares.values()).sqrt()

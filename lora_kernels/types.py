@@ -29,7 +29,7 @@ class NF4:
     absmax_scale: Tensor | None
     absmax_offset: Tensor | None
     block_size: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -109,7 +109,7 @@ class Layers:
         return biases is None or (all(map(is_, biases, self.biases)) and _places(biases) == self._bias_places)
 
     @classmethod
-    def of(cls, settings: Sequence[tuple[float, int, tuple[int, int]]], tensors: Sequence[Tensor | None]) -> Layers:
+    def of(cls, settings: Sequence[tuple[float, int, tuple[int, ...]]], tensors: Sequence[Tensor | None]) -> Layers:
         """Layers of these `settings` and `tensors`, without biases."""
         rest, made = iter(tensors), []
         for scaling, block_size, shape in settings:

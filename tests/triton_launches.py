@@ -19,7 +19,6 @@ import fake_cuda  # noqa: E402
 
 device = fake_cuda.Device()
 from lora_kernels._C import TritonLaunches  # noqa: E402
-
 from lora_kernels.backends.triton import common, configs, lora_linear, nf4  # noqa: E402
 from lora_kernels.reference import quantize_nf4  # noqa: E402
 from lora_kernels.types import AdapterNeeds, Dropout, Layers, Needs, Projection  # noqa: E402

@@ -14,7 +14,8 @@ def problems(wheel: Path, cuda: bool) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         names = {info.filename for info in archive.infolist() if not info.is_dir()}
     package = {name for name in names if not re.match(r"lora_kernels-[^/]+\.dist-info/", name)}
-    source = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_kernels").rglob("*.py")} | {"lora_kernels/py.typed"}
+    files = (ROOT / "lora_kernels").rglob("*.*")
+    source = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".pyi", ".typed")}
     extensions = {name.split(".")[0].rpartition("/")[2] for name in package if name.endswith((".so", ".pyd"))}
     modules = {name for name in package if name.startswith("lora_kernels/") and not name.endswith((".so", ".pyd"))}
     found = []

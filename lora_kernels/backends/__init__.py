@@ -125,7 +125,7 @@ def by_formula(*tensors: Tensor | None) -> bool:
 
 
 def _sees_ops() -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return bool(torch._C._len_torch_dispatch_stack())
 

@@ -22,28 +22,28 @@ def addresses(what: str, tensors: Sequence[Tensor | None]) -> list[int]:
     return found
 
 
-def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[list[list[Tensor | None]], bool]:
-    """The six columns of tensors over all groups, for a backend that reads memory by address; and if they changed.
+def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Parameters and gradients of all groups, for a backend that reads memory by address; and if tensors changed.
 
     They changed if a tensor but a gradient has moved or is another one than in the last call with this ``cache``. Then
     everything is checked: ValueError names what is not a contiguous float32, bfloat16 or float16 parameter, or a state
     that doesn't fit it. Gradients, new in each step, are the caller's to check.
     """
-    columns = [[t for group in groups for t in group[column]] for column in range(6)]
-    (params, _, *states), names = columns, AdamWGroup._fields[2:6]
+    params = [t for group in groups for t in group.params]
+    grads = [t for group in groups for t in group.grads]
+    names = AdamWGroup._fields[2:6]
+    states = [[t for group in groups for t in getattr(group, name)] for name in names]
     # Reading an attribute of a tensor takes 0.1 us or more, and there are hundreds of them.
     now = {
         "pointers": addresses("parameter", params),
         "contiguous": [param.is_contiguous() for param in params],
-        "states": [
-            addresses(f"{name} of parameter", t) for name, t in zip(AdamWGroup._fields[2:6], states, strict=True)
-        ],
+        "states": [addresses(f"{name} of parameter", t) for name, t in zip(names, states, strict=True)],
         "sizes": [len(group.params) for group in groups],
     }
     tensors = [t for column in (params, *states) for t in column]
     same = all(cache.get(name) == value for name, value in now.items())
     if same and all(map(is_, cache["tensors"], tensors)):
-        return columns, False
+        return params, grads, False
     cache.clear()
     device = params[0].device
     for index, (param, *state) in enumerate(zip(params, *states, strict=True)):
@@ -66,4 +66,4 @@ def adamw_columns(groups: Sequence[AdamWGroup], cache: dict[str, Any]) -> tuple[
                     f"float32 {list(shape)} on {device}"
                 )
     cache.update(now, tensors=tensors)
-    return columns, True
+    return params, grads, True

@@ -38,6 +38,7 @@ from lora_kernels.types import NF4, Dropout, Layers, Needs
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_STRATEGY"
 MODES = ("auto", "fused", "vendor")
 
+_Step = Callable[[], object]
 # Autograd's threads measure too: one at a time, or they would slow each other.
 _lock = threading.Lock()
 
@@ -78,8 +79,8 @@ class Choices:
     def get(self, key: str) -> str | None:
         return self._known[key]["choice"] if key in self._known else None
 
-    def put(self, key: str, milliseconds: dict[str, float]) -> None:
-        """Remember the fastest, here and in the file, beside what other processes have written there meanwhile."""
+    def put(self, key: str, milliseconds: dict[str, float]) -> str:
+        """The fastest; remembered here and in the file, beside what other processes have written there meanwhile."""
         best = min(milliseconds, key=milliseconds.__getitem__)
         self._known = self._read() | self._known | {key: {"choice": best, "ms": milliseconds}}
         try:
@@ -87,9 +88,10 @@ class Choices:
                 temporary.write_text(json.dumps({"made_by": _versions(), "choices": self._known}, indent=1) + "\n")
         except OSError as error:
             warnings.warn(f"choices of {ENVIRONMENT_VARIABLE}=auto last for this process only: {error}", stacklevel=2)
+        return best
 
 
-def time_ms(step: Callable[[], object], queued_by_graph: bool = False) -> float:
+def time_ms(step: _Step, queued_by_graph: bool = False) -> float:
     """The median of the time that `step` takes on the GPU, plus the least time that the CPU takes to queue it,
     compilation excluded; the first alone where a graph will queue it.
 
@@ -114,25 +116,23 @@ def time_ms(step: Callable[[], object], queued_by_graph: bool = False) -> float:
     return statistics.median(running) + (0.0 if queued_by_graph else min(queueing))
 
 
-def choose(
-    choices: Choices, key: str, steps: Mapping[str, Callable[[], object]], timer: Callable[[Callable], float]
-) -> str:
+def choose(choices: Choices, key: str, steps: Mapping[str, _Step], timer: Callable[[_Step], float]) -> str:
     """The candidate that `choices` has for `key`; else all `steps` are timed and the fastest is put there.
 
     One that runs out of memory is no candidate, unless all do: then that is raised, as any other error is.
     """
-    if (known := choices.get(key)) in steps:
+    known = choices.get(key)
+    if known is not None and known in steps:
         return known
-    times, failure = {}, None
+    times, failures = {}, []
     for name, step in steps.items():
         try:
             times[name] = timer(step)
         except torch.OutOfMemoryError as error:
-            failure = error
+            failures.append(error)
     if not times:
-        raise failure
-    choices.put(key, times)
-    return choices.get(key)
+        raise failures[-1]
+    return choices.put(key, times)
 
 
 # For the process, since autograd's threads must see it.
@@ -194,7 +194,7 @@ class _Case:
 
     rows: int
     dropout: bool
-    needs: tuple | None
+    needs: tuple[tuple[bool, ...], ...] | None
     in_graph: bool
 
     def key(self, x: Tensor, layers: Layers) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import lora_kernels
 
 PACKAGE = Path(lora_kernels.__file__).parent
-EXTENSIONS = {"lora_kernels._C", "lora_kernels._simt"}
+EXTENSIONS = {"lora_kernels._C", "lora_kernels._cuda", "lora_kernels._simt"}
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}
 
 

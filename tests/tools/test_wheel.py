@@ -69,7 +69,7 @@ def test_source_distribution_has_all_that_a_build_needs(source):
         return {str(path.relative_to(root)) for path in files if path.suffix not in (".pyc", ".so")}
 
     assert sources(source) == sources(ROOT)
-    assert {Path(name).suffix for name in sources(source)} == {".cpp", ".h", ".cu", ".cuh", ".py", ".typed"}
+    assert {Path(name).suffix for name in sources(source)} == {".cpp", ".h", ".cu", ".cuh", ".py", ".pyi", ".typed"}
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         assert (source / name).exists()
 

@@ -19,7 +19,7 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     Parameters and gradients are float32, bfloat16 or float16. Arithmetic is float32. The result does not depend on
     the number of threads. Raises ValueError for another dtype or device.
     """
-    (params, grads, *_), changed = adamw_columns(groups, cache)
+    params, grads, changed = adamw_columns(groups, cache)
     if others := {grad.dtype for grad in grads} - DTYPES.keys():
         raise ValueError(f"the cpu backend got a gradient of {others.pop()}; it takes float32, bfloat16 and float16")
     if not params[0].is_cpu:

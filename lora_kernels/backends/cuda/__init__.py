@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +38,9 @@ from lora_kernels.types import (
     Projection,
 )
 
-# The name of a kernel, and its arguments by name: numbers, tensors and parts of one, as (tensor, first byte, bytes).
+# What a kernel takes as memory: a tensor, or a part of one, as (tensor, first byte, bytes).
+Memory = Tensor | tuple[Tensor, int, int] | None
+# The name of a kernel, and its arguments by name: numbers and memory.
 _Launch = tuple[str, dict[str, Any]]
 
 
@@ -47,7 +48,7 @@ class _RankParts(NamedTuple):
     """h, or dh, as a product takes it: `parts` [splits, M, R] float32, which it adds up and keeps in `kept` [M, R]
     unless that is None; just_queued: lora_h makes them just before."""
 
-    parts: Tensor | tuple | None
+    parts: Memory
     splits: int = 1
     kept: Tensor | None = None
     just_queued: bool = False
@@ -77,11 +78,14 @@ class Kernels:
     where the extension is missing.
     """
 
+    if TYPE_CHECKING:
+        from lora_kernels import _cuda as _extension
+
     def __init__(self, extension: str, device_type: str, built_where: str) -> None:
         self.device_type = device_type
         self.unavailable: str | None = None
         try:
-            self._extension: ModuleType = importlib.import_module(f"lora_kernels.{extension}")
+            self._extension = importlib.import_module(f"lora_kernels.{extension}")
         except ImportError as error:
             self.unavailable = f"the extension lora_kernels.{extension} can't be imported ({error}); {built_where}"
             return
@@ -134,10 +138,11 @@ class Kernels:
             stream = torch._C._cuda_getCurrentRawStream(device)
         self._extension.queue(launches, device, stream)
 
-    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, tuple | None]:
+    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, Memory]:
         """By name, memory for so many float32 as a kernel takes it, None for none; from one allocation."""
         memory = torch.empty((sum(lengths.values()),), dtype=torch.float32, device=device)
-        parts, first = {}, 0
+        parts: dict[str, Memory] = {}
+        first = 0
         for name, length in lengths.items():
             parts[name] = (memory, 4 * first, 4 * length) if length else None
             first += length
@@ -156,14 +161,16 @@ class Kernels:
         return in_parts(K, step, blocks, self._block_target(x), worth=_COLUMNS_WORTH_PARTS, least=2 * step)
 
     def _gemm(
-        self, x, weight, transposed, column_scale, bias, u: _RankParts, lora_e, v, out, scale, threshold, rng
-    ) -> list[_Launch]:
+        self, x: Tensor, weight: Tensor | NF4, transposed: bool, column_scale: Tensor | None, bias: Tensor | None,
+        u: _RankParts, lora_e: Tensor | None, v: Tensor, out: Tensor, scale: float, threshold: int, rng: Tensor | None,
+    ) -> list[_Launch]:  # fmt: skip
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
         strides.
 
         The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
         """
-        launches, dtype = [], self._dtypes[x.dtype]
+        launches: list[_Launch] = []
+        dtype = self._dtypes[x.dtype]
         if isinstance(weight, NF4):
             dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
             launches.append(self._dequantize(weight, dense))
@@ -220,21 +227,20 @@ class Kernels:
         fails.
         """
         first = layers.projections[0]
-        if x.dtype == torch.float32 and len(layers) == 1 and self._is_frozen_nf4(first):
+        is_frozen = len(layers) == 1 and first.lora_b.shape[1] == 0 and first.column_scale is None
+        if x.dtype == torch.float32 and is_frozen and isinstance(first.weight, NF4):
             self._check_device("x", x)
             dense = torch.empty(first.weight.shape, dtype=x.dtype, device=x.device)
             self.dequantize_nf4(first.weight, dense)
             return [Output(torch.nn.functional.linear(x, dense, first.bias), x.new_empty(len(x), 0))]
-        outputs, launches = [], []
+        outputs: list[Output] = []
+        launches: list[_Launch] = []
         for layer in layers:
             output, own = self._forward(x, layer, dropout)
             outputs.append(output)
             launches += own
         self._queue(x, *launches)
         return outputs
-
-    def _is_frozen_nf4(self, layer: Projection) -> bool:
-        return isinstance(layer.weight, NF4) and layer.lora_b.shape[1] == 0 and layer.column_scale is None
 
     def _forward(self, x: Tensor, layer: Projection, dropout: Dropout | None) -> tuple[Output, list[_Launch]]:
         """y and h, and the launches that make them."""
@@ -265,10 +271,12 @@ class Kernels:
                 dtype=dtype,
             )
             launches.append(("lora_h", arguments))
-        is_nf4 = isinstance(weight, NF4)
         # The weight of a Conv1D is [K, N] in memory.
-        if self._extension.FEW_ROWS >= M and (is_nf4 or weight.stride(1) == 1):
-            arguments = self._nf4(weight) if is_nf4 else dict(weight=weight, ld_weight=weight.stride(0), N=N, K=K)
+        if self._extension.FEW_ROWS >= M and (isinstance(weight, NF4) or weight.stride(1) == 1):
+            if isinstance(weight, NF4):
+                kernel, arguments = "nf4_few_rows", self._nf4(weight)
+            else:
+                kernel, arguments = "lora_few_rows", dict(weight=weight, ld_weight=weight.stride(0), N=N, K=K)
             arguments |= dict(
                 x=x,
                 ld_x=x.stride(0),
@@ -288,7 +296,7 @@ class Kernels:
                 scaling=scaling,
                 dtype=dtype,
             )
-            launches.append(("nf4_few_rows" if is_nf4 else "lora_few_rows", arguments))
+            launches.append((kernel, arguments))
         else:
             launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
         return Output(y, h), launches
@@ -336,19 +344,19 @@ class Kernels:
 
         Sums are taken in a fixed order: the result depends on the number of multiprocessors but not on timing.
         """
-        dxs, gradients, launches = [], [], []
+        dxs: list[Tensor] = []
+        gradients: list[AdapterGradients] = []
+        launches: list[_Launch] = []
         for dy, h, layer, need in zip(dys, hs, layers, needs.layers, strict=True):
             dx, own_gradients, own = self._backward(dy, x, h, layer, dropout, needs.x, need)
-            dxs.append(dx)
+            dxs += () if dx is None else (dx,)
             gradients.append(own_gradients)
             launches += own
         if launches:
             self._queue(x, *launches)
-        dx = dxs[0]
-        if needs.x:
-            for other in dxs[1:]:
-                dx += other
-        return Gradients(dx, gradients)
+        for other in dxs[1:]:
+            dxs[0] += other
+        return Gradients(dxs[0] if dxs else None, gradients)
 
     def _backward(
         self, dy: Tensor, x: Tensor, h: Tensor, layer: Projection, dropout: Dropout | None, need_dx: bool,
@@ -377,14 +385,14 @@ class Kernels:
         )
         dh = work.pop("dh")
 
-        def empty_like(t: Tensor, when: bool) -> Tensor | None:
-            return torch.empty(t.shape, dtype=t.dtype, device=t.device) if when else None
+        def empty_like(t: Tensor | None, when: bool) -> Tensor | None:
+            return torch.empty(t.shape, dtype=t.dtype, device=t.device) if when and t is not None else None
 
         dx, dlora_a, dlora_b = empty_like(x, need_dx), empty_like(lora_a, need_da), empty_like(lora_b, need_db)
         dlora_e = empty_like(lora_e, need_de)
-        launches = []
+        launches: list[_Launch] = []
         if need_dh or need_db or need_de:
-            arguments = dict(
+            arguments: dict[str, Any] = dict(
                 **work,
                 dy=dy,
                 ld_dy=dy.stride(0),
@@ -432,12 +440,12 @@ class Kernels:
                 dtype=dtype,
             )
             launches.append(("lora_dlora_a", arguments))
-        if need_dx:
+        if dx is not None:
             u = _RankParts(dh)
             launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
         return dx, AdapterGradients(dlora_a, dlora_b, dlora_e), launches
 
-    def _nf4(self, weight: NF4) -> dict:
+    def _nf4(self, weight: NF4) -> dict[str, Any]:
         """The arguments that describe an NF4 weight to a kernel."""
         N, K = weight.shape
         return {
@@ -523,9 +531,9 @@ class Kernels:
         for group, param, grad, *place in zip(group_of, params, grads, *places, strict=True):
             rows += [*place, param.numel(), self._dtypes[param.dtype], self._dtypes[grad.dtype], group]
         chunks = [(i, start) for i, param in enumerate(params) for start in range(0, max(param.numel(), 1), chunk)]
-        settings = [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay) for g in groups]
         table = _kept(cache, "table", [*rows, *chain(*chunks)], torch.int64, device)
-        settings = _kept(cache, "settings", [*chain(*settings), max_grad_norm or 0.0], torch.float64, device)
+        numbers = [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay) for g in groups]
+        settings = _kept(cache, "settings", [*chain(*numbers), max_grad_norm or 0.0], torch.float64, device)
 
         clips = max_grad_norm is not None
         scalars = torch.empty((len(params), self._extension.ADAMW_SCALARS), dtype=torch.float32, device=device)
@@ -546,7 +554,7 @@ class Kernels:
         return grad_norm
 
 
-def _kept(cache: dict[str, Any], name: str, values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept(cache: dict[str, Any], name: str, values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values in memory of the device that `cache` keeps, copied there only if they are not what it holds."""
     held, table = cache.get(name, (None, None))
     if held == values:

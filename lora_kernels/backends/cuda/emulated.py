@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.cuda import Kernels
+from lora_kernels.backends.cuda import Kernels, Memory
 
 
 def _extent(tensor: Tensor) -> int:
@@ -36,19 +36,22 @@ def _buffer(value: Any) -> tuple[int, int] | None:
 
 
 class EmulatedKernels(Kernels):
+    if TYPE_CHECKING:
+        from lora_kernels import _simt as _extension
+
     def _queue(self, on: Tensor, *launches: tuple[str, dict[str, Any]], through: Sequence[Tensor] = ()) -> None:
         """As `Kernels._queue`; each kernel may access the memory of its own tensors and nothing else."""
         reached = {f"tensor {index}": tensor for index, tensor in enumerate(through)}
         for launch in launches:
-            buffers = {name: _buffer(value) for name, value in (launch[1] | reached).items()}
-            buffers = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+            values = (launch[1] | reached).items()
+            buffers = {name: buffer for name, value in values if (buffer := _buffer(value)) is not None}
             # What the kernel before may still be writing.
             parts = "h_parts" if "h_parts" in buffers else "u_parts"
             late = parts if launch[1].get("just_queued") else ""
             self._extension.set_buffers(buffers, late)
             super()._queue(on, launch)
 
-    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, Tensor | None]:
+    def _workspace(self, device: torch.device, **lengths: int) -> dict[str, Memory]:
         """As `Kernels._workspace`; each from its own allocation, so that what leaves one doesn't enter the next."""
         return {
             name: torch.empty((length,), dtype=torch.float32, device=device) if length else None

@@ -160,7 +160,8 @@ def _step_kernel(
 @functools.lru_cache(8)
 def _chunks(numels: tuple[int, ...], kinds: tuple[Any, ...], chunk: int) -> tuple[Tensor, dict[Any, tuple[int, int]]]:
     """(tensor, start) of each chunk, tensors of one kind together, and each kind's first chunk and their number."""
-    rows, ranges = [], {}
+    rows: list[tuple[int, int]] = []
+    ranges = {}
     for kind in dict.fromkeys(kinds):
         first = len(rows)
         for tensor, (numel, other) in enumerate(zip(numels, kinds, strict=True)):
@@ -182,7 +183,7 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     synchronises, so a CUDA graph can't hold it: the addresses of the gradients are read on the host. Raises ValueError
     for another dtype or device.
     """
-    (params, grads, *_), _ = adamw_columns(groups, cache)
+    params, grads, _ = adamw_columns(groups, cache)
     device = params[0].device
     for grad in grads:
         if grad.device != device or grad.dtype not in _DTYPES:
@@ -203,8 +204,8 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
     table = torch.cat([torch.tensor(rows, dtype=torch.int64).T.reshape(-1), chunks.reshape(-1)])
     table = _upload(table, device)
     tensors, chunk_table = table[: 8 * len(params)], table[8 * len(params) :]
-    settings = [value for group in groups for value in group[6:]]
-    settings = _upload(torch.tensor([*settings, max_grad_norm or 0.0], dtype=torch.float64), device)
+    numbers = [value for group in groups for value in group[6:]]
+    settings = _upload(torch.tensor([*numbers, max_grad_norm or 0.0], dtype=torch.float64), device)
     scalars = torch.empty(len(params), 8, dtype=torch.float32, device=device)
     clips = max_grad_norm is not None
     partials = torch.empty(len(chunks), dtype=torch.float32, device=device) if clips else None

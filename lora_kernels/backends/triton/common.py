@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
+
+if TYPE_CHECKING:
+    from lora_kernels._C import TritonLaunches
 
 
 @triton.jit
@@ -76,11 +79,11 @@ def _for_triton(args: Sequence[Any]) -> list[Any]:
 # AMD's kernels are chosen by more than what `launch` looks at.
 _KEEPS_COMPILED = not INTERPRETED and torch.version.hip is None
 # (kernel, device, constants and kinds of arguments) -> what Triton compiled for it, and its constants in their order
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 @functools.cache
-def _driver() -> Any:
+def _driver() -> TritonLaunches | None:
     """What launches past Triton (csrc/triton), or None where the extension, or NVIDIA's driver, is missing."""
     try:
         from lora_kernels._C import TritonLaunches
@@ -107,7 +110,7 @@ _ELEMENT_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 _PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.\w(\d+) [^,]*?_param_\d+(?:\[(\d+)\])?")
 
 
-def _described(kernel, compiled, args: Sequence[Any]) -> dict[str, Any] | None:
+def _described(kernel: Any, compiled: Any, args: Sequence[Any]) -> dict[str, Any] | None:
     """What `_driver` must know to launch what Triton compiled for these arguments; None where that is not all of it.
 
     The sizes of all parameters are compared with those in the kernel's assembly, where Triton's own come last: the
@@ -119,7 +122,8 @@ def _described(kernel, compiled, args: Sequence[Any]) -> dict[str, Any] | None:
     if metadata["shared"] > 228 << 10 or "ptx" not in compiled.asm:
         return None
     maps = iter(metadata.get("tensordesc_meta") or ())
-    arguments, sizes = [], []
+    arguments: list[Any] = []
+    sizes: list[int] = []
     for name, arg in zip(kernel.arg_names, args, strict=False):
         kind = signature[name]
         if kind == "constexpr":
@@ -166,16 +170,14 @@ class Launcher:
                 "TRITON_INTERPRET=1 before triton is imported (slow, for tests) or use the cpu backend"
             )
         self.index = t.get_device()
-        self.stream = torch._C._cuda_getCurrentRawStream(self.index) if t.is_cuda else None
-        self.device = _HERE
+        self.stream = torch._C._cuda_getCurrentRawStream(self.index) if t.is_cuda else 0
+        self.device: contextlib.AbstractContextManager[object] = _HERE
         if t.is_cuda and self.index != torch.cuda.current_device():
             self.device = torch.cuda.device(self.index)
         self.family = configs.device_family(self.index) if t.is_cuda else "interpreter"
         self.driver = _driver() if _KEEPS_COMPILED and not _watched() else None
 
-    def launch(
-        self, kernel, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Mapping[str, int | str]
-    ) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         """kernel[grid](*args, **constants), the arguments of run time before the constants.
 
         Triton examines each argument and every option in each launch, which takes longer than most of these kernels.
@@ -190,24 +192,25 @@ class Launcher:
         if not _KEEPS_COMPILED:
             kernel[grid](*_for_triton(args), **constants)
             return
-        key, addresses, values = [id(kernel), self.index, *constants.values()], 0, []
+        kinds: list[Any] = [id(kernel), self.index, *constants.values()]
+        addresses, values = 0, []
         for arg in args:
             kind = type(arg)
             if kind is int:
                 width = 0 if -(1 << 31) <= arg < 1 << 31 else 4 if arg < 1 << 63 else 8
-                key.append((arg == 1) + 2 * (arg % 16 == 0) + width)
+                kinds.append((arg == 1) + 2 * (arg % 16 == 0) + width)
             elif arg is None or kind is float:
-                key.append(kind)
+                kinds.append(kind)
             elif kind is Tile:
                 addresses |= arg.tensor.data_ptr()
-                key += (arg.tensor.dtype, arg.rows, arg.columns)
+                kinds += (arg.tensor.dtype, arg.rows, arg.columns)
                 arg = arg.descriptor()
             else:
-                key.append(arg.dtype)
+                kinds.append(arg.dtype)
                 arg = arg.data_ptr()
                 addresses |= arg
             values.append(arg)
-        key = tuple(key)
+        key = tuple(kinds)
         found = None if addresses % 16 else _compiled.get(key)
         if found is not None:
             compiled, rest = found
@@ -217,5 +220,5 @@ class Launcher:
         if addresses % 16:
             return
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        if _driver() is not None and (described := _described(kernel, compiled, args)):
-            _driver().keep(kernel, self.index, args, constants, **described)
+        if (driver := _driver()) is not None and (described := _described(kernel, compiled, args)):
+            driver.keep(kernel, self.index, args, constants, **described)

@@ -14,18 +14,24 @@ import torch
 from lora_kernels.backends.parts import ceil_div
 
 # Shared memory one block may use, in bytes; the families below are sized for the smallest chip in them.
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
-                 "gfx90a": 64 << 10, "gfx942": 64 << 10}  # fmt: skip
+SHARED_MEMORY: dict[int | str, int] = {
+    80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
+    "gfx90a": 64 << 10, "gfx942": 64 << 10,
+}  # fmt: skip
 
-_FAMILY = {80: "sm80", 86: "sm86", 89: "sm86", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm86", 121: "sm86",
-           "gfx90a": "gfx9", "gfx942": "gfx9"}  # fmt: skip
+_FAMILY: dict[int | str, str] = {
+    80: "sm80", 86: "sm86", 89: "sm86", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm86", 121: "sm86",
+    "gfx90a": "gfx9", "gfx942": "gfx9",
+}  # fmt: skip
 
 
 def _config(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _gemm(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, slices: int = 2, group_m: int = 8):
+def _gemm(
+    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, slices: int = 2, group_m: int = 8
+) -> dict[str, int]:  # fmt: skip
     return _config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=group_m,
                    SLICES=slices)  # fmt: skip
 

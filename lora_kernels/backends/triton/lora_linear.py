@@ -566,7 +566,7 @@ class _Kind(NamedTuple):
 
     def constants(
         self, kernel: str, rank: int, depth: int = 0, rows: int = 0, columns: int = 0, **flags: int | str
-    ) -> dict[str, int | str]:
+    ) -> dict[str, Any]:
         """`flags`, and what `configs.lookup` says."""
         return flags | configs.lookup(self.family, kernel, rank, self.is_float32, depth, rows, columns)
 
@@ -581,7 +581,7 @@ class _Plan(NamedTuple):
     """What the sizes decide of a launch; a sum is cut into `parts` of this `length`."""
 
     grid: tuple[int, int, int]
-    constants: dict[str, int | str]
+    constants: dict[str, Any]
     parts: int = 1
     length: int = 0
 
@@ -694,51 +694,57 @@ class _LoraLauncher(Launcher):
         made: their sum. With `by_vendor` the large product is the vendor's, and finished by our kernel.
         may_overlap: whether the kernel before makes nothing that this one reads, but for u when forward.
         """
-        x, weight = terms[0]
-        (m, _), n = x.shape, out.shape[1]
+        (x, first), n = terms[0], out.shape[1]
+        m = x.shape[0]
         dropout = backward and self.threshold > 0
         overlaps = self.kind.overlaps and may_overlap and v.shape[0] > 0 and not self.by_vendor
         is_whole = self.by_vendor or len(terms) > 1 or not configs.decodes_inside(self.family, m, backward)
-        if is_whole and any(isinstance(weight, NF4) for _, weight in terms):
+        nf4 = first if isinstance(first, NF4) and not is_whole else None
+        if nf4 is None and any(isinstance(weight, NF4) for _, weight in terms):
             overlaps = False
-            terms = [(x, _dequantized(weight, x) if isinstance(weight, NF4) else weight) for x, weight in terms]
-            x, weight = terms[0]
+        # Of an NF4 weight that the kernel decodes, its bytes.
+        matrices = [
+            (x, weight if isinstance(weight, Tensor) else _dequantized(weight, x) if nf4 is None else weight.packed)
+            for x, weight in terms
+        ]
         product = None
         if self.by_vendor:
-            products = (vendor.product(x, weight if backward else weight.T) for x, weight in terms)
+            products = (vendor.product(x, weight if backward else weight.T) for x, weight in matrices)
             product = functools.reduce(Tensor.add_, products)
-            terms = [(x[:, :0], weight[:0] if backward else weight[:, :0])]
-            x, weight = terms[0]
-        depths = [x.shape[1] for x, _ in terms]
+            x, weight = matrices[0]
+            matrices = [(x[:, :0], weight[:0] if backward else weight[:, :0])]
+        depths = [x.shape[1] for x, _ in matrices]
         kernel, stored = "gemm", ("dense", 1, True)
-        nf4_parts = (None, None, None, None)
-        if isinstance(weight, NF4):
-            aligned = weight.shape[1] % weight.block_size == 0
+        nf4_parts: tuple[Tensor | None, ...] = (None, None, None, None)
+        rows = None
+        if nf4 is not None:
+            aligned = nf4.shape[1] % nf4.block_size == 0
             kernel = "nf4_cols" if backward else "nf4_rows"
-            stored = (kernel, weight.block_size, aligned)
+            stored = (kernel, nf4.block_size, aligned)
             kernel = kernel if aligned else "nf4_ragged"
-            nf4_parts = (*weight.tensors[1:], tables(x.device))
-        rows = self.by_tma(terms, m, n, backward)
+            nf4_parts = (*nf4.tensors[1:], tables(x.device))
+        else:
+            rows = self.by_tma(matrices, m, n, backward)
         if product is not None:
             kernel = "finish"
         elif rows is not None:
-            kernel, stored = "tma_gemm", rows
-        none = _TERMS - len(terms)
+            kernel = "tma_gemm"
+        none = _TERMS - len(matrices)
         rng = self.rng if dropout else None
         parts, made, stride_up = 1, None, 0
         if u_parts is not None:
             parts, made, stride_up = len(u_parts), u, u_parts.stride(0)
         plan = planned(
             _plan_product, self.kind, kernel, v.shape[0], math.gcd(*depths), m, n, column_scale is not None,
-            bias is not None, lora_e is not None, dropout, overlaps, parts, stored,
+            bias is not None, lora_e is not None, dropout, overlaps, parts, stored if rows is None else rows,
         )  # fmt: skip
         depths += [0] * none
         low_rank = (u if u_parts is None else u_parts, made, lora_e, v)
         if rows is not None:
             config = plan.constants
             w_block = config["BLOCK_N" if rows else "BLOCK_K"], config["BLOCK_K" if rows else "BLOCK_N"]
-            tiled = []
-            for x, weight in terms:
+            tiled: list[Tile] = []
+            for x, weight in matrices:
                 weight = weight if weight.stride(1) == 1 else weight.T
                 tiled += (Tile(x, config["BLOCK_M"], config["BLOCK_K"]), Tile(weight, *w_block))
             args = (
@@ -747,24 +753,21 @@ class _LoraLauncher(Launcher):
             )  # fmt: skip
             self.launch(_tma_gemm_kernel, plan.grid, args, config)
             return
-        tensors, strides = [], []
-        for x, weight in terms:
-            tensors += (x, weight.packed if isinstance(weight, NF4) else weight)
-            wn, wk = (0, 0) if isinstance(weight, NF4) else weight.stride()
+        strides: list[int] = []
+        for x, weight in matrices:
+            wn, wk = (0, 0) if nf4 is not None else weight.stride()
             strides += (x.stride(0), wk, wn) if backward else (x.stride(0), wn, wk)
         args = (
-            *tensors, *[None] * (2 * none), *nf4_parts, column_scale, bias, *low_rank, rng, product, out, m, n, *depths,
-            v.shape[0], parts, scale, self.threshold, *strides, *[0] * (3 * none), stride_up, u.stride(0), *v.stride(),
-            out.stride(0),
+            *itertools.chain(*matrices), *[None] * (2 * none), *nf4_parts, column_scale, bias, *low_rank, rng, product,
+            out, m, n, *depths, v.shape[0], parts, scale, self.threshold, *strides, *[0] * (3 * none), stride_up,
+            u.stride(0), *v.stride(), out.stride(0),
         )  # fmt: skip
         self.launch(_gemm_kernel, plan.grid, args, plan.constants)
 
-    def by_tma(self, terms: list[_Term], m: int, n: int, backward: bool) -> bool | None:
+    def by_tma(self, terms: list[tuple[Tensor, Tensor]], m: int, n: int, backward: bool) -> bool | None:
         """None where the copy engine can't fetch the tiles or gains nothing; else whether the columns of the result are
         the rows of the weights as they lie in memory."""
-        if self.kind.is_float32 or not configs.by_tma(self.family, m, n) or isinstance(terms[0][1], NF4):
-            return None
-        if not terms[0][0].shape[1]:
+        if self.kind.is_float32 or not configs.by_tma(self.family, m, n) or not terms[0][0].shape[1]:
             return None
         ways = set()
         for x, weight in terms:
@@ -794,17 +797,17 @@ class _LoraLauncher(Launcher):
         db_parts = empty((splits, n, rank), need_db)
         de_parts = empty((splits * column_blocks, rank), need_de)
         dlora_b = empty((n, rank), need_db, layer.lora_b.dtype)
-        dlora_e = empty((rank,), True, layer.lora_e.dtype) if need_de else None
+        dlora_e = None if layer.lora_e is None else empty((rank,), need_de, layer.lora_e.dtype)
         if not rank or not (need_dh or need_db or need_de):
             return dlora_b, dlora_e
         parts = (dh_parts, db_parts, de_parts)
         args = (dy, h, layer.lora_b, *parts, m, n, rank, plan.length, dy.stride(0), h.stride(0))
         self.launch(_dh_dlora_b_kernel, plan.grid, args, plan.constants)
-        args = (
+        of_reduce = (
             *parts, dh, dlora_b, dlora_e, layer.lora_e, dh_blocks, db_blocks, column_blocks, splits, m, n, rank,
-            dh.stride(0) if need_dh else 0, layer.scaling,
+            0 if dh is None else dh.stride(0), layer.scaling,
         )  # fmt: skip
-        self.launch(_reduce_kernel, of_sum.grid, args, of_sum.constants)
+        self.launch(_reduce_kernel, of_sum.grid, of_reduce, of_sum.constants)
         return dlora_b, dlora_e
 
     def dlora_a(self, x: Tensor, dh: Tensor, dtype: torch.dtype) -> Tensor:
@@ -914,6 +917,8 @@ def lora_linear_bwd(
         for dy, h, layer, ranks, need in zip(dys, hs, layers, columns, needs.layers, strict=True):
             part = dh if dh is None or len(layers) == 1 else dh[:, ranks]
             gradients.append(AdapterGradients(None, *run.dh_dlora_b(dy, h, layer, part, need.lora_b, need.lora_e)))
+        if dh is None:
+            return Gradients(None, gradients)
         lora_a = _one_below_the_other(layers)
         if need_a:
             parts = run.dlora_a(x, dh, lora_a.dtype)
