@@ -78,7 +78,7 @@ def cpu_commands(tests: bool) -> list[list[str]]:
     defines = [f"-DLK_HAS_{isa.upper()}" for isa in isas if isa in TEST_ISAS]
     compiler = [*os.environ.get("CXX", "c++").split(), *CXX_FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split()]
     commands = [[*compiler, *python_includes(), "-c", "csrc/bindings.cpp"]]
-    once = ("amx", "isa", "layers", "scratch", "threads")
+    once = ("bfloat16", "isa", "layers", "scratch", "threads")
     commands += [[*compiler, *defines, "-c", f"csrc/cpu/{name}.cpp"] for name in once]
     commands.append([*compiler, "-c", "csrc/triton/driver.cpp"])
     for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):

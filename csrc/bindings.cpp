@@ -12,7 +12,6 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/amx.h"
 #include "cpu/isa.h"
 #include "cpu/layers.h"
 #include "cpu/threads.h"
@@ -97,16 +96,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("get_isa", [] { return isas.current.load()->name; });
   m.def("set_isa", &set_isa, py::arg("name"));
-  m.def("amx_supported", &amx_supported);
   m.def("spare_threads", &spare_threads, py::arg("enabled"));
   m.def("take_most_threads", &take_most_threads);
-  m.def("amx_enabled", &amx_enabled);
-  m.def(
-      "enable_amx",
-      [](bool enabled) {
-        if (!enable_amx(enabled)) throw py::value_error("this processor, or its system, has no AMX for bfloat16");
-      },
-      py::arg("enabled"));
 
   lora_kernels::triton::define(m);
 

@@ -9,7 +9,7 @@ from lora_kernels.backends import cpu
 from lora_kernels.backends.cpu import lora_linear
 from lora_kernels.backends.cpu.extension import kernels
 
-ISAS = ("generic", "avx2", "avx2_wide", "avx512")
+ISAS = ("generic", "avx2", "avx2_wide", "avx512", "avx512_bf16", "avx512_amx")
 
 
 @contextmanager
@@ -30,15 +30,6 @@ def instruction_set(name):
     if name not in kernels.isa_supported():
         pytest.skip(f"this processor does not have {name}")
     with _setting(kernels.get_isa, kernels.set_isa, name):
-        yield
-
-
-@contextmanager
-def amx(enabled):
-    """Use AMX inside the block, or don't; skips the test where it should be used and can't."""
-    if enabled and (kernels.get_isa() != "avx512" or not kernels.amx_supported()):
-        pytest.skip("this processor, or this build of the kernels, does not have AMX")
-    with _setting(kernels.amx_enabled, kernels.enable_amx, enabled):
         yield
 
 

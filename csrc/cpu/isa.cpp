@@ -1,30 +1,46 @@
 #include "isa.h"
 
+#include "bfloat16.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 namespace lora_kernels::cpu {
 
-// *_kernels.cpp is compiled once per instruction set and names its table <op>_<isa>.
-#define LK_ISA_TABLE(isa)                                                            \
-  extern const AdamWKernels adamw_##isa;                                             \
-  extern const AttentionKernels attention_##isa;                                     \
-  extern const DecoderKernels decoder_##isa;                                         \
-  extern const FewRowsKernels few_rows_##isa;                                        \
-  extern const LoraLinearKernels lora_linear_##isa;                                  \
-  extern const Nf4Kernels nf4_##isa;                                                 \
-  extern const ProductKernels product_##isa;                                         \
-  static const Isa isa_##isa = {#isa,           &adamw_##isa,    &attention_##isa,   \
-                                &decoder_##isa, &few_rows_##isa, &lora_linear_##isa, \
-                                &nf4_##isa,     &product_##isa};
+// *_kernels.cpp is compiled once per instruction set and names its table <op>_<isa>. An extension of AVX-512 has a
+// table of products of its own.
+#define LK_ISA_TABLE(isa, kernels)                      \
+  extern const ProductKernels product_##isa;            \
+  static const Isa isa_##isa = {#isa,                   \
+                                &adamw_##kernels,       \
+                                &attention_##kernels,   \
+                                &decoder_##kernels,     \
+                                &few_rows_##kernels,    \
+                                &lora_linear_##kernels, \
+                                &nf4_##kernels,         \
+                                &product_##isa};
+#define LK_ISA_BUILD(isa)                           \
+  extern const AdamWKernels adamw_##isa;            \
+  extern const AttentionKernels attention_##isa;    \
+  extern const DecoderKernels decoder_##isa;        \
+  extern const FewRowsKernels few_rows_##isa;       \
+  extern const LoraLinearKernels lora_linear_##isa; \
+  extern const Nf4Kernels nf4_##isa;                \
+  LK_ISA_TABLE(isa, isa)
 
-LK_ISA_TABLE(generic)
+LK_ISA_BUILD(generic)
 #if defined(__x86_64__)
-LK_ISA_TABLE(avx2)
-LK_ISA_TABLE(avx512)
+LK_ISA_BUILD(avx2)
+LK_ISA_BUILD(avx512)
+#if defined(LK_HAS_AVX512_BF16)
+LK_ISA_TABLE(avx512_bf16, avx512)
+#endif
+#if defined(LK_HAS_AMX)
+LK_ISA_TABLE(avx512_amx, avx512)
+#endif
 #if defined(LK_HAS_AVX2_WIDE)
-LK_ISA_TABLE(avx2_wide)
+LK_ISA_BUILD(avx2_wide)
 #endif
 
 static bool has_f16c() {
@@ -39,8 +55,15 @@ int supported_isas(const Isa** out) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(LK_HAS_AMX)
+    if (amx_supported()) out[count++] = &isa_avx512_amx;
+#endif
+#if defined(LK_HAS_AVX512_BF16)
+    if (avx512_bf16_supported()) out[count++] = &isa_avx512_bf16;
+#endif
     out[count++] = &isa_avx512;
+  }
   if (avx2) out[count++] = &isa_avx2;
 #endif
   out[count++] = &isa_generic;

@@ -22,7 +22,7 @@ struct Isa {
   const ProductKernels* product;
 };
 
-constexpr int kMaxIsas = 4;
+constexpr int kMaxIsas = 6;
 // Writes the builds this processor can run, best first, and returns how many. The last ones may be slow, for tests.
 int supported_isas(const Isa** out);
 

@@ -5,17 +5,27 @@
 // once for that many rows, in the form it is stored in, and never exists as a float32 [N, K].
 #include <type_traits>
 
-#include "amx.h"
+#include "bfloat16.h"
 #include "product.h"
 #include "tile.h"
 #include "weight_rows.h"
 
-#if defined(LK_HAS_AMX) && defined(__AVX512F__) && LK_LANES == 16
+// Builds whose registers the instructions take.
+#if defined(__AVX512F__) && LK_LANES == 16
+#if defined(LK_HAS_AVX512_BF16)
+#define LK_DOTS
+#endif
+#if defined(LK_HAS_AMX)
 #define LK_TILES
+#endif
 #endif
 
 namespace lora_kernels::cpu {
 namespace {
+
+// How bfloat16 is multiplied: widened to float32; by AVX-512-BF16, two products and two additions of a lane at once; by
+// AMX, matrices of 16 by 32.
+enum class Bf16 { kWidened, kDots, kTiles };
 
 // A panel [depth, kTileCols] has a float for each step of depth, or, of bfloat16, one for two steps: the pairs that the
 // processor multiplies and adds up at once. Of a piece of the weight, panels are kPanelSize floats apart.
@@ -112,8 +122,25 @@ LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_
   }
 }
 
+// sum += the products of two bfloat16 in each lane.
+template <Bf16 kHow>
+LK_INLINE void add_pairs(vf& sum, vu32 a, vu32 b) {
+#if defined(LK_DOTS)
+  if constexpr (kHow == Bf16::kDots) {
+    // By its name, as all such instructions here: the build for AVX-512 then needs no flag for it. The compiler keeps a
+    // local variable in its register.
+    vf local = sum;
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(local) : "v"(b), "v"(a));
+    sum = local;
+    return;
+  }
+#endif
+  sum += (vf)(a << 16) * (vf)(b << 16);
+  sum += (vf)(a & 0xffff0000) * (vf)(b & 0xffff0000);
+}
+
 // acc[i] = Σ_p a[i, p] b[p, :] over pairs of steps, of which each float of a row of `a` and of a panel has one.
-template <int kRows>
+template <Bf16 kHow, int kRows>
 LK_INLINE void multiply_pairs(const bf16* a, int64_t lda, const float* panel, int64_t pairs, vf (&acc)[kRows][kVecs]) {
   accumulate_steps(
       [=](int i, int64_t p) __attribute__((always_inline)) {
@@ -122,11 +149,7 @@ LK_INLINE void multiply_pairs(const bf16* a, int64_t lda, const float* panel, in
         return splat_u32(pair);
       },
       panel, kTileCols, pairs, acc,
-      [](vf& sum, vu32 av, vf bv) __attribute__((always_inline)) {
-        const vu32 b = (vu32)bv;
-        sum += (vf)(av << 16) * (vf)(b << 16);
-        sum += (vf)(av & 0xffff0000) * (vf)(b & 0xffff0000);
-      });
+      [](vf& sum, vu32 av, vf bv) __attribute__((always_inline)) { add_pairs<kHow>(sum, av, (vu32)bv); });
 }
 
 #if defined(LK_TILES)
@@ -198,8 +221,8 @@ struct Epilogue {
   const float *column_scale, *bias;
 };
 
-// One row of kTileCols sums, finished. Processors with AMX round to bfloat16 in one instruction.
-template <bool kAmx, class T>
+// One row of kTileCols sums, finished. What multiplies bfloat16 rounds to it in one instruction.
+template <Bf16 kHow, class T>
 LK_INLINE void finish(const vf (&sums)[kVecs], Epilogue epilogue, T* out, int64_t width) {
   T whole[kTileCols];
   T* const to = width == kTileCols ? out : whole;
@@ -208,9 +231,8 @@ LK_INLINE void finish(const vf (&sums)[kVecs], Epilogue epilogue, T* out, int64_
     vf value = sums[v];
     if (epilogue.column_scale) value *= load(epilogue.column_scale + v * kLanes);
     if (epilogue.bias) value += load(epilogue.bias + v * kLanes);
-#if defined(LK_TILES)
-    if constexpr (kAmx && std::is_same_v<T, bf16>) {
-      // By its name, so that the build for AVX-512 needs no flag for it.
+#if defined(LK_DOTS) || defined(LK_TILES)
+    if constexpr (kHow != Bf16::kWidened && std::is_same_v<T, bf16>) {
       __m256i rounded;
       __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(value));
       store_raw(to + v * kLanes, rounded);
@@ -223,11 +245,11 @@ LK_INLINE void finish(const vf (&sums)[kVecs], Epilogue epilogue, T* out, int64_
 }
 
 // sums [M, kTileCols] (+)= a times a panel, over one piece; out [M, :width] gets the sums of the last one, finished.
-template <bool kAmx, class In, class T>
+template <Bf16 kHow, class In, class T>
 LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* panel, int64_t depth, bool first,
                               bool last, float* sums, Epilogue epilogue, T* out, int64_t ld_out, int64_t width) {
 #if defined(LK_TILES)
-  if constexpr (kAmx) {
+  if constexpr (kHow == Bf16::kTiles) {
     for (int64_t m = 0; m < M; m += 32) {
       float* const so_far = sums + m * kTileCols;
       if (M - m > 16)
@@ -235,7 +257,7 @@ LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* 
       else
         multiply_tiles<1>(a + m * lda, lda, panel, depth / 2, first, so_far);
       for (int64_t i = 0; last && i < min64(32, M - m); ++i)
-        finish<kAmx>({load(so_far + i * kTileCols), load(so_far + i * kTileCols + kLanes)}, epilogue,
+        finish<kHow>({load(so_far + i * kTileCols), load(so_far + i * kTileCols + kLanes)}, epilogue,
                      out + (m + i) * ld_out, width);
     }
     return;
@@ -248,7 +270,7 @@ LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* 
     if constexpr (sizeof(In) == sizeof(float))
       multiply<kRows, kVecs, false>(a + m * lda, lda, panel, kTileCols, depth, acc);
     else
-      multiply_pairs(a + m * lda, lda, panel, depth / 2, acc);
+      multiply_pairs<kHow>(a + m * lda, lda, panel, depth / 2, acc);
     if (!first)
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
@@ -262,7 +284,7 @@ LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* 
       return;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) finish<kAmx>(acc[i], epilogue, out + (m + i) * ld_out, width);
+    for (int i = 0; i < kRows; ++i) finish<kHow>(acc[i], epilogue, out + (m + i) * ld_out, width);
   });
 }
 
@@ -306,7 +328,7 @@ LK_INLINE void stage_rows(const bf16* in, int64_t ld, int64_t rows, int64_t dept
 }
 
 // The rows and columns of one thread, up to block_rows at a time.
-template <bool kAmx, class In, class T>
+template <Bf16 kHow, class In, class T>
 void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedColumns& bias, Range rows, Range cols,
               int64_t block_rows, float* work) {
   using L = Layout<In>;
@@ -342,7 +364,7 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
             }
             for (int64_t j = 0; j < block_cols; j += kTileCols) {
               const int64_t tile = j / kTileCols;
-              multiply_piece<kAmx>(in, ld, M, panels + tile * kPanelSize<In>, whole, first, last,
+              multiply_piece<kHow>(in, ld, M, panels + tile * kPanelSize<In>, whole, first, last,
                                    sums + (tile * block_rows + m - m0) * kTileCols,
                                    {column_scale.at(j0 + j), bias.at(j0 + j)}, (T*)p.out + m * p.ld_out + j0 + j,
                                    p.ld_out, min64(kTileCols, block_cols - j));
@@ -354,7 +376,7 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
   }
 }
 
-template <bool kAmx, class In>
+template <Bf16 kHow, class In>
 bool product_of(const Product& p) {
   constexpr int64_t kRowUnit = Layout<In>::kRowUnit;
   const PaddedColumns column_scale(p.column_scale, p.J), bias(p.bias, p.J);
@@ -374,21 +396,18 @@ bool product_of(const Product& p) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int part = 0; part < threads; ++part) {
 #if defined(LK_TILES)
-      [[maybe_unused]] const std::conditional_t<kAmx, Tiles, int> tiles{};
+      [[maybe_unused]] const std::conditional_t<kHow == Bf16::kTiles, Tiles, int> tiles{};
 #endif
-      own_part<kAmx, In, T>(p, column_scale, bias, share(p.M, kRowUnit, part / grid.cols, grid.rows),
+      own_part<kHow, In, T>(p, column_scale, bias, share(p.M, kRowUnit, part / grid.cols, grid.rows),
                             share(p.J, kTileCols, part % grid.cols, grid.cols), block_rows, work.data + part * size);
     }
   });
   return true;
 }
 
+template <Bf16 kHow>
 bool product(const Product& p) {
-  if (p.in_dtype == DType::kFloat32) return product_of<false, float>(p);
-#if defined(LK_TILES)
-  if (amx_enabled()) return product_of<true, bf16>(p);
-#endif
-  return product_of<false, bf16>(p);
+  return p.in_dtype == DType::kFloat32 ? product_of<Bf16::kWidened, float>(p) : product_of<kHow, bf16>(p);
 }
 
 void convert(const Convert& p) {
@@ -410,6 +429,14 @@ void convert(const Convert& p) {
 }  // namespace
 
 extern const ProductKernels LK_CONCAT(product_, LK_ISA);
-const ProductKernels LK_CONCAT(product_, LK_ISA) = {product, convert};
+const ProductKernels LK_CONCAT(product_, LK_ISA) = {product<Bf16::kWidened>, convert};
+#if defined(LK_DOTS)
+extern const ProductKernels product_avx512_bf16;
+const ProductKernels product_avx512_bf16 = {product<Bf16::kDots>, convert};
+#endif
+#if defined(LK_TILES)
+extern const ProductKernels product_avx512_amx;
+const ProductKernels product_avx512_amx = {product<Bf16::kTiles>, convert};
+#endif
 
 }  // namespace lora_kernels::cpu

@@ -34,7 +34,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _SMALL = 8
 # Where attention was measured (avx2), or is made of the same tiles; and from how many rows, and tokens in all, it was
 # faster than torch's.
-_ATTENTION_ISAS = ("avx2", "avx512")
+_ATTENTION_ISAS = ("avx2", "avx512", "avx512_bf16", "avx512_amx")
 _MIN_ROWS, _MIN_TOKENS = 16, 64
 # Up to so many rows also where torch multiplies bfloat16 in hardware.
 _MAX_NATIVE_ROWS = 1024

@@ -66,8 +66,9 @@ class OwnRows(NamedTuple):
     backward: int
 
 
+_ALL = 1 << 62
 # Where it was measured, and for the other instruction sets what can't be far off.
-_OWN_ROWS = {"avx2": OwnRows(1 << 62, 16, 1 << 62, 1 << 62)}
+_OWN_ROWS = dict.fromkeys(("avx2", "avx512", "avx512_bf16", "avx512_amx"), OwnRows(_ALL, 16, _ALL, _ALL))
 _OWN_ROWS_ELSEWHERE = OwnRows(128, 16, 32, 0)
 # Multiplications up to which calling torch costs more than its product gains.
 SMALL = 1 << 20
@@ -78,8 +79,8 @@ def own_rows() -> OwnRows:
 
 
 def own_bfloat16() -> bool:
-    """Whether our own product of bfloat16 is taken: by AMX. With other hardware for it torch's is."""
-    return isa() == "avx512" and kernels.amx_enabled()
+    """Whether our own product of bfloat16 is taken. With other hardware for it torch's is."""
+    return isa() in ("avx512_bf16", "avx512_amx")
 
 
 class Plan(Enum):

@@ -1,17 +1,25 @@
-#include "amx.h"
+#include "bfloat16.h"
 
-#include <atomic>
-
-#if defined(LK_HAS_AMX)
+#if defined(LK_HAS_AVX512_BF16) || defined(LK_HAS_AMX)
 #include <cpuid.h>
+#endif
+#if defined(LK_HAS_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace lora_kernels::cpu {
-namespace {
 
-bool find() {
+bool avx512_bf16_supported() {
+#if defined(LK_HAS_AVX512_BF16)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+#else
+  return false;
+#endif
+}
+
+bool amx_supported() {
 #if defined(LK_HAS_AMX)
   // AMX-BF16 and AMX-TILE; their registers, which the system must know; and its leave for this process to use them
   // (Linux, Documentation/arch/x86/xstate.rst).
@@ -27,26 +35,6 @@ bool find() {
 #else
   return false;
 #endif
-}
-
-std::atomic<bool>& current() {
-  static std::atomic<bool> enabled{amx_supported()};
-  return enabled;
-}
-
-}  // namespace
-
-bool amx_supported() {
-  static const bool found = find();
-  return found;
-}
-
-bool amx_enabled() { return current(); }
-
-bool enable_amx(bool enabled) {
-  if (enabled && !amx_supported()) return false;
-  current() = enabled;
-  return true;
 }
 
 }  // namespace lora_kernels::cpu
