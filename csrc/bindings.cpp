@@ -1,4 +1,4 @@
-// lora_kernels._C: with tensor.h and triton/bindings.h all that knows Python. All checks are made in Python.
+// lora_kernels._C: with tensor.h, places.h and triton/bindings.h all that knows Python. All checks are made in Python.
 #include "triton/bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -15,9 +15,13 @@
 #include "cpu/isa.h"
 #include "cpu/layers.h"
 #include "cpu/threads.h"
+#include "places.h"
+#include "results.h"
 #include "tensor.h"
 
 namespace py = pybind11;
+using lora_kernels::Result;
+using lora_kernels::Results;
 using lora_kernels::Tensor;
 using namespace lora_kernels::cpu;
 
@@ -30,6 +34,9 @@ struct Isas {
   Isas() : count(supported_isas(list)), current(list[0]) {}
 };
 Isas isas;
+
+// Never freed, since it holds Python's objects.
+Results& results = *new Results;
 
 std::string isa_names() {
   std::string names;
@@ -99,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("spare_threads", &spare_threads, py::arg("enabled"));
   m.def("take_most_threads", &take_most_threads);
 
+  lora_kernels::define_places(m);
   lora_kernels::triton::define(m);
 
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
@@ -220,6 +228,10 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("weight"), py::arg("row_first"), py::arg("row_last"), py::arg("col_first"),
       py::arg("col_last"), py::arg("out"), py::arg("num_threads"));
 
+  m.def(
+      "take_large_results_from",
+      [](py::object new_, int64_t bytes) { results.take_large_from(std::move(new_), bytes); }, py::arg("new"),
+      py::arg("bytes"));
   m.attr("FEW_ROWS") = kFewRows;
   m.attr("MAX_LAYERS") = kMaxLayers;
   // A view of tensors that must outlive it and stay where they are.
@@ -237,42 +249,58 @@ PYBIND11_MODULE(_C, m) {
                      lora_e.is_none() ? DType::kFloat32 : dtype_of(lora_e),
                      column_scale.data<float>(),
                      lora_a.size(0)};
-      }))
-      .def_property_readonly("N", [](const Layer& layer) { return layer.weight.N; })
-      .def_property_readonly("R", [](const Layer& layer) { return layer.R; });
+      }));
 
-  // Arguments of the next two by position: their names would take as long as a small layer. x [M, K] has contiguous
-  // rows; h: none, or one for each layer.
-  m.def("layers_forward",
-        [](const std::vector<const Layer*>& layers, const std::vector<Tensor>& y, const std::vector<Tensor>& h,
-           Tensor x, bool in_bfloat16, Tensor rng, uint32_t threshold, int num_threads) {
-          check_layers(layers, {y.size(), h.empty() ? y.size() : h.size()});
-          LayersForward p{};
-          for (size_t i = 0; i < layers.size(); ++i) p.layers[i] = layers[i], p.y[i] = y[i].data();
-          for (size_t i = 0; i < h.size(); ++i) p.h[i] = h[i].data<float>();
-          p.count = (int)layers.size(), p.x = x.data(), p.x_dtype = dtype_of(x), p.ld_x = x.stride(0);
-          p.M = x.size(0), p.K = layers[0]->weight.K;
-          p.product_dtype = in_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
-          p.dropout = dropout(rng, threshold), p.num_threads = num_threads;
-          run(layers_forward, p);
-        });
-  // Of the gradients, those that are None are not computed.
+  // Arguments of the next two by position: their names would take as long as a small layer. x [M, K] and dy [M, N] have
+  // contiguous rows. (y of each layer, h of each).
+  m.def("layers_forward", [](const std::vector<const Layer*>& layers, Tensor x, bool in_bfloat16, Tensor rng,
+                             uint32_t threshold, int num_threads) {
+    check_layers(layers, {});
+    LayersForward p{};
+    p.count = (int)layers.size(), p.x = x.data(), p.x_dtype = dtype_of(x), p.ld_x = x.stride(0);
+    p.M = x.size(0), p.K = layers[0]->weight.K;
+    py::list ys(p.count), hs(p.count);
+    for (int i = 0; i < p.count; ++i) {
+      const Result y = results.of(p.x_dtype, p.M, layers[i]->weight.N),
+                   h = results.of(DType::kFloat32, p.M, layers[i]->R);
+      p.layers[i] = layers[i], p.y[i] = y.data, p.h[i] = static_cast<float*>(h.data);
+      ys[i] = y.tensor, hs[i] = h.tensor;
+    }
+    p.product_dtype = in_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
+    p.dropout = dropout(rng, threshold), p.num_threads = num_threads;
+    run(layers_forward, p);
+    return py::make_tuple(ys, hs);
+  });
+  // needs: of each layer which of the gradients of lora_a, lora_b and lora_e are computed. (dx or None, those of each
+  // layer or None).
   m.def("layers_backward",
         [](const std::vector<const Layer*>& layers, const std::vector<Tensor>& dy, const std::vector<Tensor>& h,
-           Tensor x, Tensor dx, const std::vector<Tensor>& dlora_a, const std::vector<Tensor>& dlora_b,
-           const std::vector<Tensor>& dlora_e, bool in_bfloat16, Tensor rng, uint32_t threshold, int num_threads) {
-          check_layers(layers, {dy.size(), h.size(), dlora_a.size(), dlora_b.size(), dlora_e.size()});
+           Tensor x, bool need_x, const std::vector<std::array<bool, 3>>& needs, bool in_bfloat16, Tensor rng,
+           uint32_t threshold, int num_threads) {
+          check_layers(layers, {dy.size(), h.size(), needs.size()});
           LayersBackward p{};
-          for (size_t i = 0; i < layers.size(); ++i) {
-            p.layers[i] = layers[i], p.dy[i] = dy[i].data(), p.ld_dy[i] = dy[i].stride(0), p.h[i] = h[i].data<float>();
-            p.dlora_a[i] = dlora_a[i].data(), p.dlora_b[i] = dlora_b[i].data(), p.dlora_e[i] = dlora_e[i].data();
-          }
           p.count = (int)layers.size(), p.x_dtype = dtype_of(dy[0]), p.M = dy[0].size(0), p.K = layers[0]->weight.K;
-          if (!x.is_none()) p.x = x.data(), p.ld_x = x.stride(0);
-          p.dx = dx.data();
+          bool reads_x = false;
+          py::list gradients(p.count);
+          for (int i = 0; i < p.count; ++i) {
+            const Layer& layer = *layers[i];
+            const int64_t N = layer.weight.N, R = layer.R;
+            const auto [need_a, need_b, need_e] = needs[i];
+            const Result a = need_a ? results.of(layer.lora_a_dtype, R, p.K) : Result(),
+                         b = need_b ? results.of(layer.lora_b_dtype, N, R) : Result(),
+                         e = need_e ? results.of(layer.lora_e_dtype, R) : Result();
+            p.layers[i] = &layer, p.dy[i] = dy[i].data(), p.ld_dy[i] = dy[i].stride(0), p.h[i] = h[i].data<float>();
+            p.dlora_a[i] = a.data, p.dlora_b[i] = b.data, p.dlora_e[i] = e.data;
+            gradients[i] = py::make_tuple(a.tensor, b.tensor, e.tensor);
+            reads_x |= need_a;
+          }
+          if (reads_x) p.x = x.data(), p.ld_x = x.stride(0);
+          const Result dx = need_x ? results.of(p.x_dtype, p.M, p.K) : Result();
+          p.dx = dx.data;
           p.product_dtype = in_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
           p.dropout = dropout(rng, threshold), p.num_threads = num_threads;
           run(layers_backward, p);
+          return py::make_tuple(dx.tensor, gradients);
         });
 
   m.def(

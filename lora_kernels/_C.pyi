@@ -1,6 +1,6 @@
 """What csrc/bindings.cpp defines: the CPU kernels, and launches of what Triton compiled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,13 @@ def get_isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def spare_threads(enabled: bool) -> None: ...
 def take_most_threads() -> int: ...
+def take_large_results_from(new: Callable[..., Tensor], bytes: int) -> None: ...
+
+class Places:
+    def __init__(self, tensors: tuple[Tensor | None, ...], x: Tensor) -> None: ...
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]: ...
+    def hold(self, tensors: tuple[Tensor | None, ...] | None, x: Tensor | None) -> bool: ...
 
 class TritonLaunches:
     def __init__(self, library: str) -> None: ...
@@ -71,37 +78,29 @@ class Layer:
         column_scale: Tensor | None,
         /,
     ) -> None: ...
-    @property
-    def N(self) -> int: ...
-    @property
-    def R(self) -> int: ...
 
 def layers_forward(
     layers: Sequence[Layer],
-    y: Sequence[Tensor],
-    h: Sequence[Tensor],
     x: Tensor,
     in_bfloat16: bool,
     rng: Tensor | None,
     threshold: int,
     num_threads: int,
     /,
-) -> None: ...
+) -> tuple[list[Tensor], list[Tensor]]: ...
 def layers_backward(
     layers: Sequence[Layer],
     dy: Sequence[Tensor],
     h: Sequence[Tensor],
-    x: Tensor | None,
-    dx: Tensor | None,
-    dlora_a: Sequence[Tensor | None],
-    dlora_b: Sequence[Tensor | None],
-    dlora_e: Sequence[Tensor | None],
+    x: Tensor,
+    need_x: bool,
+    needs: Sequence[Sequence[bool]],
     in_bfloat16: bool,
     rng: Tensor | None,
     threshold: int,
     num_threads: int,
     /,
-) -> None: ...
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]: ...
 def product(
     *,
     terms: Sequence[tuple[Weight, Tensor, float]],

@@ -23,7 +23,7 @@ from lora_kernels.types import (
     Gradients,
     Layers,
     Needs,
-    Output,
+    Outputs,
     Projection,
 )
 
@@ -126,7 +126,7 @@ def beats_torch(x: Tensor, weight: Tensor) -> bool:
     return False
 
 
-def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> list[Output]:
+def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> Outputs:
     """Of each layer, y = c ∘ (x Wᵀ + scaling · ((dropout(x) Aᵀ) ∘ e) Bᵀ) + bias and h = dropout(x) Aᵀ, where c is its
     column_scale and e its lora_e, each 1 where there is none. dropout(x) is one for all layers.
 
@@ -135,7 +135,8 @@ def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> list[
     x, h [M, R] stays in the accumulation dtype.
     """
     dropped = _dropped(x, dropout)
-    return [Output(*_projection(x, dropped, layer)) for layer in layers]
+    ys, hs = zip(*(_projection(x, dropped, layer) for layer in layers), strict=True)
+    return Outputs(list(ys), list(hs))
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:

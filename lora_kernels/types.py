@@ -52,8 +52,34 @@ class Projection:
 _TRAINABLE = ("weight", "lora_a", "lora_b", "bias", "lora_e", "column_scale")
 
 
-def _places(tensors: Sequence[Tensor | None]) -> list[tuple | None]:
-    return [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+class _Places:
+    """`lora_kernels._C.Places` where there is no extension: whether tensors are still as they were when this was made.
+
+    tensors: a tuple of tensors or None; x: what they are used with.
+    """
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], x: Tensor) -> None:
+        self.tensors = tensors
+        self._were, self._x = self._are(), self._values(x)
+
+    def hold(self, tensors: tuple[Tensor | None, ...] | None, x: Tensor | None) -> bool:
+        """Whether `tensors` are the very same ones, all have the address, dtype, shape, strides and need of a gradient
+        that they had, and x the dtype, device and last size of the first one. None isn't looked at."""
+        same = tensors is None or (len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors)))
+        return same and (x is None or self._values(x) == self._x) and self._are() == self._were
+
+    def _are(self) -> list[tuple]:
+        return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad) for t in self.tensors if t is not None]
+
+    @staticmethod
+    def _values(x: Tensor) -> tuple:
+        return x.dtype, x.device, x.shape[-1:]
+
+
+try:
+    from lora_kernels._C import Places
+except ImportError:
+    Places = _Places
 
 
 class Layers:
@@ -62,29 +88,41 @@ class Layers:
     projections: in memory, with contiguous vectors, and a weight that is NF4 or has unit stride along one dimension.
     tensors: of each in turn the weight's (four of NF4), lora_a, lora_b, lora_e and column_scale.
     settings: of each scaling, the block size of an NF4 weight or 0, and the weight's shape.
-    empty: whether a weight has no elements.
+    trained: what requires a gradient, by the layer's number and the name of its field.
+    empty: whether a weight has no elements. scaled: whether a layer has a column_scale.
     prepared: whatever a backend makes once for these tensors as they lie in memory, by a key of its own.
+    backend: the one that runs them, after the name by which it was asked for.
+    places: where the tensors of the module lie that keeps these layers from call to call; None where none does.
+    lasting: whether they are kept and no tensor is computed of others, so that autograd needn't keep what they hold.
     """
 
     __slots__ = (
-        *("_bias_places", "_places", "biases", "empty", "prepared", "projections", "settings", "tensors"),
-        "__weakref__",
+        *("backend", "biases", "empty", "lasting", "places", "prepared", "projections", "scaled", "settings"),
+        *("tensors", "trained"),
     )
 
     def __init__(self, projections: Sequence[Projection]) -> None:
         self.projections = tuple(projections)
         self.prepared: dict[Hashable, Any] = {}
+        self.backend: tuple[str, Any] | None = None
+        self.places: Places | None = None
+        self.lasting = False
         tensors: list[Tensor | None] = []
         settings = []
-        for layer in self.projections:
+        self.trained: dict[tuple[int, str], Tensor] = {}
+        for index, layer in enumerate(self.projections):
             weight = layer.weight
             tensors += weight.tensors if isinstance(weight, NF4) else (weight,)
             settings.append((layer.scaling, weight.block_size if isinstance(weight, NF4) else 0, tuple(weight.shape)))
             tensors += (layer.lora_a, layer.lora_b, layer.lora_e, layer.column_scale)
+            for name in _TRAINABLE:
+                t = getattr(layer, name)
+                if isinstance(t, Tensor) and t.requires_grad:
+                    self.trained[index, name] = t
         self.tensors, self.biases = tuple(tensors), tuple(layer.bias for layer in self.projections)
         self.settings = tuple(settings)
         self.empty = any(0 in layer.weight.shape for layer in self.projections)
-        self._places, self._bias_places = _places(self.tensors), _places(self.biases)
+        self.scaled = any(layer.column_scale is not None for layer in self.projections)
 
     def __len__(self) -> int:
         return len(self.projections)
@@ -92,21 +130,28 @@ class Layers:
     def __iter__(self) -> Iterator[Projection]:
         return iter(self.projections)
 
-    def trained(self) -> dict[tuple[int, str], Tensor]:
-        """What requires a gradient, by the layer's number and the name of its field."""
-        found = {}
-        for index, layer in enumerate(self.projections):
-            for name in _TRAINABLE:
-                t = getattr(layer, name)
-                if t is not None and t.__class__ is not NF4 and t.requires_grad:
-                    found[index, name] = t
-        return found
+    def keep(self, own: tuple[Tensor | None, ...], x: Tensor) -> bool:
+        """Whether a module may keep the layers, made of its `own` tensors and checked for x, from call to call.
 
-    def are(self, tensors: Sequence[Tensor | None], biases: Sequence[Tensor | None] | None = None) -> bool:
-        """Whether these, in the order of `tensors`, are the very ones, and lie where they did; likewise the biases."""
-        if not all(map(is_, tensors, self.tensors)) or _places(tensors) != self._places:
+        Not where one of their tensors is a copy, which would miss what becomes of the original, or is made anew for
+        each call.
+        """
+        addresses = {t.data_ptr() for t in own if t is not None}
+        given = [t for t in (*self.tensors, *self.biases) if t is not None]
+        if not all(t.is_leaf and (t.data_ptr() in addresses or not t.numel()) for t in given):
             return False
-        return biases is None or (all(map(is_, biases, self.biases)) and _places(biases) == self._bias_places)
+        self.places = Places(own, x)
+        # What was made in inference mode has no version, and torch says where that can't be differentiated.
+        self.lasting = not any(t.is_inference() for t in own if t is not None)
+        return True
+
+    def versions(self) -> list[int | None]:
+        """How often each of `tensors` was changed in place."""
+        return [None if t is None else t._version for t in self.tensors]
+
+    def are(self, own: tuple[Tensor | None, ...], x: Tensor) -> bool:
+        """Whether they were kept for these very tensors, which are as they were, and for such x."""
+        return self.places is not None and self.places.hold(own, x)
 
     @classmethod
     def of(cls, settings: Sequence[tuple[float, int, tuple[int, ...]]], tensors: Sequence[Tensor | None]) -> Layers:
@@ -128,15 +173,14 @@ class Dropout:
 
 
 @dataclass(slots=True)
-class Output:
-    """Of one layer: y [M, N] in the dtype of x, and h = dropout(x) lora_aᵀ [M, R] in float32 (float64 for such x)."""
+class Outputs:
+    """Of each layer: y [M, N] in the dtype of x, and h = dropout(x) lora_aᵀ [M, R] in float32 (float64 for such x)."""
 
-    y: Tensor
-    h: Tensor
+    ys: list[Tensor]
+    hs: list[Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterNeeds:
+class AdapterNeeds(NamedTuple):
     """Which gradients of a layer's adapter are asked for; lora_e's only where the layer has one."""
 
     lora_a: bool

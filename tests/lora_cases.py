@@ -29,8 +29,9 @@ class OneLayer:
         self, x, weight, lora_a, lora_b, scaling, bias=None, lora_e=None, dropout_p=0.0, rng=None, column_scale=None
     ):
         layers = Layers([Projection(weight, lora_a, lora_b, scaling, bias, lora_e, column_scale)])
-        (output,) = self.module.lora_linear_fwd(x, layers, dropout_of(dropout_p, rng))
-        return output.y, output.h
+        outputs = self.module.lora_linear_fwd(x, layers, dropout_of(dropout_p, rng))
+        (y,), (h,) = outputs.ys, outputs.hs
+        return y, h
 
     def lora_linear_bwd(self, dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs):
         layers = Layers([Projection(weight, lora_a, lora_b, scaling, None, lora_e)])

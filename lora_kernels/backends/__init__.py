@@ -125,9 +125,10 @@ def by_formula(*tensors: Tensor | None) -> bool:
 
 
 def _sees_ops() -> bool:
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    # What torch.compiler.is_compiling tells besides, where dispatch modes are at work, is slower to ask.
+    if torch.compiler.is_dynamo_compiling() or torch._C._is_tracing():
         return True
-    return bool(torch._C._len_torch_dispatch_stack())
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _transforms_ops() -> bool:
@@ -197,11 +198,12 @@ def _check_values(name: str, t: Tensor) -> None:
         raise ValueError(f"{name}, {list(t.shape)} on {t.device}, has no memory; allowed: tensors with values")
 
 
-def in_autocast(device_type: str) -> bool:
-    """Whether autocast is on for the device, which it can't be for some, such as meta."""
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x, which it can't be for some, such as meta."""
     if not _is_any_autocast_enabled():
         return False
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def resolve(x: Tensor, activations: bool = False) -> Backend:

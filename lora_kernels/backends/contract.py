@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lora_kernels.types import NF4, AdamWGroup, Dropout, Gradients, Layers, Needs, Output
+from lora_kernels.types import NF4, AdamWGroup, Dropout, Gradients, Layers, Needs, Outputs
 
 
 class Backend(Protocol):
@@ -29,7 +29,7 @@ class Backend(Protocol):
     def beats_torch(self, x: Tensor, weight: Tensor) -> bool:
         """Whether its product of x [M, K] with a dense frozen weight, by lora_linear of rank 0, is the faster one."""
 
-    def lora_linear_fwd(self, x: Tensor, layers: Layers, dropout: Dropout | None) -> list[Output]:
+    def lora_linear_fwd(self, x: Tensor, layers: Layers, dropout: Dropout | None) -> Outputs:
         """y and h of each layer, for x [M, K]. What is worth making once for these layers goes to `layers.prepared`."""
 
     def lora_linear_bwd(

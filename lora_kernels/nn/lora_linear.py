@@ -34,8 +34,8 @@ _UNPACKED_DTYPES = (*WEIGHT_DTYPES, torch.complex64, torch.complex128, torch.boo
 INITS = ("default", "gaussian", "both_gaussian", "both_zero", "b_gaussian")
 # Along which dimension of the adapter's tensors the rank runs.
 RANK_DIMENSION = {"lora_a": 0, "lora_b": 1, "lora_e": 0}
-_ADAPTER = frozenset({"lora_a", "lora_b"})
-_OPTIONAL = ("bias", "lora_e", "lora_magnitude")
+# Those beside the weight, which may be a module.
+_PARAMETERS = ("lora_a", "lora_b", "lora_e", "bias", "lora_magnitude")
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -158,7 +158,7 @@ class AdaptedLayer:
     """
 
     group: ProjectionGroup | None = None
-    _kept: tuple[tuple, Layers] | None = None
+    _kept: Layers | None = None
 
     def projection(self) -> Projection:
         """The frozen layer and its adapter as `lora_linear_group` takes them."""
@@ -182,19 +182,20 @@ class AdaptedLayer:
         if autocast_dtype(x) is None and backends.unwatched(x):
             kept = [layer.kept_layers(x) for layer in layers]
             if None not in kept:
-                return project(x, kept[0] if len(kept) == 1 else _joined(kept), self.dropout_p)
+                return project(x, kept[0] if len(kept) == 1 else _joined(kept, x), self.dropout_p)
         return lora_linear_group(x, [layer.projection() for layer in layers], self.dropout_p)
 
-    def _keep(self, x: Tensor, scaling: float, tensors: Sequence[Tensor | None], bias: Tensor | None) -> Layers | None:
-        """What was kept of these `tensors`, in the order of `Layers`; made anew when one of them has moved, or is
-        another one. None where it is watched."""
-        kept, state = self._kept, (x.dtype, x.device, x.shape[-1:], scaling)
-        if kept is not None and kept[0] == state and kept[1].are(tensors, (bias,)):
-            return kept[1]
+    def _still(self, own: tuple[Tensor | None, ...], x: Tensor, scaling: float) -> Layers | None:
+        """What was kept of these tensors, of which the layer is made; None where one has moved or is another one."""
+        kept = self._kept
+        if kept is not None and kept.projections[0].scaling == scaling and kept.are(own, x):
+            return kept
+        return None
+
+    def _keep(self, own: tuple[Tensor | None, ...], x: Tensor) -> Layers | None:
+        """The layer, prepared and kept; None where it is watched."""
         layers = prepare(x, [self.projection()])
-        # A tensor that was computed would be kept with what it was computed from.
-        is_own = layers is not None and all(t is None or t.is_leaf for t in layers.tensors)
-        self.__dict__["_kept"] = (state, layers) if is_own else None
+        self.__dict__["_kept"] = layers if layers is not None and layers.keep(own, x) else None
         return layers
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,20 +237,13 @@ class ProjectionGroup:
             layer.__dict__["group"] = None
 
 
-def same_view(view: Tensor, kept: tuple[tuple, Layers] | None) -> Tensor:
-    """The view that `kept` has of the same weight, if it has one."""
-    before = None if kept is None else kept[1].tensors[0]
-    if before is None or (before.data_ptr(), before.dtype) != (view.data_ptr(), view.dtype):
-        return view
-    return before if (before.shape, before.stride()) == (view.shape, view.stride()) else view
-
-
-def _joined(kept: list[Layers]) -> Layers:
+def _joined(kept: list[Layers], x: Tensor) -> Layers:
     """All of them as one, which the first of them keeps."""
     first, *others = kept
     members, joined = first.prepared.get("joined", ((), None))
     if len(members) != len(others) or not all(map(is_, members, others)):
         joined = Layers([layer for each in kept for layer in each])
+        joined.keep(tuple(t for each in kept if each.places for t in each.places.tensors), x)
         first.prepared["joined"] = others, joined
     return joined
 
@@ -421,7 +415,10 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
         # a parameter: it must not show up in state_dict or parameters() under a second name.
         self.__dict__["_unmerged_weight"] = None
         self.weight = weight.requires_grad_(False)  # NF4Weight has no parameters, so this says the same of both
-        self.bias = None if bias is None else bias.requires_grad_(False)
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = bias.requires_grad_(False)
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, dtype=adapter_dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, dtype=adapter_dtype, device=weight.device))
         self.register_parameter("lora_e", None)
@@ -506,19 +503,18 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
         """
         # Not self.lora_a: nn.Module's __getattr__ would take longer than all of this.
         own, parameters, nf4 = self.__dict__, self._parameters, self._modules.get("weight")
-        # What pruning or a parametrization makes anew is no parameter, but an attribute.
-        made_anew = not parameters.keys() >= _ADAPTER or ("weight" in parameters) == (nf4 is not None)
-        made_anew = made_anew or any(own.get(name) is not None or name in self._buffers for name in _OPTIONAL)
-        if made_anew or parameters.get("lora_magnitude") is not None or type(self) is not FusedLoRALinear:
+        try:
+            weight = (parameters["weight"],) if nf4 is None else nf4.parts
+            tensors = *weight, *map(parameters.__getitem__, _PARAMETERS)
+        except KeyError:
+            # What pruning or a parametrization makes anew is no parameter, but an attribute.
             return None
-        if nf4 is not None:
-            weight = nf4.parts
-        elif self.fan_in_fan_out:
-            weight = (same_view(parameters["weight"].t(), self._kept),)
-        else:
-            weight = (parameters["weight"],)
-        tensors = *weight, parameters["lora_a"], parameters["lora_b"], parameters.get("lora_e"), None
-        return self._keep(x, self.scaling, tensors, parameters.get("bias"))
+        if (kept := self._still(tensors, x, own["scaling"])) is not None:
+            return kept
+        made_anew = any(own.get(name) is not None or name in self._buffers for name in _PARAMETERS)
+        if made_anew or self.lora_magnitude is not None or type(self) is not FusedLoRALinear:
+            return None
+        return self._keep(tensors, x)
 
     def group_terms(self) -> Hashable | None:
         """None without an adapter in use, and with DoRA, whose norms are made anew for each call."""

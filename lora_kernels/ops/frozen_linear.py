@@ -44,21 +44,21 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
 
 
 def frozen_layers(x: Tensor, weight: NF4Weight, bias: Tensor | None, kept: Layers | None) -> Layers | None:
-    """The layer as `project` takes it, checked for x: `kept`, if it is of the very tensors, lying where they did.
+    """The layer as `project` takes it, checked for x: `kept`, if that was made for the very tensors.
 
     None where it is watched, or under autocast. Raises as `lora_linear` does.
     """
     if autocast_dtype(x) is not None or not backends.unwatched(x, *weight.parts, bias):
         return None
-    if kept is not None:
-        _, _, _, _, lora_a, *rest = kept.tensors
-        fits = (lora_a.dtype, lora_a.device, lora_a.shape[1:]) == (x.dtype, x.device, x.shape[-1:])
-        # One that was made in inference mode can't be saved for backward.
-        fits = fits and lora_a.is_inference() == torch.is_inference_mode_enabled()
-        if fits and kept.are((*weight.parts, lora_a, *rest), (bias,)):
-            return kept
+    own = *weight.parts, bias
+    if kept is not None and kept.are(own, x):
+        return kept
     check_frozen(x, weight, bias)
-    return Layers([projection_in_memory(_frozen(x, weight, bias))])
+    # What is made in inference mode can't be saved for backward.
+    with torch.inference_mode(False):
+        layers = Layers([projection_in_memory(_frozen(x, weight, bias))])
+    layers.keep(own, x)
+    return layers
 
 
 def frozen_linear_dx(dy: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -70,7 +70,7 @@ def vector(t: Tensor | None) -> Tensor | None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """That to which x is cast; None outside of autocast, and for float64."""
-    if x.dtype == torch.float64 or not backends.in_autocast(x.device.type):
+    if not backends.in_autocast(x) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)
 

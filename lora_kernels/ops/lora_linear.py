@@ -11,9 +11,9 @@ alone.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_kernels.ops import dispatch, watched
 from lora_kernels.ops.layers import prepare, under_autocast
 from lora_kernels.ops.nf4 import NF4Weight
-from lora_kernels.types import AdapterNeeds, Dropout, Layers, Needs, Projection
+from lora_kernels.types import AdapterGradients, AdapterNeeds, Dropout, Gradients, Layers, Needs, Projection
 
 ADAPTER = ("lora_a", "lora_b", "lora_e")
 
@@ -110,31 +110,32 @@ def project(x: Tensor, layers: Layers, dropout_p: float) -> tuple[Tensor, ...]:
 
 
 def _one_pass(x: Tensor, layers: Layers, dropout: Dropout | None) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled():
-        trained = layers.trained()
-        if trained or x.requires_grad:
-            return _Pass.apply(x, layers, dropout, tuple(trained), *trained.values())
-    ys = [output.y for output in dispatch.forward(dispatch.matrix(x), layers, dropout)]
+    if torch.is_grad_enabled() and (layers.trained or x.requires_grad):
+        return _Pass.apply(x, (layers, dropout), *layers.trained.values())
+    ys = dispatch.forward(dispatch.matrix(x), layers, dropout).ys
     return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 class _Pass(torch.autograd.Function):
-    """The layers by a backend's two functions; `tensors` are what is trained of them, whose places are `trained`.
+    """The layers by a backend's two functions; `tensors` are what is trained of them.
 
-    Only what has a gradient is an argument of its own: torch looks at each of them four times. All else that backward
-    reads is saved too, so that torch says where it has been changed, and frees it.
+    Only what has a gradient is an argument of its own, and of layers that last only what they don't hold is saved: a
+    tensor that torch saves takes longer than a small product. Of others all that backward reads is saved, so that torch
+    frees it. Whether it has been changed in place is for torch to say of what it saves, for `_unchanged` of the rest.
     """
 
     @staticmethod
-    def forward(ctx, x, layers, dropout, trained, *tensors):
+    def forward(ctx, x, state, *tensors):
+        layers, dropout = state
         outputs = dispatch.forward(dispatch.matrix(x), layers, dropout)
-        ys, hs = [output.y for output in outputs], [output.h for output in outputs]
-        rng, dropout_p = (None, 0.0) if dropout is None else (dropout.rng, dropout.p)
+        ys, trained = outputs.ys, tuple(layers.trained)
         reads_x, scaled = _saved(trained)
+        held, versions, own = None, None, layers.tensors
+        if layers.lasting:
+            held, versions, own = layers, layers.versions(), ()
         more = [t for i in scaled for t in (ys[i], layers.biases[i])]
-        ctx.save_for_backward(x if reads_x else None, rng, *hs, *layers.tensors, *more)
-        # Not the layers themselves, which would keep what torch frees after backward.
-        ctx.state = weakref.ref(layers), layers.settings, trained, dropout_p, x.shape
+        ctx.save_for_backward(x if reads_x else None, *outputs.hs, *own, *more)
+        ctx.state = held, versions, layers.settings, trained, dropout, x.shape
         if x.dim() != 2:
             # Not by a view: one that is made in here could not be changed in place outside.
             for y in ys:
@@ -143,66 +144,85 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        weak_layers, settings, trained, dropout_p, shape = ctx.state
-        x, rng, *saved = ctx.saved_tensors
+        layers, versions, settings, trained, dropout, shape = ctx.state
+        x, *saved = ctx.saved_tensors
         count = len(dys)
-        end = count + sum(8 if block_size else 5 for _, block_size, _ in settings)
-        hs, tensors, scaled = saved[:count], saved[count:end], saved[end:]
-        layers = weak_layers()
-        if layers is None or not layers.are(tensors):
-            # Nobody keeps them, or something has stored the tensors elsewhere, as hooks on saved tensors do.
-            layers = Layers.of(settings, tensors)
+        hs, saved = saved[:count], saved[count:]
+        if layers is not None:
+            layers = _unchanged(layers, versions)
+        else:
+            size = sum(8 if block_size else 5 for _, block_size, _ in settings)
+            layers, saved = Layers.of(settings, saved[:size]), saved[size:]
         need, needs = _needs(trained, ctx.needs_input_grad, count)
-        dzs, found = [dispatch.matrix(dy) for dy in dys], {}
+        dzs = [dispatch.matrix(dy) for dy in dys]
         rows = dzs[0].new_empty(()).expand(len(dzs[0]), shape[-1]) if x is None else dispatch.matrix(x)
-        for i, layer in enumerate(layers.projections):
-            if (i, "bias") in need:
-                found[i, "bias"] = dzs[i].sum(0)
-            if layer.column_scale is not None:
-                y, bias = None, None
-                if (i, "column_scale") in trained:
-                    y, bias, *scaled = scaled
-                    y = dispatch.matrix(y)
-                sources = (dys[i], y, x, *tensors)
-                dzs[i], found[i, "column_scale"] = _unscaled(dzs[i], y, bias, layer.column_scale, sources)
-            if (i, "weight") in need:
+        found = {}
+        for i, name in need:
+            if name == "bias":
+                found[i, name] = dzs[i].sum(0)
+        if layers.scaled:
+            dzs = _unscaled(dys, dzs, saved, x, layers, trained, found)
+        for i, name in need:
+            if name == "weight":
                 # The base is frozen in LoRA; this and the bias's serve those who train it as well.
-                found[i, "weight"] = dzs[i].T @ rows
+                found[i, name] = dzs[i].T @ rows
         dx = None
         if needs is not None:
-            dropout = None if rng is None else Dropout(dropout_p, rng)
-            dx, adapters = _by_backend(dzs, rows, hs, layers, dropout, needs, (x, *tensors, *dys))
-            dx = dx if dx is None or len(shape) == 2 else dx.view(shape)
-            found.update(adapters)
-        return dx, None, None, None, *(found[place] if place in need else None for place in trained)
+            gradients = _by_backend(dzs, rows, hs, layers, dropout, needs, (x, *layers.tensors, *dys))
+            dx = gradients.x if gradients.x is None or len(shape) == 2 else gradients.x.view(shape)
+            for i, name in need:
+                if name in ADAPTER:
+                    found[i, name] = getattr(gradients.layers[i], name)
+        return dx, None, *map(found.get, trained)
+
+
+def _unchanged(layers: Layers, versions: list[int | None]) -> Layers:
+    """The layers; prepared anew where something has stored their tensors elsewhere since forward."""
+    if layers.versions() != versions:
+        raise RuntimeError(
+            "a weight that is needed for the gradient has been modified by an inplace operation since lora_linear's "
+            "forward pass"
+        )
+    return layers if layers.places.hold(None, None) else Layers(layers.projections)
 
 
 def _unscaled(
-    dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor, sources: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of what column_scale multiplies and of itself, made of the `sources`; as in `_by_backend`."""
-    if not torch.is_grad_enabled():
-        return dispatch.column_scale_bwd(dy, y, bias, column_scale)
-    with torch.no_grad():
-        gradients = dispatch.column_scale_bwd(dy, y, bias, column_scale)
-    return _NoSecondDerivative.apply(2, *gradients, *sources)
+    dys: Sequence[Tensor], dzs: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor | None, layers: Layers,
+    trained: tuple[tuple[int, str], ...], found: dict[tuple[int, str], Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of what each column_scale multiplies; those of the trained ones themselves go to `found`.
+
+    saved: of each trained one in turn y and bias. All are made of dys, y, x and the layers, as in `_by_backend`.
+    """
+    unscaled, rest = [], iter(saved)
+    for i, (dy, dz, layer) in enumerate(zip(dys, dzs, layers, strict=True)):
+        place, y, bias = (i, "column_scale"), None, None
+        if layer.column_scale is None:
+            unscaled.append(dz)
+            continue
+        if place in trained:
+            y, bias = dispatch.matrix(next(rest)), next(rest)
+        with torch.no_grad():
+            gradients = dispatch.column_scale_bwd(dz, y, bias, layer.column_scale)
+        dz, of_scale = _without_second_derivative(gradients, (dy, y, x, *layers.tensors))
+        unscaled.append(dz)
+        found[place] = of_scale
+    return unscaled
 
 
 def _by_backend(
     dzs: Sequence[Tensor], x: Tensor, hs: Sequence[Tensor], layers: Layers, dropout: Dropout | None, needs: Needs,
     sources: Sequence[Tensor | None],
-) -> tuple[Tensor | None, dict[tuple[int, str], Tensor | None]]:  # fmt: skip
-    """dx and, by place, the adapters' gradients, made of the `sources`; they have no derivatives of their own."""
+) -> Gradients:  # fmt: skip
+    """dx and the adapters' gradients, made of the `sources`; they have no derivatives of their own."""
     if not torch.is_grad_enabled():
-        gradients = dispatch.backward(dzs, x, hs, layers, dropout, needs)
-        places = {}
-        for i, own in enumerate(gradients.layers):
-            places[i, "lora_a"], places[i, "lora_b"], places[i, "lora_e"] = own.lora_a, own.lora_b, own.lora_e
-        return gradients.x, places
+        return dispatch.backward(dzs, x, hs, layers, dropout, needs)
     with torch.no_grad():
-        dx, places = _by_backend(dzs, x, hs, layers, dropout, needs, ())
-    dx, *adapters = _NoSecondDerivative.apply(1 + len(places), dx, *places.values(), *sources)
-    return dx, dict(zip(places, adapters, strict=True))
+        gradients = dispatch.backward(dzs, x, hs, layers, dropout, needs)
+    adapters = [getattr(own, name) for own in gradients.layers for name in ADAPTER]
+    dx, *adapters = _without_second_derivative((gradients.x, *adapters), sources)
+    rest = iter(adapters)
+    return Gradients(dx, [AdapterGradients(*islice(rest, len(ADAPTER))) for _ in gradients.layers])
 
 
 @lru_cache
@@ -217,13 +237,20 @@ def _saved(trained: tuple[tuple[int, str], ...]) -> tuple[bool, list[int]]:
 @lru_cache
 def _needs(
     trained: tuple[tuple[int, str], ...], needs_input_grad: tuple[bool, ...], count: int
-) -> tuple[frozenset[tuple[int, str]], Needs | None]:
+) -> tuple[tuple[tuple[int, str], ...], Needs | None]:
     """Of what is trained, that of which a gradient is asked for; and what of it a backend computes, if anything."""
-    need_x, _, _, _, *needed = needs_input_grad
-    need = frozenset(place for place, asked in zip(trained, needed, strict=True) if asked)
+    need_x, _, *needed = needs_input_grad
+    need = tuple(place for place, asked in zip(trained, needed, strict=True) if asked)
     adapters = tuple(AdapterNeeds(*((i, name) in need for name in ADAPTER)) for i in range(count))
     computed = need_x or any((i, name) in need for i in range(count) for name in ADAPTER)
     return need, Needs(need_x, adapters) if computed else None
+
+
+def _without_second_derivative(
+    gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """The gradients as something made of the sources that nobody can differentiate."""
+    return _NoSecondDerivative.apply(len(gradients), *gradients, *sources) if torch.is_grad_enabled() else gradients
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -45,7 +45,7 @@ def project(x: Tensor, layers: Sequence[Projection], dropout_p: float) -> tuple[
 
 
 def _formula(x: Tensor, layers: Sequence[Projection], dropout_p: float) -> tuple[Tensor, ...]:
-    if backends.in_autocast(x.device.type):
+    if backends.in_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return _formula(x, layers, dropout_p)
     ready = []
@@ -92,8 +92,8 @@ def _fwd(
     layers = _layers(
         x, weight, lora_a, lora_b, scaling, bias, lora_e, column_scale, absmax, absmax_scale, absmax_offset, block_size
     )
-    (output,) = dispatch.forward(dispatch.matrix(x), layers, _dropout(dropout_p, rng))
-    return output.y, output.h
+    outputs = dispatch.forward(dispatch.matrix(x), layers, _dropout(dropout_p, rng))
+    return outputs.ys[0], outputs.hs[0]
 
 
 def _bwd(

@@ -155,10 +155,10 @@ def test_few_rows_read_every_element_of_nf4(isa, M, block_size, double_quant):
     weight = quantize_nf4(inputs["weight"], block_size, double_quant)
     layer = Projection(weight.tensors(), inputs["lora_a"], torch.zeros(N, 3), 1.0)
     layers, x = Layers([layer]), torch.eye(K)
-    y = torch.cat([cpu.lora_linear_fwd(x[m : m + M], layers, None)[0].y for m in range(0, K, M)])
+    y = torch.cat([cpu.lora_linear_fwd(x[m : m + M], layers, None).ys[0] for m in range(0, K, M)])
     assert torch.equal(y, weight.dequantize(FP32).T)
     x = inputs["x"][:M]
-    y = cpu.lora_linear_fwd(x, layers, None)[0].y
+    y = cpu.lora_linear_fwd(x, layers, None).ys[0]
     dense = weight.dequantize(FP32)
     assert_close_to_reference(y, x @ dense.T, x.double() @ dense.double().T, "y")
 

@@ -157,7 +157,7 @@ def test_a_group_is_queued_at_once(monkeypatch):
     needs = Needs(True, (AdapterNeeds(True, True),) * 3)
     cuda_emulated.lora_linear_bwd(dys, x, hs, Layers(layers), None, needs)
     backward = ["lora_dh_dlora_b", "lora_reduce", "lora_dlora_a", "lora_gemm"]
-    assert queued == [["lora_h", "lora_few_rows"] * 3, backward * 3] and len(forward) == 3
+    assert queued == [["lora_h", "lora_few_rows"] * 3, backward * 3] and len(forward.ys) == 3
 
 
 @pytest.mark.parametrize(

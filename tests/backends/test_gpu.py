@@ -30,7 +30,7 @@ from lora_kernels.types import (
     Gradients,
     Layers,
     Needs,
-    Output,
+    Outputs,
     Projection,
 )
 
@@ -63,7 +63,7 @@ def _move(value, device):
         return type(value)(_move(part, device) for part in value)
     if isinstance(value, Layers):
         return Layers(_move(value.projections, device))
-    if isinstance(value, (NF4, Projection, Dropout, Output, Gradients, AdapterGradients)):
+    if isinstance(value, (NF4, Projection, Dropout, Outputs, Gradients, AdapterGradients)):
         return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
@@ -183,9 +183,9 @@ def test_group(backend, M, K, sizes, nf4, dropout_p):
     run = OnDevice(backend)
     outputs = run.lora_linear_fwd(x, frozen, dropout)
     needs = Needs(True, tuple(AdapterNeeds(True, True, layer.lora_e is not None) for layer in layers))
-    found = run.lora_linear_bwd(dys, x, [output.h for output in outputs], frozen, dropout, needs)
+    found = run.lora_linear_bwd(dys, x, outputs.hs, frozen, dropout, needs)
     adapters = [t for own in found.layers for t in (own.lora_a, own.lora_b, own.lora_e) if t is not None]
-    actual = [*(output.y for output in outputs), found.x, *adapters]
+    actual = [*outputs.ys, found.x, *adapters]
     check_group(actual, x, layers, dys, dropout_p, BF16)
 
 

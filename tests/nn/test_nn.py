@@ -346,10 +346,23 @@ def test_gradients_are_made_of_what_hooks_have_stored_elsewhere():
     expected = torch.autograd.grad(layer(x), wanted, dy)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True).copy(), torch.from_numpy):
         y = layer(x)
-    for t in wanted:
-        t.data.fill_(torch.nan)
+    x.data.fill_(torch.nan)
+    for parameter in layer.parameters():
+        before, parameter.data = parameter.data, parameter.data.clone()
+        before.fill_(torch.nan)
     for gradient, plain in zip(torch.autograd.grad(y, wanted, dy), expected, strict=True):
         torch.testing.assert_close(gradient, plain)
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "lora_e"])
+def test_a_weight_that_was_changed_in_place_before_backward(name):
+    layer, x = make(), torch.randn(20, 24)
+    layer.lora_e = nn.Parameter(torch.rand(layer.r))
+    y = layer(x)
+    with torch.no_grad():
+        layer.get_parameter(name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -44,7 +44,7 @@ from lora_kernels.backends.cpu.extension import (
 )
 from lora_kernels.backends.cpu.nf4 import decode
 from lora_kernels.reference import dropout_scale, dropout_threshold, scale_gradient
-from lora_kernels.types import NF4, AdapterGradients, Dropout, Gradients, Layers, Needs, Output, Projection
+from lora_kernels.types import NF4, AdapterGradients, Dropout, Gradients, Layers, Needs, Outputs, Projection
 
 # Elements of a panel of the weight: large enough for torch's products, small enough to stay in a cache.
 _PANEL = 1 << 20
@@ -101,9 +101,12 @@ class _Prepared:
     weights: list[tuple[int, bool]]
 
 
+if unavailable is None:
+    kernels.take_large_results_from(memory.new, memory.LARGE)
+
+
 def _prepared(x: Tensor, layers: Layers) -> _Prepared:
     """Made once for these tensors as they lie in memory."""
-    check(x)
     kept = layers.prepared.get("cpu")
     if kept is None:
         kept = layers.prepared["cpu"] = _prepare(x, layers)
@@ -111,6 +114,7 @@ def _prepared(x: Tensor, layers: Layers) -> _Prepared:
 
 
 def _prepare(x: Tensor, layers: Layers) -> _Prepared:
+    check(x)
     for layer in layers:
         for adapter in (layer.lora_a, layer.lora_b, layer.lora_e):
             if adapter is not None and adapter.dtype not in (torch.float32, x.dtype):
@@ -165,7 +169,7 @@ def beats_torch(x: Tensor, weight: Tensor) -> bool:
     return M <= FEW_ROWS or how in (Plan.OWN_FLOAT32, Plan.OWN_BFLOAT16)
 
 
-def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> list[Output]:
+def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> Outputs:
     """See reference.lora_linear_fwd. x is float32, bfloat16 or float16, adapters float32 or the dtype of x.
 
     y is rounded once (before column_scale too, where there is one and torch multiplies bfloat16). Raises ValueError for
@@ -176,12 +180,9 @@ def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> list[
     how = Plan.OWN_FLOAT32 if few else _plan(x.dtype, M, prepared, forward=True)
     if how in (Plan.TORCH_FLOAT32, Plan.TORCH_BFLOAT16):
         return _fwd_by_torch(x, layers, dropout, how is Plan.TORCH_BFLOAT16)
-    ys = [memory.new(x, M, view.N) for view in prepared.views]
-    hs = [empty(M, view.R) for view in prepared.views]
-    kernels.layers_forward(
-        prepared.views, ys, hs, x, how is Plan.OWN_BFLOAT16, *_drawn(dropout), torch.get_num_threads()
-    )
-    return list(map(Output, ys, hs))
+    in_bfloat16 = how is Plan.OWN_BFLOAT16
+    made = kernels.layers_forward(prepared.views, x, in_bfloat16, *_drawn(dropout), torch.get_num_threads())
+    return Outputs(*made)
 
 
 def lora_linear_bwd(
@@ -193,22 +194,15 @@ def lora_linear_bwd(
     are accumulated in float32 and rounded to their adapter's dtype. The result depends on torch.get_num_threads() but
     not on timing.
     """
-    prepared, hs = _prepared(x, layers), [h.contiguous() for h in hs]
+    prepared, hs = _prepared(x, layers), [h if h.is_contiguous() else h.contiguous() for h in hs]
     how = _plan(x.dtype, x.shape[0], prepared, forward=False)
     if how in (Plan.TORCH_FLOAT32, Plan.TORCH_BFLOAT16):
         return _bwd_by_torch(dys, x, hs, layers, dropout, needs, how is Plan.TORCH_BFLOAT16)
-    dx = memory.new(x, *x.shape) if needs.x else None
-    dlora_a, dlora_b, dlora_e, reads_x = [], [], [], False
-    for layer, need in zip(layers.projections, needs.layers, strict=True):
-        dlora_a.append(torch.empty_like(layer.lora_a) if need.lora_a else None)
-        dlora_b.append(torch.empty_like(layer.lora_b) if need.lora_b else None)
-        dlora_e.append(torch.empty_like(layer.lora_e) if need.lora_e else None)
-        reads_x = reads_x or need.lora_a
-    kernels.layers_backward(
-        prepared.views, dys, hs, x if reads_x else None, dx, dlora_a, dlora_b, dlora_e, how is Plan.OWN_BFLOAT16,
-        *_drawn(dropout), torch.get_num_threads(),
+    dx, adapters = kernels.layers_backward(
+        prepared.views, dys, hs, x, needs.x, needs.layers, how is Plan.OWN_BFLOAT16, *_drawn(dropout),
+        torch.get_num_threads(),
     )  # fmt: skip
-    return Gradients(dx, list(map(AdapterGradients, dlora_a, dlora_b, dlora_e)))
+    return Gradients(dx, [AdapterGradients(*own) for own in adapters])
 
 
 def column_scale_bwd(
@@ -289,8 +283,8 @@ def _panels(
         yield part, panel
 
 
-def _fwd_by_torch(x: Tensor, layers: Layers, dropout: Dropout | None, in_bfloat16: bool) -> list[Output]:
-    outputs, x32 = [], None if in_bfloat16 else x.float()
+def _fwd_by_torch(x: Tensor, layers: Layers, dropout: Dropout | None, in_bfloat16: bool) -> Outputs:
+    outputs, x32 = Outputs([], []), None if in_bfloat16 else x.float()
     for layer, h in zip(layers, _lora_a_fwd(x, layers, dropout), strict=True):
         he = h if layer.lora_e is None else h * layer.lora_e.float()
         y = memory.new(x, x.shape[0], layer.weight.shape[0])
@@ -298,7 +292,8 @@ def _fwd_by_torch(x: Tensor, layers: Layers, dropout: Dropout | None, in_bfloat1
             _y_in_bfloat16(torch.cat([x, he.to(x.dtype)], dim=1), layer, y)
         else:
             _y_in_float32(x32, he, layer, y)
-        outputs.append(Output(y, h))
+        outputs.ys.append(y)
+        outputs.hs.append(h)
     return outputs
 
 

@@ -34,7 +34,7 @@ from lora_kernels.types import (
     Gradients,
     Layers,
     Needs,
-    Output,
+    Outputs,
     Projection,
 )
 
@@ -216,7 +216,7 @@ class Kernels:
         """The vendor's product, which torch takes, is never slower."""
         return False
 
-    def lora_linear_fwd(self, x: Tensor, layers: Layers, dropout: Dropout | None) -> list[Output]:
+    def lora_linear_fwd(self, x: Tensor, layers: Layers, dropout: Dropout | None) -> Outputs:
         """Of each layer y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32, all queued at once.
         Two launches a layer, and one more where an NF4 weight meets more rows
         than it is decoded for inside the product, and is dequantised first.
@@ -232,17 +232,18 @@ class Kernels:
             self._check_device("x", x)
             dense = torch.empty(first.weight.shape, dtype=x.dtype, device=x.device)
             self.dequantize_nf4(first.weight, dense)
-            return [Output(torch.nn.functional.linear(x, dense, first.bias), x.new_empty(len(x), 0))]
-        outputs: list[Output] = []
+            return Outputs([torch.nn.functional.linear(x, dense, first.bias)], [x.new_empty(len(x), 0)])
+        outputs = Outputs([], [])
         launches: list[_Launch] = []
         for layer in layers:
-            output, own = self._forward(x, layer, dropout)
-            outputs.append(output)
+            y, h, own = self._forward(x, layer, dropout)
+            outputs.ys.append(y)
+            outputs.hs.append(h)
             launches += own
         self._queue(x, *launches)
         return outputs
 
-    def _forward(self, x: Tensor, layer: Projection, dropout: Dropout | None) -> tuple[Output, list[_Launch]]:
+    def _forward(self, x: Tensor, layer: Projection, dropout: Dropout | None) -> tuple[Tensor, Tensor, list[_Launch]]:
         """y and h, and the launches that make them."""
         weight, lora_a, lora_b, lora_e = layer.weight, layer.lora_a, layer.lora_b, layer.lora_e
         bias, column_scale, scaling = layer.bias, layer.column_scale, layer.scaling
@@ -299,7 +300,7 @@ class Kernels:
             launches.append((kernel, arguments))
         else:
             launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
-        return Output(y, h), launches
+        return y, h, launches
 
     def column_scale_bwd(
         self, dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor

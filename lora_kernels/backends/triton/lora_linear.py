@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_kernels.backends.parts import ceil_div, in_parts
 from lora_kernels.backends.triton import vendor
 from lora_kernels.reference import dropout_scale, dropout_threshold
-from lora_kernels.types import NF4, AdapterGradients, Dropout, Gradients, Layers, Needs, Output, Projection
+from lora_kernels.types import NF4, AdapterGradients, Dropout, Gradients, Layers, Needs, Outputs, Projection
 
 from . import configs
 from .common import INTERPRETED, Launcher, Tile, cast, dot, let_next_kernel_start, wait_for_kernel_before
@@ -849,7 +849,7 @@ def _one_below_the_other(layers: Layers) -> Tensor:
     return each[0] if len(each) == 1 else torch.cat(each)
 
 
-def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None, by_vendor: bool = False) -> list[Output]:
+def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None, by_vendor: bool = False) -> Outputs:
     """y [M, N] in the dtype of x and h = dropout(x) lora_aᵀ [M, R] in float32 of each of at most MAX_LAYERS layers, in
     one launch for all h, which are columns of one matrix, and one for each y.
 
@@ -871,7 +871,7 @@ def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None, by_vendo
                 [(x, layer.weight)], layer.column_scale, layer.bias, h, parts, layer.lora_e, layer.lora_b.T, y,
                 layer.scaling,
             )  # fmt: skip
-    return [Output(y, h) for y, h in zip(ys, hs, strict=True)]
+    return Outputs(ys, hs)
 
 
 def column_scale_bwd(
