@@ -1,5 +1,5 @@
-// lora_kernels._cuda and, with LK_SIMT, lora_kernels._simt, which runs the same kernels on CPU tensors. Of tensors it
-// takes the addresses; all checks are made in Python.
+// lora_kernels._cuda and, with LK_SIMT, lora_kernels._simt, which runs the same kernels on CPU tensors. All checks are
+// made in Python.
 #include <pybind11/pybind11.h>
 
 #include <functional>
@@ -29,6 +29,16 @@ using namespace lora_kernels::cuda;
 
 namespace {
 
+// Of None any.
+DType dtype_of(const Tensor& t) { return t.is_none() ? DType::kFloat32 : t.dtype<DType>(); }
+
+int checked(int64_t size) {
+  if (size != int(size)) throw py::value_error("a tensor is too large");
+  return int(size);
+}
+int rows(const Tensor& t) { return checked(t.size(0)); }
+int columns(const Tensor& t) { return checked(t.size(1)); }
+
 // The arguments of one launch, {name: value}. Each must be taken, under the name of the field it is for.
 class Arguments {
  public:
@@ -46,12 +56,13 @@ class Arguments {
     if (value != int(value)) throw py::value_error(std::string(name) + " is too large");
     return int(value);
   }
-  DType dtype(const char* name) { return DType(integer(name)); }
   float real(const char* name) {
     const double value = PyFloat_AsDouble(get(name));
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
     return float(value);
   }
+  DType dtype(const char* name) { return DType(integer(name)); }
+  Tensor tensor(const char* name) { return Tensor(get(name)); }
   // Of None, a tensor, or a part of one as (tensor, first byte, bytes).
   template <class T = void>
   T* pointer(const char* name) {
@@ -76,26 +87,16 @@ class Arguments {
             pointer<float>("partials"),      pointer<double>("max_grad_norm"),
             pointer<float>("grad_norm"),     extent("count")};
   }
-  RankParts rank_parts(const char* parts, const char* splits, const char* sum) {
-    return {pointer<float>(parts), extent(splits), pointer<float>(sum), integer("just_queued") != 0};
+  RankParts rank_parts() {
+    return {pointer<float>("u_parts"), extent("splits"), pointer<float>("u"), integer("just_queued") != 0};
   }
   template <class Weight>
   LoraFewRows<Weight> few_rows(const Weight& weight) {
-    return {weight,
-            pointer("x"),
-            integer("ld_x"),
-            pointer<float>("column_scale"),
-            pointer("bias"),
-            rank_parts("h_parts", "splits", "h"),
-            pointer("lora_b"),
-            dtype("lora_b_dtype"),
-            pointer("lora_e"),
-            dtype("lora_e_dtype"),
-            pointer("y"),
-            extent("M"),
-            extent("R"),
-            real("scaling"),
-            dtype("dtype")};
+    const Tensor x = tensor("x"), lora_b = tensor("lora_b"), lora_e = tensor("lora_e");
+    return {weight,          x.data(),         x.stride(0),   pointer<float>("column_scale"),
+            pointer("bias"), rank_parts(),     lora_b.data(), dtype_of(lora_b),
+            lora_e.data(),   dtype_of(lora_e), pointer("y"),  rows(x),
+            columns(lora_b), real("scaling"),  dtype_of(x)};
   }
   Dropout dropout() { return {pointer<int64_t>("rng"), uint32_t(integer("threshold"))}; }
 
@@ -186,85 +187,92 @@ PYBIND11_MODULE(LK_MODULE, m) {
   m.def("dh_columns", &dh_columns, py::arg("R"));
 
   add("lora_h", &lora_h, [](Arguments& a) {
-    return LoraH{a.pointer("x"),
-                 a.integer("ld_x"),
-                 a.pointer("lora_a"),
-                 a.dtype("lora_a_dtype"),
+    const Tensor x = a.tensor("x"), lora_a = a.tensor("lora_a");
+    return LoraH{x.data(),
+                 x.stride(0),
+                 lora_a.data(),
+                 dtype_of(lora_a),
                  a.pointer<float>("h_parts"),
-                 a.extent("M"),
-                 a.extent("K"),
-                 a.extent("R"),
+                 rows(x),
+                 columns(x),
+                 rows(lora_a),
                  a.extent("columns_per_split"),
                  a.dropout(),
                  a.real("scale"),
-                 a.dtype("dtype")};
+                 dtype_of(x)};
   });
   add("lora_gemm", &lora_gemm, [](Arguments& a) {
-    return LoraGemm{a.pointer("x"),
-                    a.integer("ld_x"),
-                    a.pointer("weight"),
-                    a.integer("stride_wn"),
-                    a.integer("stride_wk"),
+    const Tensor x = a.tensor("x"), weight = a.tensor("weight"), lora_e = a.tensor("lora_e"), v = a.tensor("v");
+    const int transposed = a.integer("transposed") != 0;
+    return LoraGemm{x.data(),
+                    x.stride(0),
+                    weight.data(),
+                    weight.stride(transposed),
+                    weight.stride(!transposed),
                     a.pointer<float>("column_scale"),
                     a.pointer("bias"),
-                    a.rank_parts("u_parts", "splits", "u"),
-                    a.pointer("lora_e"),
-                    a.dtype("lora_e_dtype"),
-                    a.pointer("v"),
-                    a.dtype("v_dtype"),
-                    a.integer("stride_vr"),
-                    a.integer("stride_vn"),
+                    a.rank_parts(),
+                    lora_e.data(),
+                    dtype_of(lora_e),
+                    v.data(),
+                    dtype_of(v),
+                    v.stride(0),
+                    v.stride(1),
                     a.pointer("out"),
-                    a.extent("M"),
-                    a.extent("N"),
-                    a.extent("K"),
-                    a.extent("R"),
+                    rows(x),
+                    columns(v),
+                    columns(x),
+                    rows(v),
                     a.real("scale"),
                     a.dropout(),
-                    a.dtype("dtype")};
+                    dtype_of(x)};
   });
   add("lora_few_rows", &lora_few_rows, [](Arguments& a) {
-    return a.few_rows(DenseWeight{a.pointer("weight"), a.integer("ld_weight"), a.integer("N"), a.integer("K")});
+    const Tensor weight = a.tensor("weight");
+    return a.few_rows(DenseWeight{weight.data(), weight.stride(0), weight.size(0), weight.size(1)});
   });
   add("column_scale_bwd", &column_scale_bwd, [](Arguments& a) {
-    return ColumnScaleBwd{a.pointer("dy"),
-                          a.integer("ld_dy"),
+    const Tensor dy = a.tensor("dy");
+    return ColumnScaleBwd{dy.data(),
+                          dy.stride(0),
                           a.pointer("y"),
                           a.pointer("bias"),
                           a.pointer<float>("column_scale"),
                           a.pointer("dz"),
                           a.pointer<float>("dscale_parts"),
-                          a.extent("M"),
-                          a.extent("N"),
+                          rows(dy),
+                          columns(dy),
                           a.extent("rows_per_split"),
-                          a.dtype("dtype")};
+                          dtype_of(dy)};
   });
   add("lora_dh_dlora_b", &lora_dh_dlora_b, [](Arguments& a) {
-    return LoraDhDloraB{a.pointer("dy"),
-                        a.integer("ld_dy"),
+    const Tensor dy = a.tensor("dy"), lora_b = a.tensor("lora_b");
+    return LoraDhDloraB{dy.data(),
+                        dy.stride(0),
                         a.pointer<float>("h"),
-                        a.pointer("lora_b"),
-                        a.dtype("lora_b_dtype"),
+                        lora_b.data(),
+                        dtype_of(lora_b),
                         a.pointer<float>("dh_parts"),
                         a.pointer<float>("db_parts"),
                         a.pointer<float>("de_parts"),
-                        a.extent("M"),
-                        a.extent("N"),
-                        a.extent("R"),
+                        rows(dy),
+                        columns(dy),
+                        columns(lora_b),
                         a.extent("rows_per_split"),
-                        a.dtype("dtype")};
+                        dtype_of(dy)};
   });
   add("lora_reduce", &lora_reduce, [](Arguments& a) {
+    const Tensor dlora_b = a.tensor("dlora_b"), dlora_e = a.tensor("dlora_e"), lora_e = a.tensor("lora_e");
     return LoraReduce{a.pointer<float>("dh_parts"),
                       a.pointer<float>("db_parts"),
                       a.pointer<float>("de_parts"),
                       a.pointer<float>("dh"),
-                      a.pointer("dlora_b"),
-                      a.pointer("dlora_e"),
-                      a.dtype("dlora_b_dtype"),
-                      a.dtype("dlora_e_dtype"),
-                      a.pointer("lora_e"),
-                      a.dtype("lora_e_dtype"),
+                      dlora_b.data(),
+                      dlora_e.data(),
+                      dtype_of(dlora_b),
+                      dtype_of(dlora_e),
+                      lora_e.data(),
+                      dtype_of(lora_e),
                       a.extent("column_blocks"),
                       a.extent("splits"),
                       a.extent("M"),
@@ -274,24 +282,34 @@ PYBIND11_MODULE(LK_MODULE, m) {
                       a.dtype("dtype")};
   });
   add("lora_dlora_a", &lora_dlora_a, [](Arguments& a) {
-    return LoraDloraA{
-        a.pointer("x"),  a.integer("ld_x"), a.pointer<float>("dh"), a.pointer("dlora_a"), a.dtype("dlora_a_dtype"),
-        a.extent("M"),   a.extent("K"),     a.extent("R"),          a.dropout(),          a.real("scale"),
-        a.dtype("dtype")};
+    const Tensor x = a.tensor("x"), dlora_a = a.tensor("dlora_a");
+    return LoraDloraA{x.data(),   x.stride(0), a.pointer<float>("dh"), dlora_a.data(), dtype_of(dlora_a),
+                      rows(x),    columns(x),  rows(dlora_a),          a.dropout(),    a.real("scale"),
+                      dtype_of(x)};
   });
 
   add("nf4_quantize", &nf4_quantize, [](Arguments& a) {
-    return Nf4Quantize{
-        a.pointer("weight"),          a.dtype("dtype"),          a.integer("size"), a.extent("block_shift"),
-        a.pointer<uint8_t>("packed"), a.pointer<float>("absmax")};
+    const Tensor weight = a.tensor("weight");
+    return Nf4Quantize{weight.data(),
+                       dtype_of(weight),
+                       weight.numel(),
+                       a.extent("block_shift"),
+                       a.pointer<uint8_t>("packed"),
+                       a.pointer<float>("absmax")};
   });
   add("nf4_quantize_absmax", &nf4_quantize_absmax, [](Arguments& a) {
-    return Nf4QuantizeAbsmax{a.pointer<float>("absmax"),        a.integer("blocks"),
-                             a.pointer<float>("absmax_offset"), a.pointer<float>("absmax_code"),
-                             a.pointer<uint8_t>("codes"),       a.pointer<float>("absmax_scale")};
+    const Tensor absmax = a.tensor("absmax");
+    return Nf4QuantizeAbsmax{absmax.data<float>(),
+                             absmax.numel(),
+                             a.pointer<float>("absmax_offset"),
+                             a.pointer<float>("absmax_code"),
+                             a.pointer<uint8_t>("codes"),
+                             a.pointer<float>("absmax_scale")};
   });
-  add("nf4_dequantize", &nf4_dequantize,
-      [](Arguments& a) { return Nf4Dequantize{a.nf4_weight(), a.pointer("out"), a.dtype("dtype")}; });
+  add("nf4_dequantize", &nf4_dequantize, [](Arguments& a) {
+    const Tensor out = a.tensor("out");
+    return Nf4Dequantize{a.nf4_weight(), out.data(), dtype_of(out)};
+  });
   add("nf4_few_rows", &nf4_few_rows, [](Arguments& a) { return a.few_rows(a.nf4_weight()); });
   add("adamw_prepare", &adamw_prepare, [](Arguments& a) { return a.adamw(); });
   add("adamw_step", &adamw_step, [](Arguments& a) { return a.adamw(); });

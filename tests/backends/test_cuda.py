@@ -281,12 +281,12 @@ def test_a_product_starts_early_only_where_lora_h_is_just_queued(simt, monkeypat
 
 def test_the_arguments_of_a_kernel_are_checked(simt):
     x = torch.zeros(8, dtype=BF16)
-    known = dict(weight=x, dtype=simt.BFLOAT16, size=8, block_shift=6, packed=x, absmax=x)
+    known = dict(weight=x, block_shift=6, packed=x, absmax=x)
     for arguments, error, message in (
         ({**known, "sizes": 8}, TypeError, "an argument is not known"),
-        ({name: value for name, value in known.items() if name != "size"}, TypeError, "argument size is missing"),
+        ({name: value for name, value in known.items() if name != "absmax"}, TypeError, "argument absmax is missing"),
         ({**known, "block_shift": 2**31}, ValueError, "block_shift is too large"),
-        ({**known, "size": 0.5}, TypeError, "float"),
+        ({**known, "block_shift": 0.5}, TypeError, "float"),
         ({**known, "weight": 8}, ValueError, "of type int"),
     ):
         with pytest.raises(error, match=message):

@@ -53,6 +53,9 @@ class _RankParts(NamedTuple):
     kept: Tensor | None = None
     just_queued: bool = False
 
+    def arguments(self) -> dict[str, Any]:
+        return {"u_parts": self.parts, "splits": self.splits, "u": self.kept, "just_queued": self.just_queued}
+
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -162,51 +165,23 @@ class Kernels:
 
     def _gemm(
         self, x: Tensor, weight: Tensor | NF4, transposed: bool, column_scale: Tensor | None, bias: Tensor | None,
-        u: _RankParts, lora_e: Tensor | None, v: Tensor, out: Tensor, scale: float, threshold: int, rng: Tensor | None,
+        u: _RankParts, lora_e: Tensor | None, v: Tensor, out: Tensor, dropout: dict[str, Any],
     ) -> list[_Launch]:  # fmt: skip
         """out = column_scale ∘ (x weightᵀ + dropout(scale (u ∘ lora_e) v)) + bias; v [R, N] and a dense weight have any
-        strides.
+        strides. dropout: its scale, threshold and rng.
 
         The weight is [N, K], or [K, N] where `transposed`; an NF4 one is dequantised as a whole first.
         """
         launches: list[_Launch] = []
-        dtype = self._dtypes[x.dtype]
         if isinstance(weight, NF4):
             dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
             launches.append(self._dequantize(weight, dense))
             weight = dense
-        stride_wn, stride_wk = weight.stride()
-        N, (M, K), R = weight.shape[0], x.shape, v.shape[0]
-        if transposed:
-            N, stride_wn, stride_wk = weight.shape[1], stride_wk, stride_wn
+            u = u._replace(just_queued=False)
         arguments = dict(
-            x=x,
-            ld_x=x.stride(0),
-            weight=weight,
-            stride_wn=stride_wn,
-            stride_wk=stride_wk,
-            column_scale=column_scale,
-            bias=bias,
-            u_parts=u.parts,
-            splits=u.splits,
-            u=u.kept,
-            just_queued=u.just_queued and not launches,
-            lora_e=lora_e,
-            lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
-            v=v,
-            v_dtype=self._dtypes[v.dtype],
-            stride_vr=v.stride(0),
-            stride_vn=v.stride(1),
-            out=out,
-            M=M,
-            N=N,
-            K=K,
-            R=R,
-            scale=scale,
-            threshold=threshold,
-            rng=rng if threshold else None,
-            dtype=dtype,
-        )
+            x=x, weight=weight, transposed=transposed, column_scale=column_scale, bias=bias, lora_e=lora_e, v=v,
+            out=out, **u.arguments(), **dropout,
+        )  # fmt: skip
         return [*launches, ("lora_gemm", arguments)]
 
     def takes(self, x: Tensor) -> bool:
@@ -248,58 +223,27 @@ class Kernels:
         weight, lora_a, lora_b, lora_e = layer.weight, layer.lora_a, layer.lora_b, layer.lora_e
         bias, column_scale, scaling = layer.bias, layer.column_scale, layer.scaling
         self._check(x, lora_a=lora_a, lora_b=lora_b, lora_e=lora_e)
-        (M, K), (N, R) = x.shape, lora_b.shape
-        (rng, threshold, keep_scale), dtype, launches = _drawn(dropout), self._dtypes[x.dtype], []
+        M, (N, R) = x.shape[0], lora_b.shape
         splits, columns_per_split = self._parts_of_h(x, R)
         h = torch.empty((M, R), dtype=torch.float32, device=x.device)
         h_parts = torch.empty((splits, M, R), dtype=torch.float32, device=x.device) if splits > 1 else h
         u = _RankParts(h_parts, splits, h if splits > 1 else None, just_queued=R > 0)
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        launches: list[_Launch] = []
         if R:
-            arguments = dict(
-                x=x,
-                ld_x=x.stride(0),
-                lora_a=lora_a,
-                lora_a_dtype=self._dtypes[lora_a.dtype],
-                h_parts=h_parts,
-                M=M,
-                K=K,
-                R=R,
-                columns_per_split=columns_per_split,
-                threshold=threshold,
-                rng=rng,
-                scale=keep_scale,
-                dtype=dtype,
-            )
-            launches.append(("lora_h", arguments))
+            parts = dict(h_parts=h_parts, columns_per_split=columns_per_split)
+            launches.append(("lora_h", dict(x=x, lora_a=lora_a, **parts, **_drawn(dropout))))
         # The weight of a Conv1D is [K, N] in memory.
         if self._extension.FEW_ROWS >= M and (isinstance(weight, NF4) or weight.stride(1) == 1):
+            arguments = dict(x=x, column_scale=column_scale, bias=bias, lora_b=lora_b, lora_e=lora_e, y=y)
+            arguments |= {**u.arguments(), "scaling": scaling}
             if isinstance(weight, NF4):
-                kernel, arguments = "nf4_few_rows", self._nf4(weight)
+                launches.append(("nf4_few_rows", self._nf4(weight) | arguments))
             else:
-                kernel, arguments = "lora_few_rows", dict(weight=weight, ld_weight=weight.stride(0), N=N, K=K)
-            arguments |= dict(
-                x=x,
-                ld_x=x.stride(0),
-                column_scale=column_scale,
-                bias=bias,
-                h_parts=u.parts,
-                splits=u.splits,
-                h=u.kept,
-                just_queued=u.just_queued,
-                lora_b=lora_b,
-                lora_b_dtype=self._dtypes[lora_b.dtype],
-                lora_e=lora_e,
-                lora_e_dtype=dtype if lora_e is None else self._dtypes[lora_e.dtype],
-                y=y,
-                M=M,
-                R=R,
-                scaling=scaling,
-                dtype=dtype,
-            )
-            launches.append((kernel, arguments))
+                launches.append(("lora_few_rows", {"weight": weight} | arguments))
         else:
-            launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaling, 0, None)
+            scaled = _drawn(None) | {"scale": scaling}
+            launches += self._gemm(x, weight, False, column_scale, bias, u, lora_e, lora_b.T, y, scaled)
         return y, h, launches
 
     def column_scale_bwd(
@@ -315,19 +259,8 @@ class Kernels:
         splits, rows_per_split = in_parts(M, self._extension.SCALE_ROWS, column_blocks, self._block_target(dy))
         dz = torch.empty((M, N), dtype=dy.dtype, device=dy.device)
         parts = None if y is None else torch.empty((splits, N), dtype=torch.float32, device=dy.device)
-        arguments = dict(
-            dy=dy,
-            ld_dy=dy.stride(0),
-            y=y,
-            bias=bias,
-            column_scale=column_scale,
-            dz=dz,
-            dscale_parts=parts,
-            M=M,
-            N=N,
-            rows_per_split=rows_per_split,
-            dtype=self._dtypes[dy.dtype],
-        )
+        arguments = dict(dy=dy, y=y, bias=bias, column_scale=column_scale, dz=dz, dscale_parts=parts)
+        arguments["rows_per_split"] = rows_per_split
         self._queue(dy, ("column_scale_bwd", arguments))
         return dz, None if parts is None else parts.sum(0)
 
@@ -369,11 +302,8 @@ class Kernels:
         need_da, need_db, need_de = need.lora_a, need.lora_b, need.lora_e
         if not (need_dx or need_da or need_db or need_de):
             return None, AdapterGradients(), []
-        rng, threshold, keep_scale = _drawn(dropout)
-        (M, K), (N, R) = x.shape, lora_b.shape
+        M, (N, R) = x.shape[0], lora_b.shape
         need_dh = (need_dx or need_da) and R > 0
-        dtype, a_dtype, b_dtype = (self._dtypes[t.dtype] for t in (x, lora_a, lora_b))
-        e_dtype = dtype if lora_e is None else self._dtypes[lora_e.dtype]
 
         column_blocks = ceil_div(N, self._extension.dh_columns(R))
         splits, rows_per_split = in_parts(M, self._extension.DH_ROWS, column_blocks, self._block_target(x))
@@ -393,57 +323,17 @@ class Kernels:
         dlora_e = empty_like(lora_e, need_de)
         launches: list[_Launch] = []
         if need_dh or need_db or need_de:
-            arguments: dict[str, Any] = dict(
-                **work,
-                dy=dy,
-                ld_dy=dy.stride(0),
-                h=h.contiguous(),
-                lora_b=lora_b,
-                lora_b_dtype=b_dtype,
-                M=M,
-                N=N,
-                R=R,
-                rows_per_split=rows_per_split,
-                dtype=dtype,
-            )
-            launches.append(("lora_dh_dlora_b", arguments))
+            arguments = dict(dy=dy, h=h.contiguous(), lora_b=lora_b, rows_per_split=rows_per_split)
+            launches.append(("lora_dh_dlora_b", {**work, **arguments}))
             arguments = dict(
-                **work,
-                dh=dh,
-                dlora_b=dlora_b,
-                dlora_e=dlora_e,
-                dlora_b_dtype=b_dtype,
-                dlora_e_dtype=e_dtype,
-                lora_e=lora_e,
-                lora_e_dtype=e_dtype,
-                column_blocks=column_blocks,
-                splits=splits,
-                M=M,
-                N=N,
-                R=R,
-                scaling=layer.scaling,
-                dtype=dtype,
-            )
-            launches.append(("lora_reduce", arguments))
+                dh=dh, dlora_b=dlora_b, dlora_e=dlora_e, lora_e=lora_e, column_blocks=column_blocks, splits=splits,
+                M=M, N=N, R=R, scaling=layer.scaling, dtype=self._dtypes[x.dtype],
+            )  # fmt: skip
+            launches.append(("lora_reduce", {**work, **arguments}))
         if need_da:
-            arguments = dict(
-                x=x,
-                ld_x=x.stride(0),
-                dh=dh,
-                dlora_a=dlora_a,
-                dlora_a_dtype=a_dtype,
-                M=M,
-                K=K,
-                R=R,
-                threshold=threshold,
-                rng=rng,
-                scale=keep_scale,
-                dtype=dtype,
-            )
-            launches.append(("lora_dlora_a", arguments))
+            launches.append(("lora_dlora_a", dict(x=x, dh=dh, dlora_a=dlora_a, **_drawn(dropout))))
         if dx is not None:
-            u = _RankParts(dh)
-            launches += self._gemm(dy, weight, True, None, None, u, None, lora_a, dx, keep_scale, threshold, rng)
+            launches += self._gemm(dy, weight, True, None, None, _RankParts(dh), None, lora_a, dx, _drawn(dropout))
         return dx, AdapterGradients(dlora_a, dlora_b, dlora_e), launches
 
     def _nf4(self, weight: NF4) -> dict[str, Any]:
@@ -472,8 +362,6 @@ class Kernels:
         absmax = torch.empty((blocks,), dtype=torch.float32, device=device)
         arguments = dict(
             weight=weight,
-            dtype=self._dtypes[weight.dtype],
-            size=size,
             block_shift=block_size.bit_length() - 1,
             packed=packed,
             absmax=absmax,
@@ -486,7 +374,6 @@ class Kernels:
         absmax_scale = torch.empty((ceil_div(blocks, ABSMAX_BLOCK),), dtype=torch.float32, device=device)
         arguments = dict(
             absmax=absmax,
-            blocks=blocks,
             absmax_offset=offset,
             absmax_code=_dynamic_code(device),
             codes=codes,
@@ -501,7 +388,7 @@ class Kernels:
         self._queue(out, self._dequantize(weight, out))
 
     def _dequantize(self, weight: NF4, out: Tensor) -> _Launch:
-        return "nf4_dequantize", self._nf4(weight) | dict(out=out, dtype=self._dtypes[out.dtype])
+        return "nf4_dequantize", self._nf4(weight) | {"out": out}
 
     def adamw_step(
         self, groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache: dict[str, Any]
@@ -575,11 +462,12 @@ def _kept(cache: dict[str, Any], name: str, values: list[Any], dtype: torch.dtyp
     return table
 
 
-def _drawn(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
+def _drawn(dropout: Dropout | None) -> dict[str, Any]:
     """How the kernels take dropout: rng, threshold and the scale of what is kept."""
     if dropout is None:
-        return None, 0, 1.0
-    return dropout.rng, dropout_threshold(dropout.p), dropout_scale(dropout.p)
+        return {"rng": None, "threshold": 0, "scale": 1.0}
+    threshold = dropout_threshold(dropout.p)
+    return {"rng": dropout.rng if threshold else None, "threshold": threshold, "scale": dropout_scale(dropout.p)}
 
 
 _kernels = Kernels("_cuda", "cuda", "it is built where nvcc is found")

@@ -46,8 +46,7 @@ class EmulatedKernels(Kernels):
             values = (launch[1] | reached).items()
             buffers = {name: buffer for name, value in values if (buffer := _buffer(value)) is not None}
             # What the kernel before may still be writing.
-            parts = "h_parts" if "h_parts" in buffers else "u_parts"
-            late = parts if launch[1].get("just_queued") else ""
+            late = "u_parts" if launch[1].get("just_queued") else ""
             self._extension.set_buffers(buffers, late)
             super()._queue(on, launch)
 
