@@ -235,8 +235,8 @@ class Kernels:
             launches.append(("lora_h", dict(x=x, lora_a=lora_a, **parts, **_drawn(dropout))))
         # The weight of a Conv1D is [K, N] in memory.
         if self._extension.FEW_ROWS >= M and (isinstance(weight, NF4) or weight.stride(1) == 1):
-            arguments = dict(x=x, column_scale=column_scale, bias=bias, lora_b=lora_b, lora_e=lora_e, y=y)
-            arguments |= {**u.arguments(), "scaling": scaling}
+            arguments = u.arguments() | {"x": x, "column_scale": column_scale, "bias": bias}
+            arguments |= {"lora_b": lora_b, "lora_e": lora_e, "y": y, "scaling": scaling}
             if isinstance(weight, NF4):
                 launches.append(("nf4_few_rows", self._nf4(weight) | arguments))
             else:
@@ -259,8 +259,9 @@ class Kernels:
         splits, rows_per_split = in_parts(M, self._extension.SCALE_ROWS, column_blocks, self._block_target(dy))
         dz = torch.empty((M, N), dtype=dy.dtype, device=dy.device)
         parts = None if y is None else torch.empty((splits, N), dtype=torch.float32, device=dy.device)
-        arguments = dict(dy=dy, y=y, bias=bias, column_scale=column_scale, dz=dz, dscale_parts=parts)
-        arguments["rows_per_split"] = rows_per_split
+        arguments = dict(
+            dy=dy, y=y, bias=bias, column_scale=column_scale, dz=dz, dscale_parts=parts, rows_per_split=rows_per_split
+        )  # fmt: skip
         self._queue(dy, ("column_scale_bwd", arguments))
         return dz, None if parts is None else parts.sum(0)
 
