@@ -114,28 +114,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
 
   m.def(
-      "lora_a_fwd",
-      [](Tensor x, Tensor lora_a, Tensor h, Tensor rng, uint32_t threshold, int num_threads) {
-        launch(&Isa::lora_linear, &LoraLinearKernels::lora_a_fwd,
-               LoraAFwd{x.data(), dtype_of(x), x.stride(0), lora_a.data(), dtype_of(lora_a), h.data<float>(), x.size(0),
-                        x.size(1), lora_a.size(0), dropout(rng, threshold), num_threads});
-      },
-      py::kw_only(), py::arg("x"), py::arg("lora_a"), py::arg("h"), py::arg("rng"), py::arg("threshold"),
-      py::arg("num_threads"));
-
-  m.def(
-      "lora_b_fwd",
-      [](Tensor base, Tensor column_scale, Tensor bias, Tensor h, Tensor lora_b, float scaling, Tensor y,
-         int num_threads) {
-        launch(&Isa::lora_linear, &LoraLinearKernels::lora_b_fwd,
-               LoraBFwd{base.data(), dtype_of(base), base.stride(0), column_scale.data<float>(), bias.data<float>(),
-                        h.data<float>(), lora_b.data(), dtype_of(lora_b), scaling, y.data(), dtype_of(y), y.stride(0),
-                        y.size(0), y.size(1), h.size(1), num_threads});
-      },
-      py::kw_only(), py::arg("base"), py::arg("column_scale"), py::arg("bias"), py::arg("h"), py::arg("lora_b"),
-      py::arg("scaling"), py::arg("y"), py::arg("num_threads"));
-
-  m.def(
       "column_scale_bwd",
       [](Tensor dy, Tensor y, Tensor bias, Tensor column_scale, Tensor dz, Tensor total, int num_threads) {
         launch(&Isa::lora_linear, &LoraLinearKernels::column_scale_bwd,
@@ -145,37 +123,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("dy"), py::arg("y"), py::arg("bias"), py::arg("column_scale"), py::arg("dz"),
       py::arg("total"), py::arg("num_threads"));
-
-  m.def(
-      "lora_b_bwd",
-      [](Tensor dy, Tensor h, Tensor lora_b, float scaling, Tensor dh, Tensor dlora_b, int num_threads) {
-        launch(
-            &Isa::lora_linear, &LoraLinearKernels::lora_b_bwd,
-            LoraBBwd{dy.data(), dtype_of(dy), dy.stride(0), h.data<float>(), lora_b.data(), dtype_of(lora_b), scaling,
-                     dh.data<float>(), dlora_b.data<float>(), dy.size(0), dy.size(1), lora_b.size(1), num_threads});
-      },
-      py::kw_only(), py::arg("dy"), py::arg("h"), py::arg("lora_b"), py::arg("scaling"), py::arg("dh"),
-      py::arg("dlora_b"), py::arg("num_threads"));
-
-  m.def(
-      "lora_a_bwd",
-      [](Tensor x, Tensor dh, Tensor lora_a, Tensor dlora_a, Tensor base, Tensor dx, bool undo_dropped,
-         int64_t first_row, Tensor rng, uint32_t threshold, int num_threads) {
-        LoraABwd p{};
-        p.x = x.data(), p.x_dtype = dtype_of(x), p.ld_x = x.stride(0);
-        p.dh = dh.data<float>(), p.lora_a = lora_a.data(), p.lora_a_dtype = dtype_of(lora_a);
-        p.dlora_a = dlora_a.data<float>();
-        if (!dx.is_none()) {
-          p.base = base.data(), p.base_dtype = dtype_of(base), p.ld_base = base.stride(0);
-          p.dx = dx.data(), p.ld_dx = dx.stride(0);
-        }
-        p.M = x.size(0), p.K = x.size(1), p.R = lora_a.size(0);
-        p.dropout = dropout(rng, threshold), p.undo_dropped = undo_dropped, p.first_row = first_row;
-        p.num_threads = num_threads;
-        launch(&Isa::lora_linear, &LoraLinearKernels::lora_a_bwd, p);
-      },
-      py::kw_only(), py::arg("x"), py::arg("dh"), py::arg("lora_a"), py::arg("dlora_a"), py::arg("base"), py::arg("dx"),
-      py::arg("undo_dropped"), py::arg("first_row"), py::arg("rng"), py::arg("threshold"), py::arg("num_threads"));
 
   m.def(
       "nf4_quantize",
@@ -214,7 +161,9 @@ PYBIND11_MODULE(_C, m) {
                     return Weight{nf4, nullptr, DType::kFloat32, 0, N, K};
                   })
       .def_static("dense", [](Tensor weight) {
-        return Weight{{}, weight.data(), dtype_of(weight), weight.stride(0), weight.size(0), weight.size(1)};
+        const bool turned = weight.size(1) > 1 && weight.stride(1) != 1;
+        return Weight{
+            {}, weight.data(), dtype_of(weight), weight.stride(turned ? 1 : 0), weight.size(0), weight.size(1), turned};
       });
 
   m.def(

@@ -110,20 +110,6 @@ def product(
     out: Tensor,
     num_threads: int,
 ) -> None: ...
-def lora_a_fwd(
-    *, x: Tensor, lora_a: Tensor, h: Tensor, rng: Tensor | None, threshold: int, num_threads: int
-) -> None: ...
-def lora_b_fwd(
-    *,
-    base: Tensor,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    h: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    y: Tensor,
-    num_threads: int,
-) -> None: ...
 def column_scale_bwd(
     *,
     dy: Tensor,
@@ -132,30 +118,6 @@ def column_scale_bwd(
     column_scale: Tensor,
     dz: Tensor,
     total: Tensor | None,
-    num_threads: int,
-) -> None: ...
-def lora_b_bwd(
-    *,
-    dy: Tensor,
-    h: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dh: Tensor | None,
-    dlora_b: Tensor | None,
-    num_threads: int,
-) -> None: ...
-def lora_a_bwd(
-    *,
-    x: Tensor,
-    dh: Tensor,
-    lora_a: Tensor,
-    dlora_a: Tensor | None,
-    base: Tensor | None,
-    dx: Tensor | None,
-    undo_dropped: bool,
-    first_row: int,
-    rng: Tensor | None,
-    threshold: int,
     num_threads: int,
 ) -> None: ...
 def nf4_quantize(*, weight: Tensor, block_size: int, packed: Tensor, absmax: Tensor, num_threads: int) -> None: ...

@@ -34,17 +34,8 @@ def instruction_set(name):
 
 
 def multiply_bf16(monkeypatch, how):
-    """Have bfloat16 products taken "converted" to float32, or in bfloat16 by "torch" or by our "own" kernel, whatever
-    this processor has."""
-    monkeypatch.setattr(lora_linear, "native_bfloat16", lambda: how != "converted")
+    """Have bfloat16 products taken in bfloat16 ("own"), or "converted" to float32, whatever this processor has."""
     monkeypatch.setattr(lora_linear, "own_bfloat16", lambda: how == "own")
-
-
-def own_rows(monkeypatch, *limits):
-    """Have our own product taken for so many rows, in the order of `OwnRows` or for all, whatever is fast here."""
-    limits = limits if len(limits) == 4 else limits * 4
-    monkeypatch.setattr(lora_linear, "own_rows", lambda: lora_linear.OwnRows(*limits))
-    monkeypatch.setattr(lora_linear, "SMALL", 0)
 
 
 @contextmanager

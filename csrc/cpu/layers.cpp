@@ -79,10 +79,26 @@ LoraA all_lora_a(const Pass& pass, const P& p, float* scratch) {
   return {scratch, DType::kFloat32};
 }
 
+// The mask of a pass, drawn.
+struct DrawnMask : Buffer {
+  explicit DrawnMask(const Dropout& dropout, int64_t M, int64_t K)
+      : Buffer(dropout.threshold ? (M * stride_of(K) + 3) / 4 + 1 : 0),
+        kept{dropout.threshold ? (const uint8_t*)data : nullptr, stride_of(K), keep_scale(dropout)} {}
+  const Kept kept;
+
+  static int64_t stride_of(int64_t K) { return (K + kKeptUnit - 1) / kKeptUnit * (kKeptUnit / 8); }
+  static float keep_scale(const Dropout& dropout) { return 65536.0f / (65536.0f - (float)dropout.threshold); }
+  // From a row on.
+  Kept from(int64_t first) const {
+    return {kept.bits ? kept.bits + first * kept.stride : nullptr, kept.stride, kept.scale};
+  }
+};
+
 }  // namespace
 
 bool layers_forward(const Isa& isa, const LayersForward& p) {
-  const bool few = p.M <= kFewRows && !p.dropout.threshold;
+  bool few = p.M <= kFewRows && !p.dropout.threshold;
+  for (int i = 0; i < p.count; ++i) few &= !p.layers[i]->weight.turned;
   if (few) return isa.few_rows->layers_forward(p);
   const Pass pass{isa, p.x_dtype, p.product_dtype, p.M, p.K, p.num_threads};
   const int64_t R = total_rank(p), rows = pass.rows_at_once();
@@ -91,8 +107,12 @@ bool layers_forward(const Isa& isa, const LayersForward& p) {
   float* const h = p.count > 1 || !p.h[0] ? all_h.data : p.h[0];
   if (R) {
     const LoraA a = all_lora_a(pass, p, lora_a.data);
+    const DrawnMask mask(p.dropout, p.M, p.K);
+    if (!mask.data) return false;
+    if (p.dropout.threshold)
+      isa.lora_linear->draw_mask({p.dropout, (uint8_t*)mask.data, mask.kept.stride, p.M, p.num_threads});
     if (!isa.lora_linear->lora_a_fwd(
-            {p.x, p.x_dtype, p.ld_x, a.data, a.dtype, h, p.M, p.K, R, p.dropout, p.num_threads}))
+            {p.x, p.x_dtype, p.ld_x, a.data, a.dtype, h, p.M, p.K, R, mask.kept, p.num_threads}))
       return false;
   }
   // What multiplies each lora_b, below each other.
@@ -193,59 +213,44 @@ bool layers_backward(const Isa& isa, const LayersBackward& p) {
   }
   if (!p.dx && !need_a) return true;
 
-  const Buffer lora_a(p.count > 1 ? R * p.K : 0), dlora_a(need_a ? R * p.K : 0), block(need_a ? R * p.K : 0);
-  if (!lora_a.data || !dlora_a.data || !block.data) return false;
+  const Buffer lora_a(p.count > 1 ? R * p.K : 0), dlora_a(need_a ? R * p.K : 0);
+  const DrawnMask mask(p.dropout, R ? p.M : 0, p.K);
+  if (!lora_a.data || !dlora_a.data || !mask.data) return false;
+  if (p.dropout.threshold && R)
+    isa.lora_linear->draw_mask({p.dropout, (uint8_t*)mask.data, mask.kept.stride, p.M, p.num_threads});
+  if (need_a && !isa.lora_linear->lora_a_bwd(
+                    {p.x, p.x_dtype, p.ld_x, dh.data, dlora_a.data, p.M, p.K, R, mask.kept, p.num_threads}))
+    return false;
+
   const LoraA a = all_lora_a(pass, p, lora_a.data);
-  const bool wide = p.product_dtype == DType::kFloat32, drops = p.dropout.threshold > 0;
-  // What a product of bfloat16 rounds, with the low-rank term in it, only has to be taken back where x was dropped.
-  const bool in_product = p.dx && R && (!drops || !wide);
-  const float keep_scale = 65536.0f / (65536.0f - (float)p.dropout.threshold);
   int64_t N = 0;
   for (int i = 0; i < p.count; ++i) N += p.layers[i]->weight.N;
   const Matrix dy(p.product_dtype, p.dx && pass.converts() ? rows * N : 0);
-  const Matrix dh_in(p.product_dtype, in_product && !wide ? p.M * R : 0);
-  const Buffer base(p.dx && wide && drops && p.x_dtype != DType::kFloat32 ? rows * p.K : 0);
-  if (!dy.data || !dh_in.data || !base.data) return false;
-  if (in_product && !wide) pass.convert(dh.data, DType::kFloat32, R, dh_in.data, p.product_dtype, p.M, R);
+  const bool narrow = p.product_dtype != DType::kFloat32;
+  const Matrix narrow_dh(p.product_dtype, p.dx && narrow ? p.M * R : 0);
+  if (!dy.data || !narrow_dh.data) return false;
+  if (p.dx && R && narrow) pass.convert(dh.data, DType::kFloat32, R, narrow_dh.data, p.product_dtype, p.M, R);
+  const void* const dh_in = narrow ? narrow_dh.data : dh.data;
 
-  for (int64_t first = 0; first < p.M; first += rows) {
+  for (int64_t first = 0; p.dx && first < p.M; first += rows) {
     const int64_t count = std::min(rows, p.M - first);
-    void* const dx = p.dx ? row(p.dx, p.x_dtype, first * p.K) : nullptr;
-    const bool finishes = dx && R && drops;
-    const bool in_base = finishes && wide && p.x_dtype != DType::kFloat32;
-    if (dx) {
-      ProductTerm terms[kMaxLayers + 1];
-      void* next = dy.data;
-      for (int i = 0; i < p.count; ++i) {
-        const Weight& weight = p.layers[i]->weight;
-        const void* in = row(p.dy[i], p.x_dtype, first * p.ld_dy[i]);
-        terms[i] = {weight, in, p.ld_dy[i], 1.0f};
-        if (pass.converts()) {
-          pass.convert(in, p.x_dtype, p.ld_dy[i], next, p.product_dtype, count, weight.N);
-          terms[i].in = next, terms[i].ld = weight.N;
-          next = row(next, p.product_dtype, count * weight.N);
-        }
+    ProductTerm terms[kMaxLayers + 1];
+    void* next = dy.data;
+    for (int i = 0; i < p.count; ++i) {
+      const Weight& weight = p.layers[i]->weight;
+      const void* in = row(p.dy[i], p.x_dtype, first * p.ld_dy[i]);
+      terms[i] = {weight, in, p.ld_dy[i], 1.0f};
+      if (pass.converts()) {
+        pass.convert(in, p.x_dtype, p.ld_dy[i], next, p.product_dtype, count, weight.N);
+        terms[i].in = next, terms[i].ld = weight.N;
+        next = row(next, p.product_dtype, count * weight.N);
       }
-      const void* own_dh = wide ? (const void*)(dh.data + first * R) : row(dh_in.data, p.product_dtype, first * R);
-      if (in_product) terms[p.count] = {dense(a.data, a.dtype, R, p.K), own_dh, R, wide ? 1.0f : keep_scale};
-      if (!isa.product->product({terms, p.count + in_product, p.product_dtype, true, nullptr, nullptr,
-                                 in_base ? base.data : dx, in_base ? DType::kFloat32 : p.x_dtype, p.K, count, p.K,
-                                 p.num_threads}))
-        return false;
     }
-    if (!need_a && !finishes) continue;
-    LoraABwd bwd{};
-    bwd.x = need_a ? row(p.x, p.x_dtype, first * p.ld_x) : nullptr, bwd.x_dtype = p.x_dtype, bwd.ld_x = p.ld_x;
-    bwd.dh = dh.data + first * R, bwd.lora_a = a.data, bwd.lora_a_dtype = a.dtype;
-    bwd.dlora_a = need_a ? (first ? block.data : dlora_a.data) : nullptr;
-    if (finishes) {
-      bwd.base = in_base ? base.data : dx, bwd.base_dtype = in_base ? DType::kFloat32 : p.x_dtype, bwd.ld_base = p.K;
-      bwd.dx = dx, bwd.ld_dx = p.K;
-    }
-    bwd.M = count, bwd.K = p.K, bwd.R = R;
-    bwd.dropout = p.dropout, bwd.undo_dropped = !wide, bwd.first_row = first, bwd.num_threads = p.num_threads;
-    if (!isa.lora_linear->lora_a_bwd(bwd)) return false;
-    for (int64_t i = 0; need_a && first && i < R * p.K; ++i) dlora_a.data[i] += block.data[i];
+    terms[p.count] = {dense(a.data, a.dtype, R, p.K), row(dh_in, p.product_dtype, first * R), R, mask.kept.scale,
+                      mask.from(first)};
+    if (!isa.product->product({terms, p.count + (R > 0), p.product_dtype, true, nullptr, nullptr,
+                               row(p.dx, p.x_dtype, first * p.K), p.x_dtype, p.K, count, p.K, p.num_threads}))
+      return false;
   }
   column = 0;
   for (int i = 0; i < p.count; ++i) {

@@ -1,20 +1,13 @@
 // CPU kernels of the low-rank half of lora_linear. Nothing here knows Python or torch.
 //   y = column_scale ∘ (x Wᵀ + scaling · ((dropout(x) lora_aᵀ) ∘ lora_e) lora_bᵀ) + bias
-// The base product is the caller's. Shapes: x [M,K], y [M,N], lora_a [R,K], lora_b [N,R], h and dh [M,R].
+// The products with W are product.h's. Shapes: x [M,K], y [M,N], lora_a [R,K], lora_b [N,R], h and dh [M,R].
 // Rows of x, y, dx and dy are `ld_*` elements apart with unit column stride; everything else is contiguous.
 #pragma once
 
+#include "dropout.h"
 #include "dtype.h"
 
 namespace lora_kernels::cpu {
-
-// keep(m, k) is drawn by Philox4x32-7; kept elements are scaled by 65536 / (65536 - threshold). threshold 0: no
-// dropout.
-struct Dropout {
-  uint64_t seed = 0;
-  uint64_t offset = 0;
-  uint32_t threshold = 0;
-};
 
 // h = dropout(x) lora_aᵀ
 struct LoraAFwd {
@@ -25,25 +18,7 @@ struct LoraAFwd {
   DType lora_a_dtype;
   float* h;
   int64_t M, K, R;
-  Dropout dropout;
-  int num_threads;
-};
-
-// y = column_scale ∘ (base + scaling · h lora_bᵀ) + bias, rounded once. base may be y itself.
-struct LoraBFwd {
-  const void* base;
-  DType base_dtype;
-  int64_t ld_base;
-  const float* column_scale;  // [N] or null
-  const float* bias;          // [N] or null
-  const float* h;
-  const void* lora_b;
-  DType lora_b_dtype;
-  float scaling;
-  void* y;
-  DType y_dtype;
-  int64_t ld_y;
-  int64_t M, N, R;
+  Kept kept;
   int num_threads;
 };
 
@@ -78,32 +53,22 @@ struct LoraBBwd {
   int num_threads;
 };
 
-// dlora_a = dhᵀ dropout(x);  dx = base + dropout'(dh lora_a), rounded once. One pass over x and dx, one mask for both.
+// dlora_a = dhᵀ dropout(x)
 struct LoraABwd {
   const void* x;
   DType x_dtype;
   int64_t ld_x;
   const float* dh;
-  const void* lora_a;
-  DType lora_a_dtype;
-  float* dlora_a;  // [R,K] or null
-  const void* base;
-  DType base_dtype;
-  int64_t ld_base;
-  void* dx;  // of x_dtype, or null
-  int64_t ld_dx;
+  float* dlora_a;  // [R,K]
   int64_t M, K, R;
-  Dropout dropout;
-  // base is the product of [dy, dh] and [W; scale · lora_a]: only where x was dropped must the term be taken out again.
-  bool undo_dropped;
-  int64_t first_row;  // the row of the whole x, which the mask depends on, that this call's row 0 is
+  Kept kept;
   int num_threads;
 };
 
 // One instruction set's build. Each returns false when memory ran out.
 struct LoraLinearKernels {
+  void (*draw_mask)(const DrawMask&);
   bool (*lora_a_fwd)(const LoraAFwd&);
-  bool (*lora_b_fwd)(const LoraBFwd&);
   bool (*lora_b_bwd)(const LoraBBwd&);
   bool (*lora_a_bwd)(const LoraABwd&);
   bool (*column_scale_bwd)(const ColumnScaleBwd&);

@@ -1,9 +1,8 @@
 // The low-rank products of lora_linear, built once per instruction set (LK_ISA, LK_LANES; see setup.py).
 //
-// All four are the same register tile,  out[i, j] += Σ_p a[i, p] b[p, j],  fed from fp32 blocks in cache:
+// All are the same register tile,  out[i, j] += Σ_p a[i, p] b[p, j],  fed from fp32 blocks in cache:
 //   h       [m, r] = Σ_k x̃[m, k]  lora_a[r, k]        dh      [m, r] = Σ_n dy[m, n] lora_b[n, r]
 //   dlora_a [k, r] = Σ_m x̃[m, k]  dh[m, r]            dlora_b [n, r] = Σ_m dy[m, n] h[m, r]
-//   y       [m, n] += Σ_r h[m, r] lora_b[n, r]         dx      [m, k] += Σ_r dh[m, r] lora_a[r, k]
 // b is always packed in "panels": columns in groups of at most kTileCols, each group [P, width] contiguous.
 // Scalings are folded into the panels or applied in the last reduction. Each thread has a fixed range of rows and
 // gradients are reduced in thread order, so a result depends on num_threads but never on timing.
@@ -98,30 +97,12 @@ void accumulate(const float* a, int64_t lda, int64_t rows, const float* b, int64
     run(Int<1>{});
 }
 
-// The keep bits of whole rows, which are `stride` bytes apart, or null without dropout.
-struct Mask {
-  const uint8_t* bits;
-  int64_t stride;
-  uint32_t flip;  // all ones: the dropped elements instead of the kept ones
-  LK_INLINE const uint8_t* at(int64_t row, int64_t col) const { return bits ? bits + row * stride + col / 8 : nullptr; }
-};
-
-LK_INLINE int64_t mask_stride(int64_t K) { return round_up(K, kKeepStep) / 8; }
-
-Mask draw_mask(const Dropout& dropout, int64_t row, int64_t rows, int64_t K, uint8_t* bits) {
-  if (!dropout.threshold) return {};
-  const int64_t stride = mask_stride(K);
-  for (int64_t i = 0; i < rows; ++i)
-    keep_bits(dropout.seed, dropout.offset, dropout.threshold, row + i, stride * 8, bits + i * stride);
-  return {bits, stride, 0};
-}
-
-// The fp32 block [rows, cols] of src, zero where the mask is clear. mask starts at the block.
+// The fp32 block [rows, cols] of src, zero where the mask, which starts at the block, is clear.
 template <class T>
 void load_block(const T* src, int64_t ld, int64_t rows, int64_t cols, Mask mask, float* block) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* s = src + i * ld;
-    const uint8_t* bits = mask.at(i, 0);
+    const uint8_t* bits = mask.row(i);
     float* d = block + i * kBlockStride;
     int64_t j = 0;
     auto put = [&](vf v) { store(d + j, bits ? (vf)((vu32)v & expand_bits(bits, j)) : v); };
@@ -140,58 +121,11 @@ struct Block {
   int64_t ld;
 };
 template <class T>
-LK_INLINE Block block_of(const T* src, int64_t ld, int64_t rows, int64_t cols, float* block) {
-  load_block(src, ld, rows, cols, {}, block);
+LK_INLINE Block block_of(const T* src, int64_t ld, int64_t rows, int64_t cols, Mask mask, float* block) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (!mask.bits) return {src, ld};
+  load_block(src, ld, rows, cols, mask, block);
   return {block, kBlockStride};
-}
-LK_INLINE Block block_of(const float* src, int64_t ld, int64_t, int64_t, float*) { return {src, ld}; }
-
-// out = scale ∘ (base + keep ∘ Σ_r h[:, r] panel[r, :]) + bias over [rows, cols], where cols start at a panel's start.
-template <class TBase, class TOut>
-void rank_update(const float* h, int64_t R, const float* panels, int64_t rows, int64_t cols, Mask mask,
-                 const float* scale, const float* bias, const TBase* base, int64_t ld_base, TOut* out, int64_t ld_out) {
-  for_row_tiles(rows, [&](auto tile, int64_t i) {
-    constexpr int kRows = decltype(tile)::value;
-    const float* panel = panels;
-    for (int64_t j = 0; j < cols; j += kTileCols, panel += R * kTileCols) {
-      vf acc[kRows][kVecs];
-      multiply<kRows, kVecs, false>(h + i * R, R, panel, kTileCols, R, acc);
-      auto finish = [&](int ii, const TBase* in, TOut* o) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) {
-          vf value = acc[ii][v];
-          if (mask.bits) value = (vf)((vu32)value & (expand_bits(mask.at(i + ii, j), v * kLanes) ^ mask.flip));
-          value += load(in + v * kLanes);
-          if (scale) value *= load(scale + j + v * kLanes);
-          if (bias) value += load(bias + j + v * kLanes);
-          store(o + v * kLanes, value);
-        }
-      };
-      if (cols - j >= kTileCols) {
-#pragma GCC unroll 16
-        for (int ii = 0; ii < kRows; ++ii) finish(ii, base + (i + ii) * ld_base + j, out + (i + ii) * ld_out + j);
-      } else {
-        for (int ii = 0; ii < kRows; ++ii) {
-          TBase in[kTileCols] = {};
-          TOut o[kTileCols];
-          memcpy(in, base + (i + ii) * ld_base + j, (cols - j) * sizeof(TBase));
-          finish(ii, in, o);
-          memcpy(out + (i + ii) * ld_out + j, o, (cols - j) * sizeof(TOut));
-        }
-      }
-    }
-  });
-}
-
-// base has the type of out, or is fp32.
-template <class F>
-LK_INLINE void with_base_and_out(DType base, DType out, F f) {
-  with_type(out, [&](auto* to) {
-    if (base == DType::kFloat32)
-      f((float*)nullptr, to);
-    else
-      f(to, to);
-  });
 }
 
 // The panels of src [P, J].
@@ -233,28 +167,32 @@ void reduce_partials(const float* partials, Panels shape, int parts, float scale
   }
 }
 
-LK_INLINE float keep_scale(const Dropout& dropout) { return 65536.0f / (65536.0f - (float)dropout.threshold); }
-
-// Per thread: the fp32 block, the keep bits of its rows, and its rows of h or dh as panels, going in and coming out.
+// Per thread: the fp32 block, and its rows of h or dh as panels, going in and coming out.
 struct Scratch {
-  int64_t R, K;
+  int64_t R;
   LK_INLINE int64_t block_size() const { return kBlockRows * kBlockStride; }
   LK_INLINE int64_t h_size() const { return kBlockRows * round_up(R, kLanes); }
-  LK_INLINE int64_t bits_size() const { return kBlockRows * mask_stride(K) / 4 + 1; }
-  LK_INLINE int64_t size() const { return round_up(block_size() + 2 * h_size() + bits_size(), 16); }
+  LK_INLINE int64_t size() const { return round_up(block_size() + 2 * h_size(), 16); }
   LK_INLINE float* block(float* base) const { return base; }
   LK_INLINE float* h_in(float* base) const { return base + block_size(); }
   LK_INLINE float* h_out(float* base) const { return h_in(base) + h_size(); }
-  LK_INLINE uint8_t* bits(float* base) const { return (uint8_t*)(h_out(base) + h_size()); }
 };
+
+void draw_mask(const DrawMask& p) {
+  static_assert(kKeptUnit % kKeepStep == 0);
+  const Dropout& d = p.dropout;
+  const int threads = thread_count(p.num_threads, p.M, p.M * p.stride * 8, kMinMoves);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t m = 0; m < p.M; ++m) keep_bits(d.seed, d.offset, d.threshold, m, p.stride * 8, p.bits + m * p.stride);
+}
 
 bool lora_a_fwd(const LoraAFwd& p) {
   const int threads = product_threads(p.num_threads, p.M, p.K, p.R);
   const Panels a_shape{p.K, p.R};
-  const Scratch scratch{p.R, p.K};
+  const Scratch scratch{p.R};
   Buffer a_panels(a_shape.size()), work(threads * scratch.size());
   if (!a_panels.data || !work.data) return false;
-  pack(p.lora_a, p.lora_a_dtype, 1, p.K, keep_scale(p.dropout), a_shape, a_panels.data, p.num_threads);
+  pack(p.lora_a, p.lora_a_dtype, 1, p.K, p.kept.scale, a_shape, a_panels.data, p.num_threads);
 
   with_type(p.x_dtype, [&](auto* type) {
     using T = __typeof__(*type);
@@ -266,15 +204,15 @@ bool lora_a_fwd(const LoraAFwd& p) {
       for (int64_t row = own.first; row < own.last; row += kBlockRows) {
         const int64_t rows = min64(kBlockRows, own.last - row);
         const Panels h_shape{rows, p.R};
-        const Mask mask = draw_mask(p.dropout, row, rows, p.K, scratch.bits(base));
         memset(h, 0, h_shape.size() * sizeof(float));
         for (int64_t col = 0; col < p.K; col += kBlockCols) {
           const int64_t cols = min64(kBlockCols, p.K - col);
-          load_block((const T*)p.x + row * p.ld_x + col, p.ld_x, rows, cols, {mask.at(0, col), mask.stride, 0}, block);
+          const Block x =
+              block_of((const T*)p.x + row * p.ld_x + col, p.ld_x, rows, cols, mask_at(p.kept, row, col), block);
           for (int64_t panel = 0; panel < a_shape.count(); ++panel) {
             const int width = a_shape.width(panel);
-            accumulate<false>(block, kBlockStride, rows, a_panels.data + a_shape.start(panel) + col * width, cols,
-                              width, h + h_shape.start(panel));
+            accumulate<false>(x.data, x.ld, rows, a_panels.data + a_shape.start(panel) + col * width, cols, width,
+                              h + h_shape.start(panel));
           }
         }
         unpack_rows(h, h_shape, p.h + row * p.R);
@@ -283,37 +221,10 @@ bool lora_a_fwd(const LoraAFwd& p) {
   });
   return true;
 }
-
-bool lora_b_fwd(const LoraBFwd& p) {
-  const int threads = product_threads(p.num_threads, p.M, p.N, p.R);
-  const Panels b_shape{p.R, p.N, kTileCols};
-  Buffer b_panels(b_shape.size());
-  const PaddedColumns scale(p.column_scale, p.N), bias(p.bias, p.N);
-  if (!b_panels.data || !scale.buffer.data || !bias.buffer.data) return false;
-  pack(p.lora_b, p.lora_b_dtype, 1, p.R, p.scaling, b_shape, b_panels.data, p.num_threads);
-
-  with_base_and_out(p.base_dtype, p.y_dtype, [&](auto* from, auto* to) {
-    using TBase = __typeof__(*from);
-    using TOut = __typeof__(*to);
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-    for (int part = 0; part < threads; ++part) {
-      const Range own = share(p.M, kTileRows, part, threads);
-      for (int64_t row = own.first; row < own.last; row += kBlockRows) {
-        const int64_t rows = min64(kBlockRows, own.last - row);
-        for (int64_t col = 0; col < p.N; col += kBlockCols)
-          rank_update(p.h + row * p.R, p.R, b_panels.data + col * p.R, rows, min64(kBlockCols, p.N - col), {},
-                      scale.at(col), bias.at(col), (const TBase*)p.base + row * p.ld_base + col, p.ld_base,
-                      (TOut*)p.y + row * p.ld_y + col, p.ld_y);
-      }
-    }
-  });
-  return true;
-}
-
 bool lora_b_bwd(const LoraBBwd& p) {
   const int threads = product_threads(p.num_threads, p.M, p.N, p.R);
   const Panels b_shape{p.N, p.R};
-  const Scratch scratch{p.R, 0};
+  const Scratch scratch{p.R};
   Buffer b_panels(p.dh ? b_shape.size() : 0), partials(p.dlora_b ? threads * b_shape.size() : 0);
   Buffer work(threads * scratch.size());
   if (!b_panels.data || !partials.data || !work.data) return false;
@@ -335,7 +246,7 @@ bool lora_b_bwd(const LoraBBwd& p) {
         if (p.dlora_b) pack_rows(p.h + row * p.R, h_shape, h);
         for (int64_t col = 0; col < p.N; col += kBlockCols) {
           const int64_t cols = min64(kBlockCols, p.N - col);
-          const Block dy = block_of((const T*)p.dy + row * p.ld_dy + col, p.ld_dy, rows, cols, block);
+          const Block dy = block_of((const T*)p.dy + row * p.ld_dy + col, p.ld_dy, rows, cols, {}, block);
           for (int64_t panel = 0; panel < b_shape.count(); ++panel) {
             const int width = b_shape.width(panel);
             const int64_t at = b_shape.start(panel) + col * width;
@@ -354,51 +265,38 @@ bool lora_b_bwd(const LoraBBwd& p) {
 
 bool lora_a_bwd(const LoraABwd& p) {
   const int threads = product_threads(p.num_threads, p.M, p.K, p.R);
-  const Panels a_shape{p.K, p.R}, dx_shape{p.R, p.K, kTileCols};
-  const Scratch scratch{p.R, p.K};
-  Buffer a_panels(p.dx ? dx_shape.size() : 0), partials(p.dlora_a ? threads * a_shape.size() : 0);
-  Buffer work(threads * scratch.size());
-  if (!a_panels.data || !partials.data || !work.data) return false;
-  const float scale = p.undo_dropped ? -keep_scale(p.dropout) : keep_scale(p.dropout);
-  if (p.dx) pack(p.lora_a, p.lora_a_dtype, p.K, 1, scale, dx_shape, a_panels.data, p.num_threads);
+  const Panels a_shape{p.K, p.R};
+  const Scratch scratch{p.R};
+  Buffer partials(threads * a_shape.size()), work(threads * scratch.size());
+  if (!partials.data || !work.data) return false;
 
-  with_base_and_out(p.base_dtype, p.x_dtype, [&](auto* from, auto* to) {
-    using TBase = __typeof__(*from);
-    using T = __typeof__(*to);
+  with_type(p.x_dtype, [&](auto* type) {
+    using T = __typeof__(*type);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
     for (int part = 0; part < threads; ++part) {
       float* base = work.data + part * scratch.size();
       float *block = scratch.block(base), *dh = scratch.h_in(base);
-      float* partial = partials.data + (p.dlora_a ? part * a_shape.size() : 0);
-      if (p.dlora_a) memset(partial, 0, a_shape.size() * sizeof(float));
+      float* partial = partials.data + part * a_shape.size();
+      memset(partial, 0, a_shape.size() * sizeof(float));
       const Range own = share(p.M, kTileRows, part, threads);
       for (int64_t row = own.first; row < own.last; row += kBlockRows) {
         const int64_t rows = min64(kBlockRows, own.last - row);
         const Panels h_shape{rows, p.R};
-        const Mask mask = draw_mask(p.dropout, p.first_row + row, rows, p.K, scratch.bits(base));
-        if (p.dlora_a) pack_rows(p.dh + row * p.R, h_shape, dh);
+        pack_rows(p.dh + row * p.R, h_shape, dh);
         for (int64_t col = 0; col < p.K; col += kBlockCols) {
           const int64_t cols = min64(kBlockCols, p.K - col);
-          if (p.dlora_a) {
-            load_block((const T*)p.x + row * p.ld_x + col, p.ld_x, rows, cols, {mask.at(0, col), mask.stride, 0},
-                       block);
-            for (int64_t panel = 0; panel < a_shape.count(); ++panel) {
-              const int width = a_shape.width(panel);
-              accumulate<true>(block, kBlockStride, cols, dh + h_shape.start(panel), rows, width,
-                               partial + a_shape.start(panel) + col * width);
-            }
+          const Block x =
+              block_of((const T*)p.x + row * p.ld_x + col, p.ld_x, rows, cols, mask_at(p.kept, row, col), block);
+          for (int64_t panel = 0; panel < a_shape.count(); ++panel) {
+            const int width = a_shape.width(panel);
+            accumulate<true>(x.data, x.ld, cols, dh + h_shape.start(panel), rows, width,
+                             partial + a_shape.start(panel) + col * width);
           }
-          if (p.dx)
-            rank_update(p.dh + row * p.R, p.R, a_panels.data + col * p.R, rows, cols,
-                        {mask.at(0, col), mask.stride, p.undo_dropped ? ~0u : 0u}, nullptr, nullptr,
-                        (const TBase*)p.base + row * p.ld_base + col, p.ld_base, (T*)p.dx + row * p.ld_dx + col,
-                        p.ld_dx);
         }
       }
     }
   });
-  if (p.dlora_a)
-    reduce_partials<true>(partials.data, a_shape, threads, keep_scale(p.dropout), p.dlora_a, p.num_threads);
+  reduce_partials<true>(partials.data, a_shape, threads, p.kept.scale, p.dlora_a, p.num_threads);
   return true;
 }
 
@@ -456,7 +354,7 @@ bool column_scale_bwd(const ColumnScaleBwd& p) {
 }  // namespace
 
 extern const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA);
-const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA) = {lora_a_fwd, lora_b_fwd, lora_b_bwd, lora_a_bwd,
+const LoraLinearKernels LK_CONCAT(lora_linear_, LK_ISA) = {draw_mask, lora_a_fwd, lora_b_bwd, lora_a_bwd,
                                                            column_scale_bwd};
 
 }  // namespace lora_kernels::cpu

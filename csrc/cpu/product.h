@@ -1,17 +1,19 @@
 // Products of any number of rows with frozen weights, which are decoded or converted in cache.
 #pragma once
 
+#include "dropout.h"
 #include "weight.h"
 
 namespace lora_kernels::cpu {
 
 // scale · in Wᵀ, of `in` [M,K]; in a transposed product scale · in W, of `in` [M,N]. Rows of `in` are ld apart.
-// An NF4 weight has the scale 1.
+// An NF4 weight has the scale 1. Of the product, only what `kept` says is taken; its scale is not.
 struct ProductTerm {
   Weight weight;
   const void* in;
   int64_t ld;
   float scale;
+  Kept kept = {};
 };
 
 // out [M,J] = column_scale ∘ Σ terms + bias, rounded once. No size is 0, and there is a term. With a bfloat16 `in` the

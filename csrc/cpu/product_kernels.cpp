@@ -35,17 +35,25 @@ struct Layout;
 template <>
 struct Layout<float> {
   // Depth of a piece: its panel takes 16 KiB of the first cache with 8 lanes.
-  static constexpr int64_t kDepth = 256, kDepthUnit = kLanes;
-  static constexpr int64_t kRowUnit = kTileRows;
+  static constexpr int64_t kDepth = 256;
   static constexpr int64_t kFloats = kDepth;
 };
 
 template <>
 struct Layout<bf16> {
-  static constexpr int64_t kDepth = 384, kDepthUnit = 32;  // those of a tile
-  static constexpr int64_t kRowUnit = 32;                  // two tiles
+  static constexpr int64_t kDepth = 384;
   static constexpr int64_t kFloats = kDepth / 2;
 };
+
+// What the register tile takes: rows, and steps of depth, to which zeros are added.
+template <Bf16 kHow>
+constexpr int64_t kRowUnit = kHow == Bf16::kTiles ? 32 : kTileRows;
+template <class In, Bf16 kHow>
+constexpr int64_t kDepthUnit = sizeof(In) == sizeof(float) ? 1
+                               : kHow == Bf16::kTiles      ? 32
+                                                           : 2;
+// Pieces but the last are multiples of so many steps.
+constexpr int64_t kStepUnit = 32;
 
 // One cache line more than a power of two: rows, or panels, of a piece must not fall into one cache set.
 template <class In>
@@ -59,7 +67,7 @@ constexpr int64_t kBlockTiles = kBlockCols / kTileCols;
 // so that a row is in a tile of the same size however the rows are shared out, and its result has the same bits.
 constexpr int64_t kInnerRows = 192;
 constexpr int64_t kBlockRows = 5 * kInnerRows;
-static_assert(kInnerRows % Layout<float>::kRowUnit == 0 && kInnerRows % Layout<bf16>::kRowUnit == 0);
+static_assert(kInnerRows % kTileRows == 0 && kInnerRows % kRowUnit<Bf16::kTiles> == 0);
 // Rows of the input that take as long as converting the weight.
 constexpr int64_t kConvertRows = 16;
 
@@ -87,12 +95,12 @@ LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_
   }
 }
 
-// The same in pairs, zeros up to whole kDepthUnits.
+// The same in pairs, zeros up to whole units of AMX.
 template <class W>
 LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_t p0, int64_t depth, int64_t j0,
                            int64_t cols, float* rows, float* panels, bf16*) {
   constexpr int64_t kRow = 2 * kStride<bf16>;
-  const int64_t tiles = (cols + kTileCols - 1) / kTileCols, whole = round_up(depth, Layout<bf16>::kDepthUnit);
+  const int64_t tiles = (cols + kTileCols - 1) / kTileCols, whole = round_up(depth, kDepthUnit<bf16, Bf16::kTiles>);
   bf16* const line = (bf16*)rows;
   if (!transposed) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -244,21 +252,39 @@ LK_INLINE void finish(const vf (&sums)[kVecs], Epilogue epilogue, T* out, int64_
   if (to != out) memcpy(out, whole, width * sizeof(T));
 }
 
-// sums [M, kTileCols] (+)= a times a panel, over one piece; out [M, :width] gets the sums of the last one, finished.
+// sums [M, kTileCols] (+)= what the mask keeps of a times a panel, over one piece; out [M, :width] gets the sums of the
+// last one, finished.
 template <Bf16 kHow, class In, class T>
 LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* panel, int64_t depth, bool first,
-                              bool last, float* sums, Epilogue epilogue, T* out, int64_t ld_out, int64_t width) {
+                              bool last, Mask mask, float* sums, Epilogue epilogue, T* out, int64_t ld_out,
+                              int64_t width) {
+  auto keep = [&](int64_t row, vf(&products)[kVecs]) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) products[v] = (vf)((vu32)products[v] & expand_bits(mask.row(row), v * kLanes));
+  };
 #if defined(LK_TILES)
   if constexpr (kHow == Bf16::kTiles) {
     for (int64_t m = 0; m < M; m += 32) {
       float* const so_far = sums + m * kTileCols;
+      float products[32 * kTileCols];
+      float* const to = mask.bits ? products : so_far;
       if (M - m > 16)
-        multiply_tiles<2>(a + m * lda, lda, panel, depth / 2, first, so_far);
+        multiply_tiles<2>(a + m * lda, lda, panel, depth / 2, first || mask.bits, to);
       else
-        multiply_tiles<1>(a + m * lda, lda, panel, depth / 2, first, so_far);
-      for (int64_t i = 0; last && i < min64(32, M - m); ++i)
-        finish<kHow>({load(so_far + i * kTileCols), load(so_far + i * kTileCols + kLanes)}, epilogue,
-                     out + (m + i) * ld_out, width);
+        multiply_tiles<1>(a + m * lda, lda, panel, depth / 2, first || mask.bits, to);
+      for (int64_t i = 0; (last || mask.bits) && i < min64(32, M - m); ++i) {
+        float* const row = so_far + i * kTileCols;
+        vf total[kVecs];
+        for (int v = 0; v < kVecs; ++v) total[v] = load(to + i * kTileCols + v * kLanes);
+        if (mask.bits) {
+          keep(m + i, total);
+          for (int v = 0; v < kVecs; ++v) {
+            if (!first) total[v] += load(row + v * kLanes);
+            store(row + v * kLanes, total[v]);
+          }
+        }
+        if (last) finish<kHow>(total, epilogue, out + (m + i) * ld_out, width);
+      }
     }
     return;
   }
@@ -271,6 +297,9 @@ LK_INLINE void multiply_piece(const In* a, int64_t lda, int64_t M, const float* 
       multiply<kRows, kVecs, false>(a + m * lda, lda, panel, kTileCols, depth, acc);
     else
       multiply_pairs<kHow>(a + m * lda, lda, panel, depth / 2, acc);
+    if (mask.bits)
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) keep(m + i, acc[i]);
     if (!first)
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
@@ -316,22 +345,21 @@ struct Work {
 };
 
 // Rows of a piece of the input, with zeros up to whole tiles.
-LK_INLINE void stage_rows(const bf16* in, int64_t ld, int64_t rows, int64_t depth, bf16* staged) {
+template <Bf16 kHow>
+LK_INLINE void stage_rows(const bf16* in, int64_t ld, int64_t rows, int64_t depth, int64_t whole, bf16* staged) {
   constexpr int64_t kRow = 2 * kStride<bf16>;
-  const int64_t whole = round_up(depth, Layout<bf16>::kDepthUnit);
   for (int64_t m = 0; m < rows; ++m) {
     memcpy(staged + m * kRow, in + m * ld, depth * sizeof(bf16));
     memset(staged + m * kRow + depth, 0, (whole - depth) * sizeof(bf16));
   }
-  for (int64_t m = rows; m < round_up(rows, Layout<bf16>::kRowUnit); ++m)
-    memset(staged + m * kRow, 0, whole * sizeof(bf16));
+  if constexpr (kHow == Bf16::kTiles)
+    for (int64_t m = rows; m < round_up(rows, kRowUnit<kHow>); ++m) memset(staged + m * kRow, 0, whole * sizeof(bf16));
 }
 
 // The rows and columns of one thread, up to block_rows at a time.
 template <Bf16 kHow, class In, class T>
 void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedColumns& bias, Range rows, Range cols,
               int64_t block_rows, float* work) {
-  using L = Layout<In>;
   float *const line = work, *const panels = line + Work<In>::kRows;
   In* const staged = (In*)(panels + Work<In>::kPanels);
   float* const sums = panels + Work<In>::kPanels + Work<In>::kStaged;
@@ -343,29 +371,29 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
       for (int t = 0; t < p.count; ++t) {
         const ProductTerm& term = p.terms[t];
         const int64_t P = p.transposed ? term.weight.N : term.weight.K;
-        const int64_t pieces = (P + L::kDepth - 1) / L::kDepth,
-                      step = round_up((P + pieces - 1) / pieces, L::kDepthUnit);
+        const int64_t pieces = (P + Layout<In>::kDepth - 1) / Layout<In>::kDepth,
+                      step = round_up((P + pieces - 1) / pieces, kStepUnit);
         for (int64_t p0 = 0; p0 < P; p0 += step) {
-          const int64_t depth = min64(step, P - p0);
+          const int64_t depth = min64(step, P - p0), whole = round_up(depth, kDepthUnit<In, kHow>);
           const bool first = t == 0 && p0 == 0, last = t == p.count - 1 && p0 + depth == P;
           with_weight(term.weight, [&](const auto& weight) {
-            make_panels(weight, term.scale, p.transposed, p0, depth, j0, block_cols, line, panels, (In*)nullptr);
+            make_panels(weight, term.scale, p.transposed != term.weight.turned, p0, depth, j0, block_cols, line, panels,
+                        (In*)nullptr);
           });
           for (int64_t m = m0; m < m1; m += kInnerRows) {
             const int64_t M = min64(kInnerRows, m1 - m);
             const In* in = (const In*)term.in + m * term.ld + p0;
-            int64_t ld = term.ld, whole = depth;
+            int64_t ld = term.ld;
             if constexpr (sizeof(In) != sizeof(float)) {
-              whole = round_up(depth, L::kDepthUnit);
-              if (whole != depth || M % L::kRowUnit) {
-                stage_rows(in, ld, M, depth, staged);
+              if (whole != depth || (kHow == Bf16::kTiles && M % kRowUnit<kHow>)) {
+                stage_rows<kHow>(in, ld, M, depth, whole, staged);
                 in = staged, ld = 2 * kStride<In>;
               }
             }
             for (int64_t j = 0; j < block_cols; j += kTileCols) {
               const int64_t tile = j / kTileCols;
               multiply_piece<kHow>(in, ld, M, panels + tile * kPanelSize<In>, whole, first, last,
-                                   sums + (tile * block_rows + m - m0) * kTileCols,
+                                   mask_at(term.kept, m, j0 + j), sums + (tile * block_rows + m - m0) * kTileCols,
                                    {column_scale.at(j0 + j), bias.at(j0 + j)}, (T*)p.out + m * p.ld_out + j0 + j,
                                    p.ld_out, min64(kTileCols, block_cols - j));
             }
@@ -378,16 +406,16 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
 
 template <Bf16 kHow, class In>
 bool product_of(const Product& p) {
-  constexpr int64_t kRowUnit = Layout<In>::kRowUnit;
   const PaddedColumns column_scale(p.column_scale, p.J), bias(p.bias, p.J);
   if (!column_scale.buffer.data || !bias.buffer.data) return false;
   int64_t depth = 0;
   for (int t = 0; t < p.count; ++t) depth += p.transposed ? p.terms[t].weight.N : p.terms[t].weight.K;
-  const int64_t tiles = (p.J + kTileCols - 1) / kTileCols, row_tiles = (p.M + kRowUnit - 1) / kRowUnit;
-  const Grid grid = make_grid(thread_count(p.num_threads, row_tiles * tiles, p.M * p.J * depth, kMinMultiplyAdds), p.M,
-                              kRowUnit, tiles);
+  constexpr int64_t kUnit = kRowUnit<kHow>;
+  const int64_t tiles = (p.J + kTileCols - 1) / kTileCols, row_tiles = (p.M + kUnit - 1) / kUnit;
+  const Grid grid =
+      make_grid(thread_count(p.num_threads, row_tiles * tiles, p.M * p.J * depth, kMinMultiplyAdds), p.M, kUnit, tiles);
   const int threads = grid.rows * grid.cols;
-  const int64_t block_rows = min64(kBlockRows, round_up((p.M + grid.rows - 1) / grid.rows, kRowUnit));
+  const int64_t block_rows = min64(kBlockRows, round_up((p.M + grid.rows - 1) / grid.rows, kUnit));
   const int64_t size = Work<In>::size(block_rows);
   Buffer work(threads * size);
   if (!work.data) return false;
@@ -398,7 +426,7 @@ bool product_of(const Product& p) {
 #if defined(LK_TILES)
       [[maybe_unused]] const std::conditional_t<kHow == Bf16::kTiles, Tiles, int> tiles{};
 #endif
-      own_part<kHow, In, T>(p, column_scale, bias, share(p.M, kRowUnit, part / grid.cols, grid.rows),
+      own_part<kHow, In, T>(p, column_scale, bias, share(p.M, kUnit, part / grid.cols, grid.rows),
                             share(p.J, kTileCols, part % grid.cols, grid.cols), block_rows, work.data + part * size);
     }
   });

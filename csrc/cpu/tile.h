@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "common.h"
+#include "dropout.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -85,6 +86,17 @@ LK_INLINE void turn_round(const float* rows, int64_t ld, int64_t depth, float* p
       transpose(v);
       for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * kTileCols + part * kLanes, v[i]);
     }
+}
+
+// Rows of bits that say which elements to keep, or null: all of them.
+struct Mask {
+  const uint8_t* bits = nullptr;
+  int64_t stride = 0;
+  LK_INLINE const uint8_t* row(int64_t i) const { return bits ? bits + i * stride : nullptr; }
+};
+// That of a block that begins there. col is a multiple of 8.
+LK_INLINE Mask mask_at(const Kept& kept, int64_t row, int64_t col) {
+  return {kept.bits ? kept.bits + row * kept.stride + col / 8 : nullptr, kept.stride};
 }
 
 // Calls f(Int<rows>, first row) for tiles that cover `rows`.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import threading
 from functools import cache
 from typing import Any
 
@@ -34,7 +32,6 @@ else:
             unavailable = f"environment variable {ISA_ENVIRONMENT_VARIABLE}: {error}"
 
 _CPU = torch.device("cpu")
-_buffers = threading.local()
 
 
 def isa() -> str:
@@ -66,17 +63,6 @@ def check(x: Tensor) -> None:
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """torch.empty, whatever the default dtype and device are: kernels write to its address."""
     return torch.empty(shape, dtype=dtype, device=_CPU)
-
-
-def buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Memory that this thread keeps: freshly allocated, its pages would cost more than what is written to them."""
-    size, key = math.prod(shape), (name, dtype)
-    kept = getattr(_buffers, "kept", None)
-    if kept is None:
-        kept = _buffers.kept = {}
-    if key not in kept or kept[key].numel() < size:
-        kept[key] = empty(size, dtype=dtype)
-    return kept[key][:size].view(shape)
 
 
 def weight_view(weight: Tensor | NF4) -> Any:
