@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
+from lora_kernels.files import replacing
 from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.io.whole_model import is_model_directory
-from lora_kernels.methods.apply import adapter_config
+from lora_kernels.methods.apply import adapter_config, saves_its_adapter
 from lora_kernels.methods.registry import METHODS, Method, method_of
 from lora_kernels.nn.wrappers import bare
+from lora_kernels.sharded import is_sharded
+
+# As transformers' Trainer names them.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def _files(method: Method) -> ModuleType:
@@ -50,6 +58,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, as_lora: bool =
     save(model, directory)
 
 
+def save_pretrained(
+    model: nn.Module, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False,
+    **_: Any,
+) -> None:  # fmt: skip
+    """What `save_pretrained` of a transformers model does while it carries adapters: `save_adapter`.
+
+    So it is with a PEFT model in transformers' and TRL's trainers. A folder that is named as their checkpoints are gets
+    model.safetensors too, with what is trained under the model's own names: they resume by `load_state_dict`.
+
+    is_main_process: whether this process writes. Other arguments of transformers' are about files that aren't written.
+    Raises ValueError where push_to_hub is asked for.
+    """
+    if push_to_hub:
+        raise ValueError("push_to_hub is True; allowed: False; huggingface_hub's upload_folder takes the directory")
+    directory = Path(save_directory)
+    spread = any(map(is_sharded, model.parameters()))
+    if is_main_process or spread:
+        save_adapter(model, directory)
+    if is_main_process and not spread and _CHECKPOINT.fullmatch(directory.name):
+        trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with replacing(directory / "model.safetensors") as path:
+            save_file(trained, path, metadata={"format": "pt"})
+
+
 def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
     """Loads what `save_adapter` or PEFT wrote to `directory` into `model`, in place: a base model, or one that carries
     the same adapters. A Hugging Face directory gives the model its weights.
@@ -79,4 +111,5 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
             f"{directory} holds a {kind or 'model'}, but a {type(own).__name__} was injected into the model"
         )
     _files(methods[kind]).load_adapter(model, directory, trainable)
+    saves_its_adapter(model)
     return given

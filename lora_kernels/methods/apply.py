@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,7 +26,8 @@ def inject(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:
     """Prepares `model`, in place, for the method that `config` belongs to; only what it trains requires gradients.
 
     config: LoRAConfig, AdaLoRAConfig, PrefixConfig, PromptConfig or FullConfig, kept as `model.adapter_config`.
-    `tokenizer` is needed for an initialisation from a text only. Returns the model. Raises TypeError for another
+    `tokenizer` is needed for an initialisation from a text only. A transformers model's `save_pretrained` then writes
+    the adapter alone, see `lora_kernels.io.adapters.save_pretrained`. Returns the model. Raises TypeError for another
     config, and ValueError, with the model unchanged, if it already carries adapters or the config doesn't fit it.
     """
     method = method_of(config)
@@ -31,7 +35,30 @@ def inject(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:
     if getattr(inner, "adapter_config", None) is not None:
         kind = type(inner.adapter_config).__name__
         raise ValueError(f"model already carries what {kind} put in; merge(model) it first, or load the model anew")
-    return method.module.inject(model, config, tokenizer)
+    given = method.module.inject(model, config, tokenizer)
+    saves_its_adapter(inner)
+    return given
+
+
+class _SavePretrained:
+    """`save_pretrained` of a model with adapters. The reference is weak, or the model would be part of a cycle."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        if (model := self._model()) is None:
+            raise RuntimeError("the model of this save_pretrained is gone; keep it in a variable until it is saved")
+        importlib.import_module("lora_kernels.io.adapters").save_pretrained(model, save_directory, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model(),)
+
+
+def saves_its_adapter(model: Any) -> None:
+    """Has `model.save_pretrained`, by which other trainers write what they trained, write the adapter in it."""
+    if method_of(model.adapter_config).peft_type is not None and callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained = _SavePretrained(model)
 
 
 def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:

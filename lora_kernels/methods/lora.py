@@ -448,9 +448,8 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
         for name, layer in [item for item in named_modules(model) if isinstance(item[1], NF4Linear)]:
             replace_module(model, name, layer.to_linear())
     model.requires_grad_(False)
-    for attribute in ("adapter_config", "lora_originals", "parked_adapters", "adapter_name"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
+    for attribute in ("adapter_config", "lora_originals", "parked_adapters", "adapter_name", "save_pretrained"):
+        model.__dict__.pop(attribute, None)
     note_untied(model, together)
     if untied(model, tied) and hasattr(model, "config"):
         split(model, tied)
