@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels sft | reward | ppo | dpo | compare | generate | merge | data | bench | doctor`.
+"""The command line: `lora-kernels sft | reward | ppo | dpo | compare | generate | merge | export | data | ...`.
 
 torch and transformers are imported inside the commands, so that --help is quick.
 """
@@ -269,6 +269,44 @@ def merge(
             network.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
     typer.echo(f"merged model: {output}")
+
+
+@app.command()
+@_user_errors
+def export(
+    *,
+    gguf: _option(Path, "Model", "The file to write; one that exists is replaced."),
+    model: _Model = None,
+    adapter: _option(Path | None, "Model", "Adapter directory, as written by sft or PEFT.") = None,
+    merge: _option(bool, "Model", "Write the whole model with the adapter in its weights, not the adapter.") = False,
+    dtype: _option(
+        str, "Model", "Of the matrices: stored (as in the files), float32, float16, bfloat16 or q8_0."
+    ) = "stored",
+) -> None:
+    """Write an adapter, or a model, as a GGUF file for llama.cpp: Llama, Mistral, Qwen2 and Qwen3.
+
+    The adapter's file is applied to that of its base model: llama-cli -m base.gguf --lora adapter.gguf. Without an
+    adapter, or with --merge, the file is a whole model, tokenizer and chat template included.
+    """
+    from lora_kernels.io import gguf_export
+    from lora_kernels.io.whole_model import is_model_directory
+    from lora_kernels.methods import merge as merge_adapters
+    from lora_kernels.models.generate import stop_at_turn_end
+
+    gguf_export.check_dtype(dtype)
+    whole = adapter is None or is_model_directory(adapter)
+    if merge and whole:
+        raise ValueError("--merge needs an adapter; without it, a whole model is written as it is")
+    # What is merged is rounded once, to the file's dtype.
+    network, tokenizer = _load(model, adapter, "float32" if dtype == "q8_0" else dtype, None, None, False)
+    if whole or merge:
+        if merge:
+            merge_adapters(network)
+        stop_at_turn_end(network, tokenizer)
+        gguf_export.save_gguf(network, tokenizer, gguf, dtype)
+    else:
+        gguf_export.save_gguf_adapter(network, gguf, dtype)
+    typer.echo(f"{'model' if whole or merge else 'adapter'} for llama.cpp: {gguf}")
 
 
 data = typer.Typer(name="data", help="Check training files, and label preference pairs.", no_args_is_help=True)

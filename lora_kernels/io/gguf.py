@@ -28,10 +28,11 @@ _GGUF_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_OTHER_NAMES = {"gpt2": "gpt-2", "default": "gpt-2", "starcoder": "smollm"}
 _TOKEN_CONTROL, _TOKEN_USER_DEFINED = 3, 4
 
 
@@ -44,8 +45,8 @@ def convert_gguf(path: str | Path, out_dir: str | Path) -> Path:
     teach a trainer that masks pads never to stop.
 
     Supported: architecture `llama` without rope scaling, any quantisation the `gguf` package can dequantise, byte-level
-    BPE with pre-tokenizer gpt-2, default, smollm, starcoder or llama-bpe. Anything else raises ValueError, a missing
-    file FileNotFoundError.
+    BPE with pre-tokenizer gpt-2, default, smollm, starcoder, llama-bpe or qwen2. Anything else raises ValueError, a
+    missing file FileNotFoundError.
     """
     import torch
     from gguf import GGUFReader
@@ -155,26 +156,31 @@ def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
     return values.view(heads, rows // 2, 2, -1).transpose(1, 2).reshape(values.shape).contiguous()
 
 
+def pre_tokenizers() -> dict[str, Any]:
+    """What splits a text before byte-level BPE, by llama.cpp's name of it. "llama-bpe" alone ignores merges, too."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    def split(digits: str) -> Any:
+        pattern = Regex(_SPLIT.replace("{DIGITS}", digits))
+        return Sequence([Split(pattern, behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    gpt2 = ByteLevel(add_prefix_space=False)
+    smollm = Sequence([Digits(individual_digits=True), gpt2])
+    return {"gpt-2": gpt2, "smollm": smollm, "llama-bpe": split("{1,3}"), "qwen2": split("")}
+
+
 def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2":
         raise ValueError(f"{path}: GGUF tokenizer model {kind!r} is not supported; only 'gpt2' (byte-level BPE) is")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")
-    if pre in ("gpt-2", "gpt2", "default"):
-        pre_tokenizer = byte_level
-    elif pre in ("smollm", "starcoder"):
-        pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    elif pre == "llama-bpe":
-        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-        pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    else:
-        raise ValueError(
-            f"{path}: GGUF pre-tokenizer {pre!r} is not supported; allowed: gpt-2, default, smollm, starcoder, "
-            "llama-bpe"
-        )
+    known = pre_tokenizers()
+    if _OTHER_NAMES.get(pre, pre) not in known:
+        allowed = ", ".join((*known, *_OTHER_NAMES))
+        raise ValueError(f"{path}: GGUF pre-tokenizer {pre!r} is not supported; allowed: {allowed}")
 
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     core = Tokenizer(
@@ -184,7 +190,7 @@ def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> PreTrainedTokenizerBase
             ignore_merges=pre == "llama-bpe",
         )
     )
-    core.pre_tokenizer = pre_tokenizer
+    core.pre_tokenizer = known[_OTHER_NAMES.get(pre, pre)]
     core.decoder = decoders.ByteLevel()
     typed = list(zip(tokens, types, strict=True))
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in typed if k == _TOKEN_CONTROL])

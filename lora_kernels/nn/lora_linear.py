@@ -323,6 +323,9 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
     Raises ValueError naming the argument that is out of range.
     """
 
+    lora_e: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import gguf
 import pytest
 import torch
 import yaml
@@ -201,6 +202,36 @@ def test_merge_writes_a_plain_model(trained, tiny, tmp_path):
     assert again.exit_code == 2 and "exists and is not empty" in again.stderr
 
 
+def test_export_writes_an_adapter_its_merged_model_and_the_base_for_llama_cpp(trained, tiny, tmp_path):
+    files = {name: tmp_path / f"{name}.gguf" for name in ("adapter", "merged", "base")}
+    arguments = {
+        "adapter": ("--model", tiny / "model", "--adapter", trained),
+        "merged": ("--adapter", trained, "--merge"),
+        "base": ("--model", tiny / "model", "--dtype", "float16"),
+    }
+    for name, file in files.items():
+        result = run("export", "--gguf", file, *arguments[name])
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{'adapter' if name == 'adapter' else 'model'} for llama.cpp: {file}\n"
+    assert gguf.GGUFReader(files["adapter"]).fields["general.type"].contents() == "adapter"
+    assert gguf.GGUFReader(files["base"]).tensors[0].tensor_type.name == "F16"
+    merged = gguf.GGUFReader(files["merged"])
+    assert merged.fields["tokenizer.chat_template"].contents() == TEMPLATE
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="merged.gguf").eval()
+    assert generate(model, tokenizer, list(ANSWERS), max_new_tokens=8) == list(ANSWERS.values())
+
+
+def test_export_writes_a_fully_trained_model_as_it_is(tiny, tmp_path):
+    result = run("export", "--gguf", tmp_path / "model.gguf", "--adapter", tiny / "model", "--dtype", "q8_0")
+    assert result.exit_code == 0, result.output
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types["token_embd.weight"] == "Q8_0" and types["output_norm.weight"] == "F32"
+    result = run("export", "--gguf", tmp_path / "other.gguf", "--adapter", tiny / "model", "--merge")
+    assert result.exit_code == 2 and "--merge needs an adapter" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_generate_uses_the_template_the_adapter_was_trained_with(trained, tmp_path):
     for file in trained.glob("adapter_*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -225,6 +256,9 @@ def test_generate_uses_the_template_the_adapter_was_trained_with(trained, tmp_pa
         (["generate", "--model", "./absent"], "no prompt: give --prompt or --prompts-file"),
         (["generate", "--prompt", "x", "--adapter", "absent"], "absent has no adapter_config.json"),
         (["merge", "--adapter", "absent", "--output", "out"], "absent has no adapter_config.json"),
+        (["export", "--gguf", "out"], "give --model, --adapter, or both"),
+        (["export", "--gguf", "out", "--model", "m", "--dtype", "q4_0"], "dtype is 'q4_0'; allowed for GGUF: stored"),
+        (["export", "--gguf", "out", "--model", "m", "--merge"], "--merge needs an adapter"),
     ],
 )
 def test_user_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
