@@ -8,6 +8,7 @@ from lora_kernels.lazy import exports
 
 if TYPE_CHECKING:
     from lora_kernels.backends import available, use_backend
+    from lora_kernels.integrations.peft import FuseReport, fuse_peft, unfuse_peft
     from lora_kernels.io.adapters import load_adapter, save_adapter
     from lora_kernels.methods.adalora import AdaLoRAConfig
     from lora_kernels.methods.apply import adapters_disabled, inject, merge
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdaLoRAConfig": "methods.adalora",
     "FullConfig": "methods.full",
+    "FuseReport": "integrations.peft",
     "FusedLoRALinear": "nn.lora_linear",
     "LoRAConfig": "methods.lora",
     "LoRAPlusAdamW": "optim.loraplus",
@@ -41,6 +43,7 @@ _HOME = {
     "add_adapter": "methods.named",
     "available": "backends",
     "fuse_decoder": "models.fuse",
+    "fuse_peft": "integrations.peft",
     "inject": "methods.apply",
     "load_adapter": "io.adapters",
     "lora_linear": "ops.lora_linear",
@@ -49,12 +52,14 @@ _HOME = {
     "quantize_nf4": "ops.nf4",
     "save_adapter": "io.adapters",
     "trainable_summary": "methods.lora",
+    "unfuse_peft": "integrations.peft",
     "use_adapter": "methods.named",
     "use_backend": "backends",
 }
 __all__ = [
     "AdaLoRAConfig",
     "FullConfig",
+    "FuseReport",
     "FusedLoRALinear",
     "LoRAConfig",
     "LoRAPlusAdamW",
@@ -67,6 +72,7 @@ __all__ = [
     "add_adapter",
     "available",
     "fuse_decoder",
+    "fuse_peft",
     "inject",
     "load_adapter",
     "lora_linear",
@@ -75,6 +81,7 @@ __all__ = [
     "quantize_nf4",
     "save_adapter",
     "trainable_summary",
+    "unfuse_peft",
     "use_adapter",
     "use_backend",
 ]

@@ -38,6 +38,8 @@ _ATTENTION_ISAS = ("avx2", "avx512", "avx512_bf16", "avx512_amx")
 _MIN_ROWS, _MIN_TOKENS = 16, 64
 # Up to so many rows also where torch multiplies bfloat16 in hardware.
 _MAX_NATIVE_ROWS = 1024
+# The attribute of a module whose forward is ours; whatever else `fuse_decoder` notes there begins alike.
+_MARK, _PREFIX = "lora_kernels_forward", "lora_kernels_"
 # What models pass to their attention functions and transformers' "sdpa" doesn't look at.
 _IGNORED = {"cache_position", "num_items_in_batch", "output_hidden_states", "position_ids", "return_dict",
             "sliding_window", "use_cache"}  # fmt: skip
@@ -75,7 +77,7 @@ def fuse_decoder(model: nn.Module) -> int:
             continue
         if (offset := _norm_offset(module)) is not None:
             module.lora_kernels_offset = offset
-            module.forward = MethodType(_norm_forward, module)
+            _set_forward(module, _norm_forward)
         else:
             forward = _mlp_forward if _is_swiglu(module) else _rotating(plain)
             names = _projections(module)
@@ -87,16 +89,30 @@ def fuse_decoder(model: nn.Module) -> int:
                 forward = _grouped(forward, names)
             if forward is plain:
                 continue
-            module.forward = MethodType(forward, module)
+            _set_forward(module, forward)
         count += 1
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is nn.Linear and _has_own_forward(head):
-        head.forward = MethodType(_head_forward, head)
+        _set_forward(head, _head_forward)
         count += 1
     if count:
         for stack in filter(_is_stack, own):
-            stack.forward = MethodType(_recomputing(type(stack).forward), stack)
+            _set_forward(stack, _recomputing(type(stack).forward))
     return count
+
+
+def unfuse_decoder(model: nn.Module) -> None:
+    """Undoes `fuse_decoder`: every module has the forward of its class again."""
+    for module in model.modules():
+        own = vars(module)
+        if own.get(_MARK):
+            for name in ["forward", *(name for name in own if name.startswith(_PREFIX))]:
+                del own[name]
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = MethodType(forward, module)
+    module.__dict__[_MARK] = True
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -183,6 +183,10 @@ class AdaptedLayer:
             kept = [layer.kept_layers(x) for layer in layers]
             if None not in kept:
                 return project(x, kept[0] if len(kept) == 1 else _joined(kept, x), self.dropout_p)
+        return self.anew(layers, x)
+
+    def anew(self, layers: Sequence[AdaptedLayer], x: Tensor) -> Sequence[Tensor]:
+        """`together` where not all of it is kept."""
         return lora_linear_group(x, [layer.projection() for layer in layers], self.dropout_p)
 
     def _still(self, own: tuple[Tensor | None, ...], x: Tensor, scaling: float) -> Layers | None:
