@@ -7,7 +7,7 @@ folder and run there. Each model that PEFT puts LoRA layers into is passed to `f
 which shows what the tests do by themselves. Without arguments for pytest the tests of linear layers run, which need no
 network. PEFT's tests import diffusers; `pip install --no-deps diffusers` is enough.
 
-The last line counts the fused layers, and the calls that our kernels and PEFT's own forward have taken.
+A line at the end counts the fused layers and their calls.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pytest_configure(config: Any) -> None:
 
     from lora_kernels.integrations import peft as ours
 
-    inject_adapter, takes = BaseTuner.inject_adapter, ours._Fused._takes
+    inject_adapter, takes, forward = BaseTuner.inject_adapter, ours._Fused._takes, ours._Fused.forward
 
     @wraps(inject_adapter)
     def injected(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,14 +43,19 @@ def pytest_configure(config: Any) -> None:
             counted["layers fused"] += len(ours.fuse_peft(model).fused)
 
     @wraps(takes)
-    def counting(self: Any, x: Any, names: Any) -> bool:
+    def taking(self: Any, x: Any, names: Any) -> bool:
         taken = takes(self, x, names)
-        counted["calls of ours" if taken else "calls of PEFT's own forward"] += 1
+        counted["of them by PEFT's own forward"] += not taken
         return taken
+
+    @wraps(forward)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counted["calls"] += 1
+        return forward(self, *args, **kwargs)
 
     BaseTuner.inject_adapter = injected
     for kind in ours._FUSED.values():
-        kind._takes = counting
+        kind._takes, kind.forward = taking, called
 
 
 def pytest_sessionfinish(session: Any) -> None:
@@ -63,7 +68,8 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(", ".join(f"{count} {what}" for what, count in sorted(counted.items())))
+    names = ("layers fused", "calls", "of them by PEFT's own forward")
+    terminalreporter.write_line(", ".join(f"{counted[name]} {name}" for name in names))
 
 
 def main() -> int:
