@@ -58,7 +58,7 @@ template <class T>
 LK_INLINE void pack_panels(const Sizes& z, const T* x, int64_t ld_x, int64_t count, float* line, float* panels) {
   for (int64_t key = 0; key < round_up(count, kTileRows); key += kTileCols) {
     pack_rows(x + key * ld_x, ld_x, min64(kTileCols, count - key), kTileCols, z.shape.D, 1.0f, line, z.ld);
-    turn_round(line, z.ld, z.shape.D, panels + key * z.cols);
+    turn_round(line, z.ld * sizeof(float), z.shape.D, panels + key * z.cols);
   }
 }
 

@@ -71,61 +71,89 @@ static_assert(kInnerRows % kTileRows == 0 && kInnerRows % kRowUnit<Bf16::kTiles>
 // Rows of the input that take as long as converting the weight.
 constexpr int64_t kConvertRows = 16;
 
+// Rows of the weight in the type of the input, from row n and column `first` on: where they lie, if they may be read
+// there, else written to `to`, whose rows are ld apart.
+template <class In>
+struct Rows {
+  const In* data;
+  int64_t ld;
+};
+template <class W, class In>
+LK_INLINE Rows<In> rows_of(const W& weight, float scale, int64_t n, int64_t count, int64_t first, int64_t cols,
+                           bool in_place, In* to, int64_t ld) {
+  if constexpr (std::is_same_v<W, Dense<In>>)
+    if (in_place && scale == 1.0f) return {weight.data + n * weight.ld + first, weight.ld};
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (sizeof(In) == sizeof(float))
+      convert_row(weight, scale, n + i, first, cols, to + i * ld);
+    else
+      narrow_row(weight, scale, n + i, first, cols, to + i * ld);
+  }
+  return {to, ld};
+}
+
+// How far before it is read a weight is fetched.
+constexpr int64_t kRowsAhead = 16;
+
 // Panels of `depth` steps from p0 on and `cols` columns of the result from j0 on. What is in the last one beyond these
-// columns is not used. `rows` has room for kTileCols rows of a piece.
+// columns is not used. `line` has room for kTileCols rows of a piece.
 template <class W>
 LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_t p0, int64_t depth, int64_t j0,
-                           int64_t cols, float* rows, float* panels, float*) {
+                           int64_t cols, float* line, float* panels) {
   const int64_t tiles = (cols + kTileCols - 1) / kTileCols;
   if (!transposed) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileCols, width = min64(kTileCols, cols - first);
-      for (int64_t j = 0; j < width; ++j)
-        convert_row(weight, scale, j0 + first + j, p0, depth, rows + j * kStride<float>);
-      turn_round(rows, kStride<float>, depth, panels + tile * kPanelSize<float>);
+      const auto rows = rows_of(weight, scale, j0 + first, width, p0, depth, width == kTileCols && depth % kLanes == 0,
+                                line, kStride<float>);
+      turn_round(rows.data, rows.ld * sizeof(float), depth, panels + tile * kPanelSize<float>,
+                 rows.data == line ? 0 : kTileCols * rows.ld * sizeof(float));
     }
     return;
   }
   for (int64_t p = 0; p < depth; ++p) {
-    convert_row(weight, scale, p0 + p, j0, cols, rows);
+    const auto row = rows_of(weight, scale, p0 + p, 1, j0, cols, cols % kTileCols == 0, line, 0);
     for (int64_t tile = 0; tile < tiles; ++tile)
       for (int v = 0; v < kVecs; ++v)
         store(panels + tile * kPanelSize<float> + p * kTileCols + v * kLanes,
-              load(rows + tile * kTileCols + v * kLanes));
+              load(row.data + tile * kTileCols + v * kLanes));
   }
 }
 
 // The same in pairs, zeros up to whole units of AMX.
 template <class W>
 LK_INLINE void make_panels(const W& weight, float scale, bool transposed, int64_t p0, int64_t depth, int64_t j0,
-                           int64_t cols, float* rows, float* panels, bf16*) {
+                           int64_t cols, bf16* line, float* panels) {
   constexpr int64_t kRow = 2 * kStride<bf16>;
   const int64_t tiles = (cols + kTileCols - 1) / kTileCols, whole = round_up(depth, kDepthUnit<bf16, Bf16::kTiles>);
-  bf16* const line = (bf16*)rows;
   if (!transposed) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileCols, width = min64(kTileCols, cols - first);
-      for (int64_t j = 0; j < width; ++j) {
-        narrow_row(weight, scale, j0 + first + j, p0, depth, line + j * kRow);
+      const auto rows =
+          rows_of(weight, scale, j0 + first, width, p0, depth, width == kTileCols && whole == depth, line, kRow);
+      for (int64_t j = 0; whole > depth && j < width; ++j)
         memset(line + j * kRow + depth, 0, (whole - depth) * sizeof(bf16));
-      }
-      turn_round(rows, kStride<bf16>, whole / 2, panels + tile * kPanelSize<bf16>);
+      turn_round(rows.data, rows.ld * sizeof(bf16), whole / 2, panels + tile * kPanelSize<bf16>,
+                 rows.data == line ? 0 : kTileCols * rows.ld * sizeof(bf16));
     }
     return;
   }
   static_assert(kTileCols * kRow >= 2 * kBlockCols);
-  bf16* const next = line + kBlockCols;
   for (int64_t p = 0; p < whole; p += 2) {
-    for (int64_t i = 0; i < 2; ++i)
-      if (p + i < depth)
-        narrow_row(weight, scale, p0 + p + i, j0, cols, line + i * kBlockCols);
-      else
-        memset(line + i * kBlockCols, 0, cols * sizeof(bf16));
+    const int64_t count = min64(2, depth - p);
+    if (count < 2) memset(line, 0, 2 * kBlockCols * sizeof(bf16));
+    const auto rows = count > 0 ? rows_of(weight, scale, p0 + p, count, j0, cols, count == 2 && cols % kTileCols == 0,
+                                          line, kBlockCols)
+                                : Rows<bf16>{line, kBlockCols};
     for (int64_t tile = 0; tile < tiles; ++tile)
       for (int v = 0; v < kVecs; ++v) {
-        const int64_t col = tile * kTileCols + v * kLanes;
+        const bf16* const even = rows.data + tile * kTileCols + v * kLanes;
+        if (v == 0 && rows.data != line) {
+          __builtin_prefetch(even + kRowsAhead * rows.ld);
+          __builtin_prefetch(even + (kRowsAhead + 1) * rows.ld);
+        }
         store_raw(panels + tile * kPanelSize<bf16> + p / 2 * kTileCols + v * kLanes,
-                  widen(load_raw<vu16>(line + col)) | widen(load_raw<vu16>(next + col)) << 16);
+                  widen(load_raw<vu16>(even)) | widen(load_raw<vu16>(even + rows.ld)) << 16);
       }
   }
 }
@@ -377,8 +405,8 @@ void own_part(const Product& p, const PaddedColumns& column_scale, const PaddedC
           const int64_t depth = min64(step, P - p0), whole = round_up(depth, kDepthUnit<In, kHow>);
           const bool first = t == 0 && p0 == 0, last = t == p.count - 1 && p0 + depth == P;
           with_weight(term.weight, [&](const auto& weight) {
-            make_panels(weight, term.scale, p.transposed != term.weight.turned, p0, depth, j0, block_cols, line, panels,
-                        (In*)nullptr);
+            make_panels(weight, term.scale, p.transposed != term.weight.turned, p0, depth, j0, block_cols, (In*)line,
+                        panels);
           });
           for (int64_t m = m0; m < m1; m += kInnerRows) {
             const int64_t M = min64(kInnerRows, m1 - m);

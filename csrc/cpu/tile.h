@@ -77,12 +77,17 @@ LK_INLINE void transpose(vf (&v)[kLanes]) {
   }
 }
 
-// panel [depth, kTileCols] = rows [kTileCols, depth], ld apart, turned round; up to kLanes - 1 rows more are written.
-LK_INLINE void turn_round(const float* rows, int64_t ld, int64_t depth, float* panel) {
+// panel [depth, kTileCols] = rows of floats [kTileCols, depth], ld bytes apart, turned round; up to kLanes - 1 rows
+// more are written. `ahead` bytes after a row lies what is read next.
+LK_INLINE void turn_round(const void* rows, int64_t ld, int64_t depth, float* panel, int64_t ahead = 0) {
   for (int64_t p = 0; p < depth; p += kLanes)
     for (int part = 0; part < kVecs; ++part) {
       vf v[kLanes];
-      for (int i = 0; i < kLanes; ++i) v[i] = load(rows + (part * kLanes + i) * ld + p);
+      for (int i = 0; i < kLanes; ++i) {
+        const char* const from = (const char*)rows + (part * kLanes + i) * ld + p * sizeof(float);
+        if (ahead) __builtin_prefetch(from + ahead, 0, 2);
+        v[i] = load_raw<vf>(from);
+      }
       transpose(v);
       for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * kTileCols + part * kLanes, v[i]);
     }
