@@ -1,7 +1,7 @@
 """Our kernels in Axolotl: `plugins: [lora_kernels.integrations.axolotl.FusePeft]` in its YAML.
 
-By the interface of `axolotl.integrations.base.BasePlugin`: the class is named in the configuration, `register` sees that
-before it is checked, `post_lora_load` the model with its adapter.
+By the interface of `axolotl.integrations.base.BasePlugin`: the class is named in the configuration, `register` sees
+that before it is checked, `post_lora_load` the model with its adapter.
 """
 
 from __future__ import annotations

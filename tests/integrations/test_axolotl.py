@@ -1,4 +1,4 @@
-"""The plugin, against the interface that Axolotl documents: the package itself pins other versions of torch and PEFT."""
+"""The plugin, against the interface that Axolotl documents: the package pins other versions of torch and PEFT."""
 
 import importlib
 import logging
