@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 
 @contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """What goes wrong while `path` is written: an OSError that names it."""
     try:
         yield
@@ -37,7 +37,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
+def reading(path: str | os.PathLike[str], advice: str = "") -> Iterator[None]:
     """What goes wrong while `path` is read and taken apart: a ValueError that names it, with `advice`."""
     try:
         yield
@@ -49,7 +49,7 @@ def reading(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary file beside `path` to write to; it becomes `path` on success and is removed on an exception.
 
     Missing parent directories are made. The file's mode is what the umask asks for, whatever wrote it. Raises OSError
@@ -70,7 +70,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes `value` as indented JSON, by way of `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def lora_inputs(
     device: str | torch.device = "cpu",
     seed: int = 0,
     column_scale: bool = False,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """x, weight, lora_a, lora_b, bias, lora_e and column_scale (around 1, some negative) by name, of the sizes that a
     trained layer has, from a fixed seed of the device's generator."""
     generator = torch.Generator(device).manual_seed(seed)

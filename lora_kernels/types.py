@@ -40,7 +40,7 @@ class NF4:
 class Projection:
     """One of the layers that read the same x, as query, key and value do; see `lora_linear` for what is what."""
 
-    weight: Tensor | NF4
+    weight: Any  # a Tensor or NF4; as it is given to an op an NF4Weight of `lora_kernels.ops.nf4`
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
@@ -68,18 +68,18 @@ class _Places:
         same = tensors is None or (len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors)))
         return same and (x is None or self._values(x) == self._x) and self._are() == self._were
 
-    def _are(self) -> list[tuple]:
+    def _are(self) -> list[tuple[Any, ...]]:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad) for t in self.tensors if t is not None]
 
     @staticmethod
-    def _values(x: Tensor) -> tuple:
+    def _values(x: Tensor) -> tuple[Any, ...]:
         return x.dtype, x.device, x.shape[-1:]
 
 
 try:
     from lora_kernels._C import Places
 except ImportError:
-    Places = _Places
+    Places = _Places  # type: ignore[assignment, misc]  # it has the same methods
 
 
 class Layers:
@@ -156,9 +156,12 @@ class Layers:
     @classmethod
     def of(cls, settings: Sequence[tuple[float, int, tuple[int, ...]]], tensors: Sequence[Tensor | None]) -> Layers:
         """Layers of these `settings` and `tensors`, without biases."""
-        rest, made = iter(tensors), []
+        rest: Iterator[Any] = iter(tensors)
+        made = []
         for scaling, block_size, shape in settings:
-            weight = NF4(*islice(rest, 4), block_size, shape) if block_size else next(rest)
+            weight = next(rest)
+            if block_size:
+                weight = NF4(weight, next(rest), next(rest), next(rest), block_size, shape)
             lora_a, lora_b, lora_e, column_scale = islice(rest, 4)
             made.append(Projection(weight, lora_a, lora_b, scaling, None, lora_e, column_scale))
         return cls(made)

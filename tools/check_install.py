@@ -3,6 +3,7 @@
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,12 +16,14 @@ def check_lora_linear() -> None:
     M, N, K, R = 33, 48, 65, 8
     tensors = [torch.randn(*shape, requires_grad=True) for shape in ((M, K), (N, K), (R, K), (N, R))]
     exact = [t.detach().double().requires_grad_() for t in tensors]
+    x, weight, lora_a, lora_b = tensors
     with lora_kernels.use_backend("cpu"):
-        y = lora_kernels.lora_linear(*tensors, 0.5)
+        y = lora_kernels.lora_linear(x, weight, lora_a, lora_b, 0.5)
         y.square().sum().backward()
-    expected = lora_linear_ref(*exact, 0.5)
+    expected = lora_linear_ref(exact[0], exact[1], exact[2], exact[3], 0.5)
     expected.square().sum().backward()
-    for ours, theirs in ((y, expected), *((a.grad, b.grad) for a, b in zip(tensors, exact, strict=True))):
+    pairs: list[tuple[Any, Any]] = [(y, expected), *((a.grad, b.grad) for a, b in zip(tensors, exact, strict=True))]
+    for ours, theirs in pairs:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 

@@ -74,19 +74,22 @@ class Device:
         driver.utils.load_binary = load_binary
         triton.runtime.driver.set_active(driver)
 
-    def watch(self, told: Callable[[Launch], None] | None) -> None:
+    def watch(self, told: Callable[[Launch], object] | None) -> None:
         """From now on every launch is told; none with None."""
         address = ctypes.c_void_p
         watcher = ctypes.CFUNCTYPE(None, address, ctypes.POINTER(ctypes.c_ulonglong), ctypes.c_int,
                                    ctypes.POINTER(address))  # fmt: skip
 
-        def launched(function: int, numbers: Any, count: int, params: Any) -> None:
-            name, sizes = self._kernels[function]
-            arguments = tuple(ctypes.string_at(params[i], size) for i, size in enumerate(sizes))
-            told(Launch(name, function, tuple(numbers[:count]), arguments))
-
         # It must live as long as the library may call it.
-        self._watcher = watcher(launched) if told else watcher()
+        self._watcher = watcher()
+        if told is not None:
+
+            def launched(function: int, numbers: Any, count: int, params: Any) -> None:
+                name, sizes = self._kernels[function]
+                arguments = tuple(ctypes.string_at(params[i], size) for i, size in enumerate(sizes))
+                told(Launch(name, function, tuple(numbers[:count]), arguments))
+
+            self._watcher = watcher(launched)
         self._library.fake_watch(self._watcher)
 
     def fail(self, result: int) -> None:

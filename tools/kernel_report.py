@@ -74,7 +74,7 @@ TWO_BLOCKS = 128
 def cuda_rows(binary: Path) -> list[dict]:
     """A row for each kernel instance and architecture in an object file or the extension _cuda."""
     return [
-        {"arch": arch, "mangled": mangled, "kernel": re.search(r"\d((?:[a-z]+_)+kernel)(?!s)", mangled)[1], **facts}
+        {"arch": arch, "mangled": mangled, "kernel": re.findall(r"\d((?:[a-z]+_)+kernel)(?!s)", mangled)[0], **facts}
         for (arch, mangled), facts in binaries.nvidia_kernels(binary).items()
     ]
 

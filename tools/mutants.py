@@ -50,7 +50,8 @@ def functions_of(path: Path) -> list[tuple[str, int, int]]:
     for node in ast.parse(path.read_text()).body:
         members = node.body if isinstance(node, ast.ClassDef) else [node]
         prefix = f"xǁ{node.name}ǁ" if isinstance(node, ast.ClassDef) else "x_"
-        found += [(prefix + f.name, f.lineno, f.end_lineno) for f in members if isinstance(f, ast.FunctionDef)]
+        functions = [member for member in members if isinstance(member, ast.FunctionDef)]
+        found += [(prefix + f.name, f.lineno, f.end_lineno or f.lineno) for f in functions]
     return found
 
 

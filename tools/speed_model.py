@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import binaries
 import kernel_report
@@ -157,15 +158,15 @@ def tensor_flops(line: str) -> int | None:
     if kind == "UTCHMMA":
         return None
     if kind == "v_mfma":
-        m, n, k = map(int, re.search(r"(\d+)x(\d+)x(\d+)", name).groups())
+        m, n, k = map(int, re.findall(r"(\d+)x(\d+)x(\d+)", name)[0])
         blocks = re.search(r"_(\d+)b_", name)
         return 2 * m * n * k * (int(blocks[1]) if blocks else 1)
     if kind == "HMMA":
         # 16816 is 16 x 8 x 16.
-        digits = re.search(r"HMMA\.(?:SP\.)?(\d+)", name)[1]
+        digits = re.findall(r"HMMA\.(?:SP\.)?(\d+)", name)[0]
         return 2 * 16 * 8 * int(digits[3:])
     # HGMMA: one product by the four warps of a group, each of which issues the instruction.
-    m, n, k = map(int, re.search(r"(\d+)x(\d+)x(\d+)", name).groups())
+    m, n, k = map(int, re.findall(r"(\d+)x(\d+)x(\d+)", name)[0])
     return 2 * m * n * k // 4
 
 
@@ -238,7 +239,9 @@ class Loop:
 
 def loop_cost(lines: list[str], chip: Chip, warps: int, step_flops: int = 0) -> Loop:
     """The cost of a main loop for a block of `warps`; step_flops: those of tcgen05's products in one iteration."""
-    total, phases = Counter(), [Counter()]
+    # Of clocks, which are no whole numbers.
+    total: Any = Counter()
+    phases: list[Any] = [Counter()]
     for line in lines:
         if re.search(r"\bBAR\.SYNC|\bs_barrier", line):
             phases.append(Counter())

@@ -579,7 +579,7 @@ def _tiny(kind: Any, changes: dict[str, Any]) -> Any:
     return kind(**{name: value for name, value in (fields | own).items() if value is not None})
 
 
-def _takes(kind: type, default: dict[str, Any], name: str) -> bool:
+def _takes(kind: Any, default: dict[str, Any], name: str) -> bool:
     """Whether the class has a field of that name, or of one that it maps to, and not only a property."""
     name = kind.attribute_map.get(name, name)
     found = getattr(kind, name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,8 @@ def make_step(contender: str, layers: int, R: int) -> Step:
     groups = [{"params": lora_a, "lr": LR}, {"params": lora_b, "lr": LR * LR_RATIO}]
     if contender == "ours":
         return LoRAPlusAdamW(groups, lr=LR, lr_ratio=1, max_grad_norm=MAX_GRAD_NORM).step
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, **{contender: True})
+    options: dict[str, Any] = {contender: True}
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, **options)
 
     def step() -> None:
         # Scaled by this in place, the gradients have the norm 1 from the second round on: the same work.

@@ -59,7 +59,7 @@ def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -
                 setattr(module, name, make(child))
 
 
-def _quantised(contender: str, base: nn.Module) -> nn.Module:
+def _quantised(contender: str, base: Any) -> Any:
     """A copy of the model, its linear layers in NF4 where the contender has them so."""
     model = copy.deepcopy(base)
     if contender.startswith("ours-qlora"):
@@ -70,7 +70,7 @@ def _quantised(contender: str, base: nn.Module) -> nn.Module:
     return model
 
 
-def training_step(contender: str, base: nn.Module, batch: int, length: int, rounds: int) -> dict[str, float]:
+def training_step(contender: str, base: Any, batch: int, length: int, rounds: int) -> dict[str, float]:
     """The median over `rounds` of one training step of `base` adapted anew, as `lora_kernels.bench.train` has it:
     {"ms", "tokens_per_s", "peak_mib"}; the peak is that of torch's allocator, 0 on a CPU, without `base` itself. It
     counts the steps before those that are timed where there are graphs, whose memory no allocator sees used later."""

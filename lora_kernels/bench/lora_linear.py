@@ -4,7 +4,7 @@ that share their input, as q/k/v and gate/up do."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,11 +41,12 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dropout_p: float, 
     inputs = lora_inputs(M, N, K, R, dtype, adapter_dtype=dtype if contender == "addmm" else torch.float32)
     x, weight = inputs["x"].requires_grad_(train), inputs["weight"]
     adapters = [inputs[name].requires_grad_(train) for name in ("lora_a", "lora_b")]
-    layer = None
+    layer: Any = None
+    forward: Callable[[], Tensor]
     if contender == "bare":
         forward, adapters = functools.partial(F.linear, x, weight), []
     elif contender in ("eager", "compile"):
-        function = torch.compile(eager_lora, dynamic=False) if contender == "compile" else eager_lora
+        function: Any = torch.compile(eager_lora, dynamic=False) if contender == "compile" else eager_lora
         forward = functools.partial(function, x, weight, *adapters, dropout_p)
     elif contender == "addmm":
         forward = functools.partial(AddmmLoRA.apply, x, weight, *adapters)
@@ -64,7 +65,7 @@ def make_step(contender: str, M: int, N: int, K: int, R: int, dropout_p: float, 
     return lambda: torch.autograd.grad(forward(), [x, *adapters], dy)
 
 
-def _our_layer(contender: str, inputs: dict[str, Tensor | None], dropout_p: float) -> FusedLoRALinear:
+def _our_layer(contender: str, inputs: dict[str, Any], dropout_p: float) -> FusedLoRALinear:
     (N, K), (R, _) = inputs["weight"].shape, inputs["lora_a"].shape
     linear = torch.nn.Linear(K, N, bias=False, device="meta")
     linear.weight = torch.nn.Parameter(inputs["weight"])
@@ -88,13 +89,12 @@ def group_step(
     """`make_step` for layers of out_features N over one x."""
     train = M > FEW_ROWS
     x = lora_inputs(M, 1, K, 1, dtype, device=device)["x"].requires_grad_(train)
-    options = {"adapter_dtype": torch.float32, "device": device}
+    options: dict[str, Any] = {"adapter_dtype": torch.float32, "device": device}
     inputs = [lora_inputs(1, n, K, R, dtype, **options, seed=seed) for seed, n in enumerate(N)]
     weights = [tensors["weight"] for tensors in inputs]
-    if contender == "bare":
-        layers = [functools.partial(F.linear, weight=weight) for weight in weights]
-        adapters = []
-    else:
+    layers: list[Any] = [functools.partial(F.linear, weight=weight) for weight in weights]
+    adapters = []
+    if contender != "bare":
         if contender == "peft":
             layers = [peft_layer(weight, R, lora_dropout=dropout_p) for weight in weights]
         else:
@@ -139,7 +139,7 @@ def case(
     """The case of one layer; its floor is that of the frozen linear: forward, and dx where M > FEW_ROWS."""
     train = M > FEW_ROWS
     names, skipped = split({name: why_not(name, K, settings) for name in contenders})
-    sizes = {"M": M, "N": N, "K": K, "R": R, "dropout_p": dropout_p if train else 0.0}
+    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "R": R, "dropout_p": dropout_p if train else 0.0}
     itemsize = settings.dtype.itemsize
     passes = 1 + train
     return Case(
@@ -157,7 +157,7 @@ def group_case(M: int, N: tuple[int, ...], K: int, settings: Settings) -> Case:
     """The case of layers over one x, whose floor is that of the frozen layers, x read and dx written once."""
     train = M > FEW_ROWS
     names, skipped = split({name: why_not(name, K, settings) for name in GROUP})
-    sizes = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT_P if train else 0.0}
+    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT_P if train else 0.0}
     passes, total = 1 + train, sum(N)
     return Case(
         "lora_linear_group",
@@ -190,6 +190,6 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield case(M, N, K, R, 0.0, settings)
         yield case(M, N, K, R, 0.0, settings, DORA)
     for model in ("SmolLM2-135M", "Llama-3.2-1B"):
-        for N, K in GROUPS[model]:
+        for widths, K in GROUPS[model]:
             for rows in (1, 64, M, 2048):
-                yield group_case(rows, N, K, settings)
+                yield group_case(rows, widths, K, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import json
 import os
 import platform
@@ -27,10 +28,10 @@ Step = Callable[[], Any]
 
 
 def interleave(
-    steps: Mapping[str, Step],
+    steps: Mapping[str, Any],
     rounds: int,
     base: str,
-    timer: Callable[[Step], float] | None = None,
+    timer: Callable[[Any], float] | None = None,
     budget_s: float = float("inf"),
 ) -> dict[str, dict[str, float]]:
     """Run all steps once a round, in a new random order every round; `timer` gives the seconds that a step takes.
@@ -91,7 +92,7 @@ class Worker:
         environment["OMP_NUM_THREADS"] = str(threads)
         # A pipe that nobody reads would fill up and stop the process. Closed with the worker.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
+        self._process: Any = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
 
@@ -137,14 +138,15 @@ def _serve(function: str, threads: str, arguments: str) -> None:
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
     module, _, name = function.partition(":")
-    step = functools.reduce(getattr, name.split("."), __import__(module, fromlist=[name]))(**json.loads(arguments))
+    make: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    step = make(**json.loads(arguments))
 
     def seconds() -> float:
         step()
         return _seconds(step)
 
     actions = {"ready": lambda: True, "seconds": seconds, "memory": lambda: peak_memory(step)}
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     for line in sys.stdin:
         answer = actions[line.strip()]()
         if hasattr(libc, "malloc_trim"):

@@ -25,7 +25,8 @@ def ppo_step(contender: str, method: str, dtype: str) -> Step:
     """Load SmolLM2-135M and train it for two steps, on rows of the same lengths for each contender."""
 
     def step() -> None:
-        common = {"model": "smollm2-135m", "method": method, "dtype": dtype, "r": 8, "max_steps": 2, "batch_size": ROWS}
+        few = {"r": 8, "max_steps": 2, "batch_size": ROWS}
+        common: dict[str, Any] = {"model": "smollm2-135m", "method": method, "dtype": dtype, **few}
         with tempfile.TemporaryDirectory() as directory:
             data = Path(directory) / "data.jsonl"
             data.write_text((json.dumps({"prompt": PROMPT, "completion": ANSWER}) + "\n") * 2 * ROWS)

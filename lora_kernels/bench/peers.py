@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,7 +55,7 @@ def bitsandbytes_linear(weight: Tensor) -> torch.nn.Module:
 
 def peft_nf4_layer(weight: Tensor, R: int, **options) -> torch.nn.Module:
     """The same over bitsandbytes' NF4 of the weight."""
-    model = torch.nn.Sequential(bitsandbytes_linear(weight))
+    model: Any = torch.nn.Sequential(bitsandbytes_linear(weight))
     model.is_loaded_in_4bit = True
     return _inject(model, R, **options)
 

@@ -101,9 +101,9 @@ def run_once(backend: Backend, M: int, N: int, K: int, R: int) -> None:
     inputs = lora_inputs(M, N, K, R, torch.bfloat16)
     x, weight, lora_a, lora_b = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
     layers, dropout = Layers([Projection(weight, lora_a, lora_b, SCALING)]), Dropout(DROPOUT_P, torch.tensor([1, 2]))
-    (output,) = backend.lora_linear_fwd(x, layers, dropout)
+    outputs = backend.lora_linear_fwd(x, layers, dropout)
     needs = Needs(True, (AdapterNeeds(True, True),))
-    backend.lora_linear_bwd([torch.ones_like(output.y)], x, [output.h], layers, dropout, needs)
+    backend.lora_linear_bwd([torch.ones_like(outputs.ys[0])], x, outputs.hs, layers, dropout, needs)
 
 
 def passes(launches: list[Launch], M: int, N: int, K: int) -> dict[str, int]:

@@ -49,7 +49,7 @@ def make_model(directory: str, layers: int) -> str:
     return directory
 
 
-def _load(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module:
+def _load(contender: str, directory: str, dtype: torch.dtype) -> Any:
     """The model of a contender with its adapters, in training mode."""
     from transformers import AutoModelForCausalLM
 
@@ -97,9 +97,10 @@ def _peft_config() -> Any:
     return LoraConfig(r=R, lora_alpha=alpha, lora_dropout=DROPOUT_P, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def step_of(contender: str, model: torch.nn.Module) -> Callable[[Tensor], None]:
+def step_of(contender: str, model: Any) -> Callable[[Tensor], None]:
     """One forward, backward and clipped AdamW step of an adapted model on a batch of tokens."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
     if contender.startswith("ours"):
         from lora_kernels import LoRAPlusAdamW
         from lora_kernels.train.causal_lm import AnswerLoss
@@ -153,7 +154,8 @@ def _trl_step(directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    go, done = queue.Queue(), queue.Queue()
+    go: queue.Queue[None] = queue.Queue()
+    done: queue.Queue[BaseException | None] = queue.Queue()
 
     class Gate(TrainerCallback):
         def on_step_begin(self, *arguments: Any, **_: Any) -> None:
@@ -312,7 +314,8 @@ def cases(settings: Settings) -> Iterator[Case]:
             sizes = {"batch": rows, "prompt": 16, "new_tokens": 48}
             yield _case(
                 "generate", {"layers": layers, **sizes}, generate_step, GENERATE, "ours-lora",
-                rows * sizes["new_tokens"], settings, lambda sizes=sizes: {"directory": directory(layers), **sizes},
+                rows * sizes["new_tokens"], settings,
+                functools.partial(lambda sizes: {"directory": directory(layers), **sizes}, sizes),
             )  # fmt: skip
         for fewer in (2, 4, 8):
             yield training(fewer, 1, 256, ("frozen", "ours-lora"))

@@ -34,7 +34,7 @@ def _kernels(module: str) -> ModuleType:
         if found is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         spec = importlib.machinery.ModuleSpec(name, None, origin=found.origin, is_package=True)
-        spec.submodule_search_locations = list(found.submodule_search_locations)
+        spec.submodule_search_locations = list(found.submodule_search_locations or ())
         sys.modules[name] = importlib.util.module_from_spec(spec)
         if parent:
             setattr(sys.modules[parent], child, sys.modules[name])
@@ -70,7 +70,7 @@ def unsloth_decode_layer(
 ) -> Callable[[Tensor], Tensor]:
     """What Unsloth generates with: one token of each of M sequences, without gradients, the adapters' casts kept."""
     packed, state = _frozen(weight, nf4)
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     layer.base_layer = torch.nn.Linear(1, 1, bias=False, device="meta")
     layer.base_layer.weight = torch.nn.Parameter(packed, requires_grad=False)
     if state is not None:

@@ -31,5 +31,8 @@ def app() -> None:
         if sys.argv[1:] != ["doctor"]:
             print(f"error: {message} (`lora-kernels doctor` works without it)", file=sys.stderr)
             sys.exit(2)
-        from lora_kernels.cli.doctor import doctor as run
+        from lora_kernels.cli.doctor import doctor
+
+        doctor()
+        return
     run()

@@ -54,7 +54,7 @@ def _user_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, yaml.YAMLError, ModuleNotFoundError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
+            message: str | None = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ModuleNotFoundError):
                 message = not_installed(error)
             if message is None or os.environ.get("LORA_KERNELS_TRACEBACK"):
@@ -139,8 +139,8 @@ def dpo(*, config: _ConfigFile = None, **flags: Any) -> None:
     _train(run_dpo, settings, "adapter, metrics and loss curve")
 
 
-def _option(kind: Any, panel: str, text: str) -> Any:
-    return Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]
+def _option(default: Any, panel: str, text: str) -> Any:
+    return typer.Option(default, help=text, rich_help_panel=panel)
 
 
 @app.command()
@@ -148,12 +148,12 @@ def _option(kind: Any, panel: str, text: str) -> Any:
 @flags_of(SFTConfig)
 def compare(
     *,
-    config: _option(
-        Path | None, "Comparison", "YAML file of sft's settings, and methods: {name: {settings of that run}}."
-    ) = None,
-    methods: _option(str | None, "Comparison", f"Names with commas. Default: {','.join(METHODS)}.") = None,
-    prompts: _option(int, "Comparison", "Held-out records to answer, for the rate of exact matches.") = 64,
-    max_new_tokens: _option(int, "Comparison", "Longest answer, in tokens.") = 64,
+    config: Path | None = _option(
+        None, "Comparison", "YAML file of sft's settings, and methods: {name: {settings of that run}}."
+    ),
+    methods: str | None = _option(None, "Comparison", f"Names with commas. Default: {','.join(METHODS)}."),
+    prompts: int = _option(64, "Comparison", "Held-out records to answer, for the rate of exact matches."),
+    max_new_tokens: int = _option(64, "Comparison", "Longest answer, in tokens."),
     **flags: Any,
 ) -> None:
     """Train several methods on the same data and steps; a table of what each costs and reaches.
@@ -176,9 +176,9 @@ def compare(
     typer.echo(f"{TABLE}.md, .json and .png, and a directory for each run: {output_dir}")
 
 
-_Model = _option(str | None, "Model", "Base model, as for sft. Left out: the one that the adapter names.")
-_Quantize = _option(str | None, "Hardware", "nf4: load the base model's linear layers in 4 bits, as qlora does.")
-_DoubleQuant = _option(bool, "Hardware", "With nf4: quantise the blocks' scales too, as sft's option of that name.")
+_MODEL = _option(None, "Model", "Base model, as for sft. Left out: the one that the adapter names.")
+_QUANTIZE = _option(None, "Hardware", "nf4: load the base model's linear layers in 4 bits, as qlora does.")
+_DOUBLE_QUANT = _option(False, "Hardware", "With nf4: quantise the blocks' scales too, as sft's option of that name.")
 _DTYPE_HELP = "auto, float32, bfloat16, float16, or stored (as in the model's files)."
 
 
@@ -186,27 +186,25 @@ _DTYPE_HELP = "auto, float32, bfloat16, float16, or stored (as in the model's fi
 @_user_errors
 def generate(
     *,
-    model: _Model = None,
-    adapter: _option(Path | None, "Model", "Adapter directory, as written by sft or PEFT.") = None,
-    chat_template: _option(
-        str | None, "Model", "Jinja template, or a file with one, in place of the model's or adapter's."
-    ) = None,
-    prompt: _option(list[str] | None, "Prompts", "User turn to answer; may be repeated.") = None,
-    prompts_file: _option(
-        list[str] | None,
-        "Prompts",
-        ".txt, one prompt a line, or training data without its answers; several as for sft.",
-    ) = None,
-    output: _option(Path | None, "Prompts", "Write {prompt, answer} lines here, not to stdout.") = None,
-    max_new_tokens: _option(int, "Decoding", "Longest answer, in tokens.") = 256,
-    temperature: _option(float, "Decoding", "0 is greedy.") = 0.0,
-    top_p: _option(float, "Decoding", "Sample from the tokens that hold this much of the probability.") = 1.0,
-    seed: _option(int, "Decoding", "Of the sampling.") = 0,
-    batch_size: _option(int, "Hardware", "Prompts answered at once.") = 8,
-    dtype: _option(str, "Hardware", _DTYPE_HELP) = "auto",
-    quantize: _Quantize = None,
-    double_quant: _DoubleQuant = False,
-    backend: _option(str, "Hardware", "Kernels to use; see lora-kernels doctor.") = "auto",
+    model: str | None = _MODEL,
+    adapter: Path | None = _option(None, "Model", "Adapter directory, as written by sft or PEFT."),
+    chat_template: str | None = _option(
+        None, "Model", "Jinja template, or a file with one, in place of the model's or adapter's."
+    ),
+    prompt: list[str] | None = _option(None, "Prompts", "User turn to answer; may be repeated."),
+    prompts_file: list[str] | None = _option(
+        None, "Prompts", ".txt, one prompt a line, or training data without its answers; several as for sft."
+    ),
+    output: Path | None = _option(None, "Prompts", "Write {prompt, answer} lines here, not to stdout."),
+    max_new_tokens: int = _option(256, "Decoding", "Longest answer, in tokens."),
+    temperature: float = _option(0.0, "Decoding", "0 is greedy."),
+    top_p: float = _option(1.0, "Decoding", "Sample from the tokens that hold this much of the probability."),
+    seed: int = _option(0, "Decoding", "Of the sampling."),
+    batch_size: int = _option(8, "Hardware", "Prompts answered at once."),
+    dtype: str = _option("auto", "Hardware", _DTYPE_HELP),
+    quantize: str | None = _QUANTIZE,
+    double_quant: bool = _DOUBLE_QUANT,
+    backend: str = _option("auto", "Hardware", "Kernels to use; see lora-kernels doctor."),
 ) -> None:
     """Answer prompts with a model, or a model and an adapter.
 
@@ -240,14 +238,14 @@ def generate(
 @_user_errors
 def merge(
     *,
-    adapter: _option(Path, "Model", "Adapter directory, as written by sft or PEFT."),
-    output: _option(Path, "Model", "Directory for the merged model; must not exist or be empty."),
-    model: _Model = None,
-    dtype: _option(str, "Hardware", _DTYPE_HELP) = "stored",
-    quantize: _option(
-        str | None, "Hardware", "nf4: merge into the 4-bit base, and write it as bitsandbytes does; tells the cost."
-    ) = None,
-    double_quant: _DoubleQuant = False,
+    adapter: Path = _option(..., "Model", "Adapter directory, as written by sft or PEFT."),
+    output: Path = _option(..., "Model", "Directory for the merged model; must not exist or be empty."),
+    model: str | None = _MODEL,
+    dtype: str = _option("stored", "Hardware", _DTYPE_HELP),
+    quantize: str | None = _option(
+        None, "Hardware", "nf4: merge into the 4-bit base, and write it as bitsandbytes does; tells the cost."
+    ),
+    double_quant: bool = _DOUBLE_QUANT,
 ) -> None:
     """Fold an adapter into its base model: a plain Hugging Face directory, tokenizer included."""
     from lora_kernels.io.whole_model import is_model_directory
@@ -275,13 +273,13 @@ def merge(
 @_user_errors
 def export(
     *,
-    gguf: _option(Path, "Model", "The file to write; one that exists is replaced."),
-    model: _Model = None,
-    adapter: _option(Path | None, "Model", "Adapter directory, as written by sft or PEFT.") = None,
-    merge: _option(bool, "Model", "Write the whole model with the adapter in its weights, not the adapter.") = False,
-    dtype: _option(
-        str, "Model", "Of the matrices: stored (as in the files), float32, float16, bfloat16 or q8_0."
-    ) = "stored",
+    gguf: Path = _option(..., "Model", "The file to write; one that exists is replaced."),
+    model: str | None = _MODEL,
+    adapter: Path | None = _option(None, "Model", "Adapter directory, as written by sft or PEFT."),
+    merge: bool = _option(False, "Model", "Write the whole model with the adapter in its weights, not the adapter."),
+    dtype: str = _option(
+        "stored", "Model", "Of the matrices: stored (as in the files), float32, float16, bfloat16 or q8_0."
+    ),
 ) -> None:
     """Write an adapter, or a model, as a GGUF file for llama.cpp: Llama, Mistral, Qwen2 and Qwen3.
 
@@ -321,10 +319,10 @@ def data_check(
         list[str],
         typer.Argument(help="Data for sft, reward or dpo, or prompts; as --data of sft.", show_default=False),
     ],
-    model: _option(str | None, "Model", "Count tokens and show an example with this model's tokenizer.") = None,
-    chat_template: _option(str | None, "Model", "Jinja template, or a file with one, in place of the model's.") = None,
-    max_length: _option(int | None, "Model", "Count the records that have more tokens.") = None,
-    limit: _option(int, "Output", "Problems that are shown.") = 20,
+    model: str | None = _option(None, "Model", "Count tokens and show an example with this model's tokenizer."),
+    chat_template: str | None = _option(None, "Model", "Jinja template, or a file with one, in place of the model's."),
+    max_length: int | None = _option(None, "Model", "Count the records that have more tokens."),
+    limit: int = _option(20, "Output", "Problems that are shown."),
 ) -> None:
     """Show what files hold, how long their texts are, and all that is wrong with them; exit code 2 if anything is."""
     from rich.console import Console
@@ -366,18 +364,20 @@ def data_check(
 @_user_errors
 def data_label(
     *,
-    prompts_file: _option(
-        list[str], "Data", ".txt, one prompt a line, or training data without its answers; several as for sft."
+    prompts_file: list[str] = _option(
+        ..., "Data", ".txt, one prompt a line, or training data without its answers; several as for sft."
     ),
-    output: _option(Path, "Data", "Gets a {prompt, chosen, rejected} line for each decision; prompts in it are done."),
-    model: _Model = None,
-    adapter: _option(Path | None, "Model", "Adapter directory, as written by sft or PEFT.") = None,
-    max_new_tokens: _option(int, "Decoding", "Longest answer, in tokens.") = 256,
-    temperature: _option(float, "Decoding", "Of the sampling; above 0.") = 1.0,
-    top_p: _option(float, "Decoding", "Sample from the tokens that hold this much of the probability.") = 1.0,
-    seed: _option(int, "Decoding", "Of the sampling.") = 0,
-    dtype: _option(str, "Hardware", _DTYPE_HELP) = "auto",
-    quantize: _Quantize = None,
+    output: Path = _option(
+        ..., "Data", "Gets a {prompt, chosen, rejected} line for each decision; prompts in it are done."
+    ),
+    model: str | None = _MODEL,
+    adapter: Path | None = _option(None, "Model", "Adapter directory, as written by sft or PEFT."),
+    max_new_tokens: int = _option(256, "Decoding", "Longest answer, in tokens."),
+    temperature: float = _option(1.0, "Decoding", "Of the sampling; above 0."),
+    top_p: float = _option(1.0, "Decoding", "Sample from the tokens that hold this much of the probability."),
+    seed: int = _option(0, "Decoding", "Of the sampling."),
+    dtype: str = _option("auto", "Hardware", _DTYPE_HELP),
+    quantize: str | None = _QUANTIZE,
 ) -> None:
     """Make preference data: sample two answers to each prompt, and press the key of the better one.
 
@@ -409,17 +409,17 @@ def data_label(
 @_user_errors
 def bench(
     *,
-    suite: _option(list[str] | None, "What", "ops, train, memory or traffic; may be repeated. Default: all.") = None,
-    only: _option(str | None, "What", "Regular expression: only cases whose name it matches, as printed.") = None,
-    quick: _option(bool, "What", "Few and small cases: about 2 minutes on 2 cores.") = False,
-    dtype: _option(str, "Hardware", "auto, float32, bfloat16 or float16, of weights and activations.") = "auto",
-    threads: _option(int, "Hardware", "Of each contender.") = 2,
-    rounds: _option(int | None, "Hardware", "Times that each contender runs. Default: 11, or 5 with --quick.") = None,
-    budget: _option(float | None, "Hardware", "Seconds after which a case begins no further round (but 3).") = None,
-    output_dir: _option(Path, "Output", "Gets results.json, .csv, .md and .png.") = Path("outputs/bench"),
-    compare: _option(
-        Path | None, "Output", "An earlier results.json: names what became slower since; exit code 1 if anything did."
-    ) = None,
+    suite: list[str] | None = _option(None, "What", "ops, train, memory or traffic; may be repeated. Default: all."),
+    only: str | None = _option(None, "What", "Regular expression: only cases whose name it matches, as printed."),
+    quick: bool = _option(False, "What", "Few and small cases: about 2 minutes on 2 cores."),
+    dtype: str = _option("auto", "Hardware", "auto, float32, bfloat16 or float16, of weights and activations."),
+    threads: int = _option(2, "Hardware", "Of each contender."),
+    rounds: int | None = _option(None, "Hardware", "Times that each contender runs. Default: 11, or 5 with --quick."),
+    budget: float | None = _option(None, "Hardware", "Seconds after which a case begins no further round (but 3)."),
+    output_dir: Path = _option(Path("outputs/bench"), "Output", "Gets results.json, .csv, .md and .png."),
+    compare: Path | None = _option(
+        None, "Output", "An earlier results.json: names what became slower since; exit code 1 if anything did."
+    ),
 ) -> None:
     """Time every op and whole training steps on the CPU beside their peers and the frozen model.
 
@@ -435,15 +435,14 @@ def bench(
     for name, value in (("threads", threads), ("rounds", rounds), ("budget", budget)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; allowed: above 0")
-    if dtype == "stored":
+    kind = resolve_dtype(dtype)
+    if kind == "auto":
         raise ValueError("dtype is 'stored', which a model's files say; allowed: auto, float32, bfloat16, float16")
     if compare is not None and not compare.is_file():
         raise FileNotFoundError(f"compare: {compare} does not exist")
     # Before the run, which may write to the same file.
     earlier = None if compare is None else read_rows(compare)
-    settings = Settings(
-        resolve_dtype(dtype), threads, rounds or (5 if quick else 11), budget or (2.0 if quick else 20.0), quick
-    )
+    settings = Settings(kind, threads, rounds or (5 if quick else 11), budget or (2.0 if quick else 20.0), quick)
     rows, failed = run_bench(suite or list(SUITES), settings, output_dir, only, typer.echo)
     typer.echo(f"results.json, .csv, .md and .png: {output_dir}")
     slower = []
@@ -516,8 +515,8 @@ def _load(
     return network.eval(), tokenizer
 
 
-def _read_prompts(prompts: list[str], files: list[str] | None) -> list[Any]:
-    prompts = list(prompts)
+def _read_prompts(given: list[str], files: list[str] | None) -> list[Any]:
+    prompts: list[Any] = list(given)
     if files:
         from lora_kernels.data.prompts import read_prompts
 

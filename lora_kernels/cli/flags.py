@@ -5,7 +5,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -35,14 +35,14 @@ def flags_of(config_class: type[TrainConfig]) -> Callable[..., Any]:
                 text += f" Default: {default}."
             flag = f"--{field.name.replace('_', '-')}"
             option = typer.Option(
+                None,
                 f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
                 help=text.strip(),
                 rich_help_panel=panel,
                 show_default=False,
             )
-            annotation = Annotated[kind | None, option]
             parameters.append(
-                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
             )
 
         @functools.wraps(command)
@@ -52,7 +52,7 @@ def flags_of(config_class: type[TrainConfig]) -> Callable[..., Any]:
                     kwargs[name] = value[0] if len(value) == 1 else value or None
             command(**kwargs)
 
-        wrapped.__signature__ = inspect.Signature(parameters)
+        vars(wrapped)["__signature__"] = inspect.Signature(parameters)
         wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return wrapped
 

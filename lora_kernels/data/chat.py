@@ -125,7 +125,7 @@ class Renderer:
         self, conversation: Conversation, add_generation_prompt: bool = False
     ) -> tuple["_Rendering", dict[int, str]]:
         """The conversation as the template shows most of it, and what of its messages is missing."""
-        best = problem = None
+        best, problems = None, []
         calls = any("tool_calls" in item for item in conversation.messages)
         for spelling in sorted(_SPELLINGS, key=lambda one: one != self._spelling):
             if spelling[1] and not calls:
@@ -134,8 +134,7 @@ class Renderer:
                 rendering = _Rendering(self, conversation, spelling, add_generation_prompt)
                 missing = rendering.missing()
             except ValueError as error:
-                # What is missing says more than that another spelling is refused.
-                problem = error if problem is None or "refuses" in str(problem) else problem
+                problems.append(error)
                 continue
             if best is None or len(missing) < len(best[1]):
                 best = rendering, missing
@@ -143,7 +142,8 @@ class Renderer:
                 self._spelling = spelling
                 break
         if best is None:
-            raise problem
+            # What is missing says more than that another spelling is refused.
+            raise next((problem for problem in problems if "refuses" not in str(problem)), problems[-1])
         return best
 
     def render(
@@ -159,8 +159,8 @@ class Renderer:
         import jinja2
 
         template = self.tokenizer.get_chat_template(self.chat_template, conversation.tools)
-        if self.date is not None:
-            template = _NOW.sub(lambda call: json.dumps(self.date.strftime(call[2])), template)
+        if (date := self.date) is not None:
+            template = _NOW.sub(lambda call: json.dumps(date.strftime(call[2])), template)
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
@@ -386,7 +386,9 @@ class _Rendering:
             return region[0], region[0] + len(os.path.commonprefix(turns))
         return region
 
-    def _try(self, messages: Sequence[Message], add_generation_prompt: bool, **kwargs) -> Any:
+    def _try(
+        self, messages: Sequence[Message], add_generation_prompt: bool, **kwargs: Any
+    ) -> tuple[str, dict[int, Span]] | None:
         try:
             return self._render(messages, add_generation_prompt, **kwargs)
         except ValueError:

@@ -53,7 +53,7 @@ class Check:
     lengths: dict[str, list[int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    example: dict[str, tuple[Sequence[int], np.ndarray]] = field(default_factory=dict)
+    example: dict[str, tuple[list[int], np.ndarray]] = field(default_factory=dict)
     too_long: int = 0
 
     def table(self) -> Table:

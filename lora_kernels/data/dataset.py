@@ -68,9 +68,9 @@ class TokenDataset:
         return text
 
 
-def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     """The rows' indices in batches, the longest first, so that a batch pads little."""
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable").tolist()
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
@@ -113,7 +113,7 @@ def build_dataset(
     """
     set_chat_template(tokenizer)
     renderer = Renderer(tokenizer, **rendering)
-    blank, unknown = 0, set()
+    blank, unknown = 0, set[str]()
 
     def conversations():
         nonlocal blank

@@ -16,7 +16,7 @@ is how much better the chosen answer is (for the reward model).
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,8 +101,7 @@ def to_pair(record: Any, where: str) -> Pair:
 
     prompt, fields = _prompt(record, where)
     answers = [_answer(record, name, where, prompt is None) for name in ("chosen", "rejected")]
-    whole = prompt is None or _hold_the_prompt(record, answers, where)
-    if whole:
+    if prompt is None or _hold_the_prompt(record, answers, where):
         # Where the one goes on after the other ends, what ends last is its answer.
         most = min(map(len, answers)) - 1
         bare = [without_flags(answer) for answer in answers]
@@ -184,9 +183,9 @@ class PairDataset:
     `lora_kernels.train.dpo`).
     """
 
-    chosen: list[Row] = field(default_factory=list)
-    rejected: list[Row] = field(default_factory=list)
-    margins: np.ndarray | None = None
+    chosen: list[Row]
+    rejected: list[Row]
+    margins: np.ndarray
     too_long: int = 0
     void: int = 0
     ref_logprobs: np.ndarray | None = None
@@ -195,8 +194,6 @@ class PairDataset:
         rows = zip(self.chosen, self.rejected, strict=True)
         self.lengths = np.array([len(one[0]) + len(other[0]) for one, other in rows], dtype=np.int64)
         self.loss_counts = np.ones(len(self.chosen), dtype=np.int64)
-        if self.margins is None:
-            self.margins = np.zeros(len(self.chosen), dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -245,7 +242,7 @@ def build_pairs(
     """
     set_chat_template(tokenizer)
     renderer = Renderer(tokenizer, **rendering)
-    void, unknown = 0, set()
+    void, unknown = 0, set[str]()
 
     def pairs():
         nonlocal void
@@ -257,7 +254,9 @@ def build_pairs(
             else:
                 yield pair
 
-    chosen, rejected, margins, too_long = [], [], [], 0
+    chosen: list[Row] = []
+    rejected: list[Row] = []
+    margins, too_long = [], 0
     for some in batched(pairs(), TOKENIZE_ROWS):
         rows = renderer.tokenize([side for pair in some for side in (pair.chosen, pair.rejected)])
         for pair, (one, other) in zip(some, zip(rows, rows, strict=True), strict=True):
@@ -277,8 +276,7 @@ def build_pairs(
     warn_of_rest(source, renderer, unknown)
     if not chosen:
         raise ValueError(f"{source}: no pair is left" if void or too_long else f"{source}: no records")
-    margins = np.array(margins, dtype=np.float32)
-    return PairDataset(chosen, rejected, margins, too_long, void)
+    return PairDataset(chosen, rejected, np.array(margins, dtype=np.float32), too_long, void)
 
 
 def load_pairs(source: Source, tokenizer: Any, max_length: int, **rendering: Any) -> PairDataset:

@@ -10,6 +10,7 @@ several lines, one after the other.
 import codecs
 import glob
 import gzip
+import io
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
@@ -30,7 +31,7 @@ _CHUNK = 1 << 16
 _PARQUET_ROWS = 256
 # Where JSON was cut, the decoder reports its last token: a string, or one that is shorter than this.
 _LONGEST_TOKEN = 16
-_SPACE = re.compile(r"[ \t\r\n]*")
+_VISIBLE = re.compile(r"[^ \t\r\n]")
 # An object with its records in "data", up to the list. Before it there may be texts, numbers and flat objects.
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 _MEMBER = rf"{_STRING}\s*:\s*(?:{_STRING}|\{{[^{{}}\[\]]*\}}|[^\s\"{{}}\[\],]+)\s*,\s*"
@@ -76,7 +77,8 @@ def find_files(source: Source, suffixes: tuple[str, ...] = SUFFIXES) -> list[Pat
 
 def describe(source: Source) -> str:
     """A source as one text, for messages."""
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ", ".join(map(os.fspath, source))
+    names = [source] if isinstance(source, (str, os.PathLike)) else source
+    return ", ".join(os.fspath(name) for name in names)
 
 
 def _expand(name: str, given: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -137,7 +139,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _lines(
-    file: BinaryIO, path: Path, problems: list[str] | None, parse: Callable[[str], Any] = json.loads
+    file: io.BufferedIOBase, path: Path, problems: list[str] | None, parse: Callable[[str], Any] = json.loads
 ) -> Iterator[Record]:
     """A record from each line that is not blank. Lines end at "\\n" only: JSON strings may hold U+2028 and its like."""
     for number, data in enumerate(file, start=1):
@@ -156,7 +158,7 @@ def _lines(
             yield record, f"{path}:{number}"
 
 
-def _json(file: BinaryIO, path: Path, problems: list[str] | None) -> Iterator[Record]:
+def _json(file: io.BufferedIOBase, path: Path, problems: list[str] | None) -> Iterator[Record]:
     start = file.tell()
     text = _Text(file, path)
     if text.peek() == "[":
@@ -173,7 +175,7 @@ def _json(file: BinaryIO, path: Path, problems: list[str] | None) -> Iterator[Re
         yield from _lines(file, path, problems) if one_a_line else _Text(file, path).values()
 
 
-def _one_a_line(text: "_Text", file: BinaryIO, start: int) -> bool:
+def _one_a_line(text: "_Text", file: io.BufferedIOBase, start: int) -> bool:
     """Whether each line of a file is a record, as the first is. Where the first is damaged the second decides, since
     what is read over lines stops at the damage."""
     if text.peek() != "{":
@@ -208,7 +210,7 @@ def _reason(error: Exception) -> str:
 class _Text:
     """The JSON text of a file, read value by value. Of the text only the part around the position is held."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
         self.file, self.path = file, path
         self.text, self.at = "", 0
         self._utf8, self._json = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
@@ -225,7 +227,8 @@ class _Text:
     def peek(self) -> str:
         """Move to the next character that is not blank, and return it, or "" at the end."""
         while True:
-            self.at = _SPACE.match(self.text, self.at).end()
+            found = _VISIBLE.search(self.text, self.at)
+            self.at = found.start() if found else len(self.text)
             if self.at < len(self.text) or not self._more():
                 return self.text[self.at : self.at + 1]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from safetensors import SafetensorError
 
@@ -66,7 +66,7 @@ def _cached_gguf(path: Path, tag: str, root: str | Path | None = None) -> Path:
     return target
 
 
-def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | str:
+def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype | Literal["auto"]:
     """The torch dtype that a name means here.
 
     `"auto"`: bfloat16 where its matrix product is native (CUDA, CPU with AVX512-BF16 or AMX), else float32.

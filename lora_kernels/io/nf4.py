@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +48,7 @@ def is_bitsandbytes_nf4(quantization: Mapping[str, Any]) -> bool:
 
 def load_nf4_model(
     directory: str | Path,
-    dtype: torch.dtype | str,
+    dtype: torch.dtype | Literal["auto"],
     block_size: int = 64,
     double_quant: bool = False,
     skip_modules: Sequence[str] = (),
@@ -184,7 +184,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             files = [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from None
-    where = {}
+    where: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} does not exist" + (f"; {_INDEX} names it" if index.is_file() else ""))

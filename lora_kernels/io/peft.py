@@ -14,7 +14,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from lora_kernels.methods.lora import (
 from lora_kernels.methods.named import add_adapter, use_adapter
 from lora_kernels.methods.ties import settle, tied_copies
 from lora_kernels.nn.lora_linear import FusedLoRALinear, is_conv1d, lora_scaling
-from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, state_dict, unwrapped
+from lora_kernels.nn.wrappers import Model, bare, get_submodule, named_modules, state_dict, unwrapped
 from lora_kernels.sharded import fill, local, whole
 
 CONFIG_NAME = "adapter_config.json"
@@ -99,7 +99,7 @@ _HEADS = {"SEQ_CLS": ("score", "classifier"), "TOKEN_CLS": ("score", "classifier
 _EXPERTS = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_adapter(model: Model, directory: str | os.PathLike) -> None:
     """Writes the adapter of an injected model to `directory` as PEFT would, for `PeftModel.from_pretrained`.
 
     The config names the very modules that carry an adapter. LoRA tensors of 16 bits are written as float32, exactly;
@@ -121,7 +121,7 @@ def to_write(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def detached(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def detached(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies as they are written: on the CPU, adapters of 16 bits as float32.
 
     RuntimeError inside adapters_disabled. Raises as `to_write`.
@@ -149,16 +149,16 @@ def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
         path.write_text(text, encoding="utf-8")
 
 
-def _config_of(model: nn.Module) -> LoRAConfig:
+def _config_of(model: Model) -> LoRAConfig:
     config = adapter_config(model)
     if not isinstance(config, LoRAConfig):
         raise ValueError(f"model.adapter_config is a {type(config).__name__}; expected a LoRAConfig")
     return config
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _adapter_tensors(model: Model) -> dict[str, Tensor]:
     """The tensors of an injected model by PEFT's key; they share memory with the model."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in lora_modules(model):
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
@@ -167,14 +167,14 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | saved_module_tensors(model, model.lora_originals)
 
 
-def saved_module_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+def saved_module_tensors(model: Model, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of modules_to_save, by PEFT's key."""
     states = {name: state_dict(get_submodule(model, name)) for name in names}
     return {f"{PREFIX}{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
 
 
 def peft_config(
-    model: nn.Module, config: LoRAConfig, layers: Mapping[str, FusedLoRALinear] | None = None
+    model: Model, config: LoRAConfig, layers: Mapping[str, FusedLoRALinear] | None = None
 ) -> dict[str, Any]:
     """PEFT's config of the LoRA adapters that `model` carries, or of those of them in `layers`, by path."""
     names = [name for name, _ in named_modules(model) if name]
@@ -235,7 +235,7 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def task_type(model: nn.Module, saved: list[str]) -> str | None:
+def task_type(model: Model, saved: list[str]) -> str | None:
     name = type(model).__name__
     task = next((task for pattern, task in _TASK_TYPES if re.search(pattern, name)), None)
     if name.endswith("ForConditionalGeneration"):
@@ -251,7 +251,7 @@ def task_type(model: nn.Module, saved: list[str]) -> str | None:
     return task if _takes(model, task) else None
 
 
-def _takes(model: nn.Module, task: str | None) -> bool:
+def _takes(model: Model, task: str | None) -> bool:
     """Whether the model can be called as PEFT's model of the task calls it: with all of these by name, if only None.
     Without a task PEFT passes on what it is given."""
     passed = {"input_ids", "inputs_embeds", "start_positions" if task == "QUESTION_ANS" else "labels"}
@@ -262,7 +262,7 @@ def _takes(model: nn.Module, task: str | None) -> bool:
     return generates and passed <= inspect.signature(model.forward).parameters.keys()
 
 
-def warn_of_misread(model: nn.Module, layers: Iterable[str]) -> None:
+def warn_of_misread(model: Model, layers: Iterable[str]) -> None:
     """Names those of the adapted `layers` that PEFT takes for experts, as shared experts and first dense layers are."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     try:
@@ -279,7 +279,7 @@ def warn_of_misread(model: nn.Module, layers: Iterable[str]) -> None:
         )
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
+def load_adapter(model: Model, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
     """Loads a LoRA adapter in PEFT's format from `directory` into `model`, in place.
 
     A model without adapters gets them as adapter_config.json says (`inject`). One that has adapters must have them on
@@ -308,13 +308,13 @@ class Form:
     """
 
     read: Callable[..., Any]
-    tensors: Callable[[nn.Module], dict[str, Tensor]]
+    tensors: Callable[[Model], dict[str, Tensor]]
     shapes: Callable[..., dict[str, tuple[int, ...]]]
     scaling: Callable[[Any, str], tuple[float, str]]
     put_in: Callable[..., None]
 
 
-def load_as(form: Form, model: nn.Module, directory: str | os.PathLike, trainable: bool) -> nn.Module:
+def load_as(form: Form, model: Model, directory: str | os.PathLike, trainable: bool) -> nn.Module:
     """`load_adapter` for adapters of that form."""
     path, weights = Path(directory) / CONFIG_NAME, Path(directory) / WEIGHTS_NAME
     raw, tensors = read_config(path), read_tensors(weights)
@@ -393,7 +393,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 
 
-def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str], path: Path) -> LoRAConfig:
+def lora_config(model: Model, raw: Mapping[str, Any], tensors: Iterable[str], path: Path) -> LoRAConfig:
     """The LoRAConfig of a PEFT config, or ValueError for what it asks of us and we can't do."""
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {raw.get('peft_type')!r}; supported: 'LORA'")
@@ -431,12 +431,12 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
     end = ".lora_A.weight"
     adapted = [key.removeprefix(PREFIX).removesuffix(end) for key in tensors if key.endswith(end)]
 
-    def known(value: str | list[str]) -> str | list[str]:
+    def known(value: str | Sequence[str]) -> str | list[str]:
         if isinstance(value, str):
             return value
         return [suffix for suffix in value if any(named_by(name, suffix) for name in present)]
 
-    def known_patterns(value: Mapping[str, float] | None) -> dict[str, float]:
+    def known_patterns(value: Mapping[str, Any] | None) -> dict[str, Any]:
         return {pattern: n for pattern, n in (value or {}).items() if any(pattern_matches(pattern, m) for m in adapted)}
 
     arguments = {key: raw[key] for key in ("r", "lora_alpha", "lora_dropout") if raw.get(key) is not None}
@@ -457,14 +457,14 @@ def lora_config(model: nn.Module, raw: Mapping[str, Any], tensors: Iterable[str]
     return config
 
 
-def _put_in(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> None:
+def _put_in(model: Model, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> None:
     # The values come from the file: with zeros, loading leaves torch's random state alone.
     inject(model, dataclasses.replace(config, init="both_zero"), from_file=True)
 
 
 def _shapes(config: LoRAConfig, name: str, N: int, K: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     r = from_pattern(config.rank_pattern, name, config.r)
-    magnitude = {_MAGNITUDE: (N,)} if config.use_dora else {}
+    magnitude: dict[str, tuple[int, ...]] = {_MAGNITUDE: (N,)} if config.use_dora else {}
     return {".lora_A.weight": (r, K), ".lora_B.weight": (N, r), **magnitude}
 
 
@@ -478,7 +478,7 @@ def _scaling(config: LoRAConfig, name: str) -> tuple[float, str]:
 _LORA = Form(lora_config, _adapter_tensors, _shapes, _scaling, _put_in)
 
 
-def _expected_shapes(form: Form, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def _expected_shapes(form: Form, model: Model, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     planned = plan(model, config if isinstance(config, LoRAConfig) else config.lora_config(), from_file=True)
     shapes = {}
     for name in planned.adapters:
@@ -490,7 +490,7 @@ def _expected_shapes(form: Form, model: nn.Module, config: Any, tensors: Mapping
     return shapes | {key: tensor.shape for key, tensor in saved.items()}
 
 
-def _check_same_adapters(model: nn.Module, config: Any, form: Form) -> None:
+def _check_same_adapters(model: Model, config: Any, form: Form) -> None:
     """That the model's adapters compute what the file's config says; modules and shapes are checked by tensor."""
     for name, layer in lora_modules(model):
         if layer.merged:
@@ -514,7 +514,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
         raise ValueError(f"{path} doesn't fit the model: {'; '.join(problems[:5])}{more}")
 
 
-def _check_ties(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_ties(model: Model, tensors: Mapping[str, Tensor], path: Path) -> None:
     """That the file has one value for what an injected model trains as one weight."""
     for names in tied_copies(model):
         first, *others = [f"{PREFIX}{name}" for name in names]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lora_kernels.io import peft
 from lora_kernels.io.peft import PREFIX
 from lora_kernels.io.peft_embeddings import saved_embeddings
-from lora_kernels.methods.adalora import AdaLoRAConfig, inject
+from lora_kernels.methods.adalora import AdaLoRAConfig, inject, triplets
 from lora_kernels.methods.lora import lora_modules
+from lora_kernels.nn.wrappers import Model
 
 ADALORA = "ADALORA"
 # our field -> PEFT's
@@ -38,7 +39,7 @@ _FIELDS = {
 _LORA_FIELDS = ("lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "exclude_modules")
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_adapter(model: Model, directory: str | os.PathLike) -> None:
     """Writes an AdaLoRA adapter as PEFT would, with the ranks that its tensors have. Raises as `peft.save_adapter`."""
     config: AdaLoRAConfig = model.adapter_config
     raw = peft.peft_config(model, config.lora_config())
@@ -54,7 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     peft.write_files(Path(directory), raw, peft.detached(model, tensors))
 
 
-def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_as_lora(model: Model, directory: str | os.PathLike) -> None:
     """Writes an AdaLoRA adapter as a LoRA adapter that computes the same.
 
     lora_e goes into lora_a. Each module has its rank in `rank_pattern` and in `alpha_pattern` the lora_alpha that
@@ -66,8 +67,9 @@ def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
         raise ValueError("no module has a rank left: there is no LoRA adapter to write")
     tensors = saved_embeddings(model, PREFIX) | peft.saved_module_tensors(model, model.lora_originals)
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a * layer.lora_e[:, None]
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+        lora_a, lora_b, lora_e = triplets(layer)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a * lora_e[:, None]
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b
     peft.warn_of_misread(model, layers)
     lora_config = dataclasses.replace(config.lora_config(), r=config.target_r, init="default")
     raw = peft.peft_config(model, lora_config, layers)
@@ -77,17 +79,17 @@ def save_as_lora(model: nn.Module, directory: str | os.PathLike) -> None:
     peft.write_files(Path(directory), raw, peft.detached(model, tensors))
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _adapter_tensors(model: Model) -> dict[str, Tensor]:
     """The tensors of an injected model by PEFT's key; they share memory with the model."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in lora_modules(model):
-        tensors[f"{PREFIX}{name}.lora_A"] = layer.lora_a
-        tensors[f"{PREFIX}{name}.lora_B"] = layer.lora_b
-        tensors[f"{PREFIX}{name}.lora_E"] = layer.lora_e[:, None]
+        lora_a, lora_b, lora_e = triplets(layer)
+        tensors |= {f"{PREFIX}{name}.lora_A": lora_a, f"{PREFIX}{name}.lora_B": lora_b}
+        tensors[f"{PREFIX}{name}.lora_E"] = lora_e[:, None]
     return tensors | peft.saved_module_tensors(model, model.lora_originals)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
+def load_adapter(model: Model, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
     """Loads an AdaLoRA adapter in PEFT's format, as `peft.load_adapter` does; the tensors say which rank each has.
 
     A model that has AdaLoRA adapters must have them with the same ranks. One whose ranks have been allocated
@@ -96,7 +98,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     return peft.load_as(_ADALORA, model, directory, trainable)
 
 
-def _put_in(model: nn.Module, config: AdaLoRAConfig, tensors: Mapping[str, Tensor]) -> None:
+def _put_in(model: Model, config: AdaLoRAConfig, tensors: Mapping[str, Tensor]) -> None:
     # The values come from the file, so that torch's random state is left alone.
     with torch.random.fork_rng(devices=[]):
         inject(model, config, from_file=True)
@@ -104,7 +106,7 @@ def _put_in(model: nn.Module, config: AdaLoRAConfig, tensors: Mapping[str, Tenso
         layer.keep_ranks(torch.arange(len(tensors[f"{PREFIX}{name}.lora_E"]), device=layer.lora_a.device))
 
 
-def _config(model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> AdaLoRAConfig:
+def _config(model: Model, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> AdaLoRAConfig:
     own = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if raw.get(theirs) is not None}
     _check_rank_pattern(raw.get("rank_pattern") or {}, tensors, path)
     shared = {key: value for key, value in raw.items() if key not in (*_FIELDS.values(), "rank_pattern")}

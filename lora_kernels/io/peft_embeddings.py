@@ -12,12 +12,13 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.lora_linear import FusedLoRALinear
-from lora_kernels.nn.wrappers import get_submodule, named_modules, state_dict, unwrapped
+from lora_kernels.nn.wrappers import Model, get_submodule, named_modules, state_dict, unwrapped
 from lora_kernels.sharded import spread, whole
 
 _BASE, _ORIGINAL, _COPY = "base_layer", "original_module", "modules_to_save"
@@ -25,7 +26,7 @@ _BASE, _ORIGINAL, _COPY = "base_layer", "original_module", "modules_to_save"
 _CHANGED = "embeddings_were_loaded"
 
 
-def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+def _embeddings(model: Model) -> dict[str, nn.Module]:
     """The input and the output embeddings of the base model, by path."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -38,17 +39,17 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
     return {path: unwrapped(_originals(model).get(path, get_submodule(model, path))) for path in paths}
 
 
-def _originals(model: nn.Module) -> Mapping[str, nn.Module]:
+def _originals(model: Model) -> Mapping[str, nn.Module]:
     """The untrained modules that stand aside, by path."""
     return getattr(model, "lora_originals", {})
 
 
-def saved_embeddings(model: nn.Module, prefix: str) -> dict[str, Tensor]:
+def saved_embeddings(model: Model, prefix: str) -> dict[str, Tensor]:
     """What belongs into a file beside the adapter, by PEFT's key: nothing where the embeddings are the base model's.
 
     ValueError for a vocabulary that was resized after `inject`, which leaves the untrained originals as they were.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in _embeddings(model).items() if _has_own_embeddings(model) else ():
         place = f"{prefix}{path}."
         if isinstance(module, FusedLoRALinear):
@@ -66,12 +67,12 @@ def saved_embeddings(model: nn.Module, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _has_own_embeddings(model: nn.Module) -> bool:
+def _has_own_embeddings(model: Model) -> bool:
     """Whether the embeddings are others than the base model's: a file has changed them, or the vocabulary has another
     size than the config that the model was loaded from has; a warning where that can't be read any more."""
     if getattr(model, _CHANGED, False):
         return True
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", None)
     size = _vocab_size(config)
     if not source or size is None:
@@ -91,7 +92,7 @@ def _has_own_embeddings(model: nn.Module) -> bool:
     return _vocab_size(base) != size
 
 
-def _vocab_size(config: object) -> int | None:
+def _vocab_size(config: Any) -> int | None:
     """None where the config has none, or several that it can't tell apart."""
     for decoder in (None, True) if hasattr(config, "get_text_config") else ():
         try:
@@ -103,7 +104,7 @@ def _vocab_size(config: object) -> int | None:
 
 
 def take_embeddings(
-    model: nn.Module,
+    model: Model,
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, torch.Size],
     path: Path,
@@ -151,7 +152,7 @@ def _agree(base: Tensor, tensor: Tensor) -> bool:
     return torch.equal(base.to(tensor.dtype), tensor) or torch.equal(base, tensor.to(base.dtype))
 
 
-def load_embeddings(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def load_embeddings(model: Model, values: Mapping[str, Tensor]) -> None:
     """Gives the base model's embeddings the values that `take_embeddings` found, with a warning."""
     if not values:
         return

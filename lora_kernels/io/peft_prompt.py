@@ -29,6 +29,7 @@ from lora_kernels.methods import prefix, prompt
 from lora_kernels.methods.apply import adapter_config
 from lora_kernels.methods.prefix import PrefixConfig, PrefixKeyValues
 from lora_kernels.methods.virtual_tokens import decoder_of
+from lora_kernels.nn.wrappers import Model
 from lora_kernels.sharded import fill
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
@@ -37,7 +38,7 @@ _TENSOR = "prompt_embeddings"
 _MODEL = "base_model."
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_adapter(model: Model, directory: str | os.PathLike) -> None:
     """Writes the virtual tokens of `model` to `directory` as PEFT would, for `PeftModel.from_pretrained`."""
     tokens = model.virtual_tokens
     config = {
@@ -71,7 +72,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     write_files(Path(directory), config, saved)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
+def load_adapter(model: Model, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
     """Loads virtual tokens in PEFT's format into `model`: a base model, or one that has virtual tokens of that kind.
 
     Returns the model. Raises as `lora_kernels.io.peft.load_adapter` does, with the model unchanged.
@@ -106,9 +107,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
 
 
 def _config(raw: Mapping[str, Any], path: Path) -> PrefixConfig | prompt.PromptConfig:
+    number: Any = raw.get("num_virtual_tokens")
     kind = PrefixConfig if raw["peft_type"] == PREFIX else prompt.PromptConfig
     try:
-        config = kind(num_virtual_tokens=raw.get("num_virtual_tokens"), init="random")
+        config = kind(num_virtual_tokens=number, init="random")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if raw.get("num_transformer_submodules") not in (None, 1):
@@ -119,7 +121,7 @@ def _config(raw: Mapping[str, Any], path: Path) -> PrefixConfig | prompt.PromptC
     return config
 
 
-def _check_same(model: nn.Module, config: PrefixConfig | prompt.PromptConfig, path: Path) -> None:
+def _check_same(model: Model, config: PrefixConfig | prompt.PromptConfig, path: Path) -> None:
     own = adapter_config(model)
     if type(own) is not type(config) or own.num_virtual_tokens != config.num_virtual_tokens:
         raise ValueError(

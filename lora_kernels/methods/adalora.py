@@ -162,7 +162,7 @@ class RankAllocator:
         total_step: T.
 
     Attributes: `kept`, the number of ranks that the last allocation left, and `masks`, {name: bool [R]} of that
-    allocation or None before the first one.
+    allocation, empty before the first one.
 
     Raises ValueError if tinit and tfinal leave no step between them.
     """
@@ -173,7 +173,7 @@ class RankAllocator:
         self.initial = self.kept = sum(ranks.values())
         self.target = config.target_r * len(ranks)
         self.last_step = total_step - config.tfinal
-        self.masks: dict[str, Tensor] | None = None
+        self.masks: dict[str, Tensor] = {}
         self.importance: list[Tensor] = []
         self.uncertainty: list[Tensor] = []
 
@@ -242,7 +242,7 @@ class RankAllocator:
         for kind, tensors in (("importance", self.importance), ("uncertainty", self.uncertainty)):
             state |= {f"{kind}/{field}": tensor for field, tensor in zip(fields, tensors, strict=bool(tensors))}
         # Masks are parts of one tensor, which safetensors would not write.
-        return state | {f"mask/{name}": mask.clone() for name, mask in (self.masks or {}).items()}
+        return state | {f"mask/{name}": mask.clone() for name, mask in self.masks.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes back to what `state_dict` returned. ValueError if that belongs to other matrices."""
@@ -255,8 +255,7 @@ class RankAllocator:
         scored = f"importance/{fields[0]}" in state
         self.importance = [state[f"importance/{field}"] for field in fields] if scored else []
         self.uncertainty = [state[f"uncertainty/{field}"] for field in fields] if scored else []
-        masks = {name: state[f"mask/{name}"] for name in self.ranks if f"mask/{name}" in state}
-        self.masks = masks or None
+        self.masks = {name: state[f"mask/{name}"] for name in self.ranks if f"mask/{name}" in state}
 
 
 class TrainingHook:
@@ -307,7 +306,7 @@ class TrainingHook:
         self.step = step
         if step > self.allocator.last_step:
             return False
-        weights = {name: _triplets(layer) for name, layer in self.layers.items()}
+        weights = {name: triplets(layer) for name, layer in self.layers.items()}
         factor = _clip_factor(optimizer)
         grads = {
             name: Triplets(*(torch.zeros_like(p) if p.grad is None or not factor else p.grad * factor for p in each))
@@ -322,9 +321,9 @@ class TrainingHook:
     def _cut(self, optimizer: torch.optim.Optimizer) -> None:
         for name, layer in self.layers.items():
             index = self.allocator.masks[name].nonzero().flatten().to(layer.lora_a.device)
-            old = _triplets(layer)
+            old = triplets(layer)
             layer.keep_ranks(index)
-            for before, after, dimension in zip(old, _triplets(layer), RANK_DIMENSION.values(), strict=True):
+            for before, after, dimension in zip(old, triplets(layer), RANK_DIMENSION.values(), strict=True):
                 _replace_parameter(optimizer, before, after, dimension, index)
 
     def metrics(self) -> dict[str, float]:
@@ -364,7 +363,7 @@ def _clip_factor(optimizer: torch.optim.Optimizer) -> float:
 
 def _check_whole(layers: Mapping[str, FusedLoRALinear]) -> None:
     for name, layer in layers.items():
-        for field, tensor in zip(Triplets._fields, _triplets(layer), strict=True):
+        for field, tensor in zip(Triplets._fields, triplets(layer), strict=True):
             if is_sharded(tensor):
                 raise ValueError(
                     f"{field} of {name} is a DTensor, as fully_shard and tensor parallelism make them; AdaLoRA cuts "
@@ -373,12 +372,15 @@ def _check_whole(layers: Mapping[str, FusedLoRALinear]) -> None:
                 )
 
 
-def _triplets(layer: FusedLoRALinear) -> Triplets:
+def triplets(layer: FusedLoRALinear) -> Triplets:
+    """The adapter of a layer. ValueError for one that is not AdaLoRA's."""
+    if layer.lora_e is None:
+        raise ValueError(f"{layer} has no lora_e; allowed: the layers that AdaLoRA's inject makes")
     return Triplets(layer.lora_a, layer.lora_b, layer.lora_e)
 
 
 def _replace_parameter(
-    optimizer: torch.optim.Optimizer, before: nn.Parameter, after: nn.Parameter, dimension: int, index: Tensor
+    optimizer: torch.optim.Optimizer, before: Tensor, after: Tensor, dimension: int, index: Tensor
 ) -> None:
     """Puts `after`, the part `index` of `before`, in its place with that part of its state; leaves it out if empty."""
     state = optimizer.state.pop(before, None)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -33,10 +33,11 @@ from lora_kernels.nn.lora_linear import (
     not_linear,
 )
 from lora_kernels.nn.nf4_linear import NF4Linear
-from lora_kernels.nn.wrappers import bare, get_submodule, named_modules, replace_module, unwrapped
+from lora_kernels.nn.wrappers import Model, bare, get_submodule, named_modules, replace_module, unwrapped
 from lora_kernels.ops.nf4 import NF4Weight, quantize_nf4
 
 ALL_LINEAR = "all-linear"
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass
@@ -133,7 +134,7 @@ def matches(name: str, names: str | Sequence[str]) -> bool:
     return any(named_by(name, suffix) for suffix in names)
 
 
-def from_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+def from_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:
     """The value of the first key of rank_pattern or alpha_pattern that means the module path `name`, or `default`."""
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
 
@@ -171,10 +172,10 @@ def plan(model: nn.Module, config: LoRAConfig, from_file: bool = False) -> Plan:
 
     heads, others = task_heads(model)
     heads = tuple(name for name in heads if not _is_target(name, config.target_modules, modules))
-    by_default = config.modules_to_save is None
-    saved = heads if by_default else tuple(name for name in modules if matches(name, config.modules_to_save))
+    asked = config.modules_to_save
+    saved = heads if asked is None else tuple(name for name in modules if matches(name, asked))
     # An empty modules_to_save says that nothing but adapters is wanted.
-    frozen = tuple(name for name in (*heads, *others) if not inside(name, saved)) if by_default or saved else ()
+    frozen = tuple(name for name in (*heads, *others) if not inside(name, saved)) if asked is None or saved else ()
     nested = [name for name in saved if any(name.startswith(outer + ".") for outer in saved)]
     if nested:
         raise ValueError(f"modules_to_save names {nested[0]!r} as well as a module that contains it; name one of them")
@@ -194,10 +195,10 @@ def plan(model: nn.Module, config: LoRAConfig, from_file: bool = False) -> Plan:
         chosen = [name for name in modules if matches(name, config.target_modules)]
     excluded = config.exclude_modules
     chosen = [name for name in chosen if not inside(name, saved) and not (excluded and matches(name, excluded))]
-    if name := next((name for name in chosen if name in foreign), None):
+    if bad := next((name for name in chosen if name in foreign), None):
         raise ValueError(
-            f"target_modules={config.target_modules!r} includes {name!r}, where an adapter can't work: "
-            f"{foreign[name]}. Adapters go on dense weights ({', '.join(map(str, WEIGHT_DTYPES))}) and on the NF4 "
+            f"target_modules={config.target_modules!r} includes {bad!r}, where an adapter can't work: "
+            f"{foreign[bad]}. Adapters go on dense weights ({', '.join(map(str, WEIGHT_DTYPES))}) and on the NF4 "
             'weights of load_model(quantize="nf4"); load a model in one of these, and inject before it is sharded'
         )
     for name in (*chosen, *saved):
@@ -345,7 +346,7 @@ def _other_places(model: nn.Module, names: Collection[str]) -> dict[str, list[st
     return {name: others for name, others in found.items() if others}
 
 
-def _train_copy(model: nn.Module, name: str) -> None:
+def _train_copy(model: Model, name: str) -> None:
     original = model.lora_originals[name] = get_submodule(model, name)
     inner = unwrapped(original)
     replace_module(model, name, copy.deepcopy(inner, shared_hooks(inner)).requires_grad_(True))
@@ -384,7 +385,8 @@ class MergeCost:
         if not self.error:
             return "rounding to NF4: no adapter changes its layer"
         errors, survivals = self.error.values(), self.survival.values()
-        worst_error, worst_survival = max(self.error, key=self.error.get), min(self.survival, key=self.survival.get)
+        worst_error = max(self.error, key=self.error.__getitem__)
+        worst_survival = min(self.survival, key=self.survival.__getitem__)
         return (
             f"rounding to NF4 moved the merged weights by {sum(errors) / len(errors):.2%} on average, at most "
             f"{max(errors):.2%} ({worst_error}); of the update {sum(survivals) / len(survivals):.1%} is left on "
@@ -445,8 +447,9 @@ def merge(model: nn.Module, quantize: str | None = None) -> nn.Module:
     if quantize:
         model.merge_cost = MergeCost(errors, survivals)
     else:
-        for name, layer in [item for item in named_modules(model) if isinstance(item[1], NF4Linear)]:
-            replace_module(model, name, layer.to_linear())
+        for name, module in list(named_modules(model)):
+            if isinstance(module, NF4Linear):
+                replace_module(model, name, module.to_linear())
     model.requires_grad_(False)
     for attribute in ("adapter_config", "lora_originals", "parked_adapters", "adapter_name", "save_pretrained"):
         model.__dict__.pop(attribute, None)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_kernels.methods.apply import adapters_disabled
 from lora_kernels.methods.lora import LoRAConfig, inject, lora_modules
-from lora_kernels.nn.wrappers import bare, get_submodule, replace_module, unwrapped
+from lora_kernels.nn.wrappers import Model, bare, get_submodule, replace_module, unwrapped
 
 FIRST, REFERENCE = "default", "reference"
 
@@ -89,7 +89,7 @@ def reference(model: nn.Module) -> AbstractContextManager[nn.Module]:
     return use_adapter(model, REFERENCE) if REFERENCE in adapter_names(model) else adapters_disabled(model)
 
 
-def _switch(model: nn.Module, name: str) -> None:
+def _switch(model: Model, name: str) -> None:
     if name == adapter_names(model)[0]:
         return
     model.parked_adapters[model.adapter_name] = _take_out(model)
@@ -97,7 +97,7 @@ def _switch(model: nn.Module, name: str) -> None:
     model.adapter_name = name
 
 
-def _take_out(model: nn.Module) -> ParkedAdapter:
+def _take_out(model: Model) -> ParkedAdapter:
     """Makes `model` the base model; returns the adapter that was in use."""
     originals = model.lora_originals
     modules = dict(lora_modules(model)) | {path: get_submodule(model, path) for path in originals}
@@ -110,7 +110,7 @@ def _take_out(model: nn.Module) -> ParkedAdapter:
     return parked
 
 
-def _put_in(model: nn.Module, parked: ParkedAdapter) -> None:
+def _put_in(model: Model, parked: ParkedAdapter) -> None:
     for path, module in zip(parked.paths, parked.parts, strict=True):
         replace_module(model, path, module)
     model.adapter_config, model.lora_originals = parked.config, dict(parked.originals)

@@ -26,7 +26,7 @@ from lora_kernels.methods.virtual_tokens import (
     refusing,
     roll,
 )
-from lora_kernels.nn.wrappers import bare, named_modules
+from lora_kernels.nn.wrappers import Model, bare, named_modules
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -80,7 +80,7 @@ class PrefixKeyValues(VirtualTokens):
             self.key_values = nn.Parameter(start)
         else:
             width = heads * self.head_dim
-            like = {"device": start.device, "dtype": start.dtype}
+            like: dict[str, Any] = {"device": start.device, "dtype": start.dtype}
             self.register_buffer("start", start)
             self.embeddings = nn.Parameter(torch.randn(start.shape[0], width, **like))
             last = nn.Linear(mlp_hidden, start.shape[1], **like)
@@ -96,7 +96,7 @@ class PrefixKeyValues(VirtualTokens):
     def saved(self) -> Tensor:
         return self.key_values if self.mlp is None else self.start + self.mlp(self.embeddings)
 
-    def attach(self, model: nn.Module, decoder: nn.Module) -> None:
+    def attach(self, model: Model, decoder: Model) -> None:
         if not _attention_modules(decoder):
             raise ValueError(f"model is a {type(model).__name__}; allowed: one whose attention layers take a cache")
         if _keys_count_padding(model, decoder):
@@ -106,7 +106,7 @@ class PrefixKeyValues(VirtualTokens):
             )
         super().attach(model, decoder)
 
-    def _hooks(self, decoder: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
+    def _hooks(self, decoder: Model) -> list[tuple[nn.Module, RemovableHandle]]:
         attentions = _attention_modules(decoder)
         self._attention_argument = next(iter(attentions.values()))
         hooks = [
@@ -115,7 +115,7 @@ class PrefixKeyValues(VirtualTokens):
         ]
         return super()._hooks(decoder) + hooks
 
-    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], place: Place) -> None:
+    def _put_in_front(self, decoder: Model, kwargs: dict[str, Any], place: Place) -> None:
         """Lets the rows begin at column 0, behind the prefix; `_after` puts rows and cache back behind the padding."""
         from transformers import DynamicCache
 
@@ -150,7 +150,7 @@ class PrefixKeyValues(VirtualTokens):
             kwargs = kwargs | {self._attention_argument: self._read_only}
         return args, kwargs
 
-    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+    def _after(self, decoder: Model, args: tuple, output: Any) -> Any:
         """Moves the rows back behind their padding, there and in the cache that the caller keeps."""
         if not self.enabled or not self._place.first:
             return output
@@ -171,7 +171,7 @@ class PrefixKeyValues(VirtualTokens):
         return map_output(output, changed)
 
 
-def _attention_modules(decoder: nn.Module) -> dict[nn.Module, str]:
+def _attention_modules(decoder: Model) -> dict[nn.Module, str]:
     """The innermost modules of layers whose forward takes a cache, and the argument's name."""
     found = {}
     for _, module in named_modules(decoder):
@@ -213,14 +213,14 @@ def inject(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> nn.
     return given
 
 
-def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tensor | None = None) -> list[Tensor]:
+def computed_key_values(model: Model, decoder: Model, n: int, ids: Tensor | None = None) -> list[Tensor]:
     """The keys and values [1, heads, n, head_dim] of each layer in turn for `ids` [n], by default n times token 0.
 
     Asking the model is the way to know their shapes that doesn't depend on how its config names things.
     """
     ids = torch.zeros(n, dtype=torch.long) if ids is None else ids
     cache = _cached(model, decoder, ids[None])
-    states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    states: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     shapes = {None if state is None else tuple(state.shape) for state in states}
     if len(shapes) != 1 or None in shapes:
         raise ValueError(
@@ -235,13 +235,13 @@ def computed_key_values(model: nn.Module, decoder: nn.Module, n: int, ids: Tenso
     return states
 
 
-def _cached(model: nn.Module, decoder: nn.Module, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
+def _cached(model: Model, decoder: Model, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
     """What the decoder caches for `ids` [B, n]."""
     from transformers import DynamicCache
 
     cache = DynamicCache()  # without the model's config it keeps what a sliding window would drop
     device = decoder.get_input_embeddings().weight.device
-    kwargs = {"input_ids": ids.to(device), cache_argument(decoder.forward): cache, "use_cache": True}
+    kwargs: dict[Any, Any] = {"input_ids": ids.to(device), cache_argument(decoder.forward): cache, "use_cache": True}
     if mask is not None:
         kwargs["attention_mask"] = mask.to(device)
     with torch.no_grad(), refusing(model), eval_mode(decoder):
@@ -249,7 +249,7 @@ def _cached(model: nn.Module, decoder: nn.Module, ids: Tensor, mask: Tensor | No
     return cache
 
 
-def _keys_count_padding(model: nn.Module, decoder: nn.Module) -> bool:
+def _keys_count_padding(model: Model, decoder: Model) -> bool:
     """Whether padding on a row's left changes its keys, as RoFormer's, which are rotated by column.
 
     Such keys can't be moved behind the padding, where `_after` puts them.

@@ -21,7 +21,7 @@ from lora_kernels.methods.virtual_tokens import (
     map_tokens,
     take,
 )
-from lora_kernels.nn.wrappers import bare
+from lora_kernels.nn.wrappers import Model, bare
 
 adapters_disabled = disabled
 
@@ -51,7 +51,7 @@ class PromptEmbeddings(VirtualTokens):
     def saved(self) -> Tensor:
         return self.embeddings
 
-    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], place: Place) -> None:
+    def _put_in_front(self, decoder: Model, kwargs: dict[str, Any], place: Place) -> None:
         ids = kwargs.pop("input_ids", None)
         tokens = kwargs["inputs_embeds"] if ids is None else decoder.get_input_embeddings()(ids)
         prompt = self.embeddings.to(tokens.dtype).expand(place.batch, -1, -1)
@@ -63,7 +63,7 @@ class PromptEmbeddings(VirtualTokens):
         if (positions := kwargs.get("cache_position")) is not None:
             kwargs["cache_position"] = torch.cat([own, positions])
 
-    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+    def _after(self, decoder: Model, args: tuple, output: Any) -> Any:
         """Drops the hidden states of the virtual tokens, so that there is one for each real token."""
         if not self.enabled or not self._place.first:
             return output
@@ -99,7 +99,7 @@ def inject(model: nn.Module, config: PromptConfig, tokenizer: Any = None) -> nn.
     return given
 
 
-def attach(model: nn.Module, decoder: nn.Module, start: Tensor) -> None:
+def attach(model: Model, decoder: Model, start: Tensor) -> None:
     """PromptEmbeddings with the values `start` [n, hidden] at `model`."""
     if getattr(decoder.config, "hidden_size_per_layer_input", None):
         raise ValueError(

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -48,7 +48,7 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     described: tuple[str, ...] = ()
     quantize: str | None = None
-    dtype: str | None = None
+    dtype: Literal["float32"] | None = None
     has_lora_b: bool = False
     keeps_base: bool = True
     named: bool = False
@@ -66,7 +66,7 @@ class Method:
         """The config that the settings of a run mean. Raises ValueError as its class does."""
         kind = getattr(self.module, self.config_name)
         values = {each.name: settings.get(self.renamed.get(each.name, each.name)) for each in fields(kind)}
-        return kind(**{name: value for name, value in values.items() if value is not None} | self.fixed)
+        return kind(**{name: value for name, value in values.items() if value is not None}, **self.fixed)
 
 
 _LORA = Method(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_kernels.checks import warn
-from lora_kernels.nn.wrappers import get_submodule, named_parameters, unwrapped
+from lora_kernels.nn.wrappers import Model, get_submodule, named_parameters, unwrapped
 
 # Where the config says "tied", their code also scales the decoder's output, so it has to go on saying so. transformers
 # 5 doesn't tie weights that a file has with different values; transformers 4 does.
@@ -96,7 +96,7 @@ def split(model: nn.Module, groups: list[list[str]]) -> None:
 def weight_holders(model: nn.Module) -> dict[str, list[str]]:
     """The embeddings that only hold the weight of others, as T5's `shared` does: it stands beside the encoder and the
     decoder, whose own embeddings have its weight. {its parameter: the parameters that are used instead}, by path."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for names in tied_weights(model):
         embeddings = [name for name in names if isinstance(_module(model, _parent(name)), nn.Embedding)]
         for name in embeddings:
@@ -110,7 +110,7 @@ def weight_holders(model: nn.Module) -> dict[str, list[str]]:
 def users(model: nn.Module, saved: Iterable[str]) -> tuple[str, ...]:
     """The paths of the modules that have to be trained with the modules `saved`: where one of these is such an
     embedding, those that use its weight. A path of the same module, or inside `saved`, is not among them."""
-    trained, found = tuple(f"{path}." for path in saved), {}
+    trained, found = tuple(f"{path}." for path in saved), dict[str, None]()
     for name, used in weight_holders(model).items():
         if name.startswith(trained):
             holder = _module(model, _parent(name))
@@ -118,7 +118,7 @@ def users(model: nn.Module, saved: Iterable[str]) -> tuple[str, ...]:
     return tuple(path for path in found if not f"{path}.".startswith(trained))
 
 
-def settle(model: nn.Module) -> None:
+def settle(model: Model) -> None:
     """After inject: copies that modules_to_save trains of such an embedding and of those that use its weight become one
     weight again, where they have the same values; what is untied nevertheless is noted."""
     trained = tuple(f"{path}." for path in model.lora_originals)
@@ -160,7 +160,8 @@ def _tying(model: nn.Module) -> list[Any]:
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configs of the model and of its parts, with those inside them."""
-    found, rest = {}, [module.config for module in model.modules() if hasattr(module, "config")]
+    found: dict[int, Any] = {}
+    rest: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     while rest:
         config = rest.pop()
         if id(config) not in found:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_kernels.checks import check_integer
 from lora_kernels.methods.heads import task_heads
 from lora_kernels.methods.modes import eval_mode
-from lora_kernels.nn.wrappers import bare, named_modules, unwrapped
+from lora_kernels.nn.wrappers import Model, bare, named_modules, unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -62,7 +62,7 @@ def cache_argument(forward: Callable, names: Sequence[str] = CACHE_ARGUMENTS) ->
     return next((name for name in names if name in parameters), None)
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
+def find_decoder(model: Any) -> Model:
     """The part of a transformers causal LM that makes hidden states of token ids; the model itself if there is none."""
     decoder = model.get_decoder()
     # transformers 4 doesn't find GPT-2's, nor any version Llama 4's, whose base_model_prefix names no part of it.
@@ -70,7 +70,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     return decoder if decoder is not model else next((part for part in others if part is not model), model)
 
 
-def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
+def decoder_of(model: Model, num_virtual_tokens: int) -> Model:
     """The decoder of a Hugging Face causal LM; ValueError if it isn't one or the tokens don't fit its context."""
     fits = hasattr(model, "get_decoder") and (model.get_output_embeddings() is not None or not any(task_heads(model)))
     decoder = unwrapped(find_decoder(model)) if fits else None
@@ -103,27 +103,27 @@ def decoder_of(model: nn.Module, num_virtual_tokens: int) -> nn.Module:
     return decoder
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(model: Any) -> int | None:
     """How many positions the model was made for, if its config says so."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text_config, "max_position_embeddings", None)
 
 
-def learned_positions(model: nn.Module) -> int | None:
+def learned_positions(model: Any) -> int | None:
     """How many positions the model has an embedding for; None where it computes them, as with rotary ones."""
     decoder = find_decoder(model) if hasattr(model, "get_decoder") else model
     names = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)}
     return context_length(model) if names & {"wpe", "embed_positions", "position_embeddings"} else None
 
 
-def dynamic_cache(decoder: nn.Module) -> DynamicCache:
+def dynamic_cache(decoder: Model) -> DynamicCache:
     from transformers import DynamicCache
 
     return DynamicCache(config=decoder.config)
 
 
-def initial_ids(config: VirtualTokensConfig, model: nn.Module, tokenizer: Any) -> Tensor:
+def initial_ids(config: VirtualTokensConfig, model: Model, tokenizer: Any) -> Tensor:
     """Token ids [n] of init "vocab" (drawn from torch's generator) or "text" (repeated or cut to n)."""
     n = config.num_virtual_tokens
     if config.init == "vocab":
@@ -149,13 +149,13 @@ class VirtualTokens(nn.Module):
         """The tensor that a file holds: what the tokens are, however they are parametrised."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module, decoder: nn.Module) -> None:
+    def attach(self, model: Model, decoder: Model) -> None:
         """Freezes the model but for this module, makes this `model.virtual_tokens`, and hooks it to the decoder.
 
         Raises ValueError, with the model unchanged, if the decoder can't work with the virtual tokens.
         """
         self._arguments = tuple(inspect.signature(decoder.forward).parameters)
-        self.cache_argument = cache_argument(decoder.forward)
+        self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in self._arguments)
         hooks = self._hooks(decoder)
         try:
             with refusing(model):
@@ -170,7 +170,7 @@ class VirtualTokens(nn.Module):
         self.train(model.training)
         model.virtual_tokens = self
 
-    def _hooks(self, decoder: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
+    def _hooks(self, decoder: Model) -> list[tuple[nn.Module, RemovableHandle]]:
         """Registers the hooks; the modules that have them and the handles to remove them."""
         return [
             (decoder, decoder.register_forward_pre_hook(self._before, with_kwargs=True)),
@@ -178,7 +178,7 @@ class VirtualTokens(nn.Module):
         ]
 
     @torch.no_grad()
-    def _try(self, decoder: nn.Module) -> None:
+    def _try(self, decoder: Model) -> None:
         """Runs the decoder on rows with padding, then on one token more with the cache: what it refuses shows here."""
         mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=decoder.get_input_embeddings().weight.device)
         ids, cache = torch.zeros_like(mask), dynamic_cache(decoder)
@@ -187,7 +187,7 @@ class VirtualTokens(nn.Module):
             decoder(input_ids=ids[:, :2], attention_mask=mask[:, :2], **arguments)
             decoder(input_ids=ids[:, 2:], attention_mask=mask, **arguments)
 
-    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _before(self, decoder: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self.enabled:
             return None
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
@@ -238,11 +238,11 @@ class VirtualTokens(nn.Module):
             kwargs["cache_position"] = kwargs["cache_position"] + n
         return Place(batch, length, seen == 0, starts)
 
-    def _put_in_front(self, decoder: nn.Module, kwargs: dict[str, Any], place: Place) -> None:
+    def _put_in_front(self, decoder: Model, kwargs: dict[str, Any], place: Place) -> None:
         """Adds the virtual tokens to the first call of the decoder, when nothing is cached yet."""
         raise NotImplementedError
 
-    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+    def _after(self, decoder: Model, args: tuple, output: Any) -> Any:
         raise NotImplementedError
 
 
@@ -322,12 +322,13 @@ def mark_hooked(module: nn.Module, by: type) -> None:
 
     torch.compile runs what it compiled for a module of the same class without looking at hooks, but looks at the class.
     """
-    if type(module).__dict__.get("hooked_by") is not by:
-        module.__class__ = _hooked_class(type(module), by)
+    kind: type = type(module)
+    if kind.__dict__.get("hooked_by") is not by:
+        module.__class__ = _hooked_class(kind, by)
 
 
 @functools.cache
-def _hooked_class(kind: type, by: type) -> type:
+def _hooked_class(kind: Any, by: type) -> Any:
     """A subclass of `kind` with its names; one that is copied and pickled by the two arguments."""
 
     def reduce(self: nn.Module, protocol: int) -> tuple:

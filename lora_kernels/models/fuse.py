@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_kernels import backends, reference
 from lora_kernels.backends import cpu
 from lora_kernels.nn.lora_linear import AdaptedLayer, is_linear, open_group
-from lora_kernels.nn.wrappers import unwrapped
+from lora_kernels.nn.wrappers import Model, unwrapped
 from lora_kernels.ops.attention import MAX_HEAD_DIM, causal_attention
 from lora_kernels.ops.cpu_only import is_fused
 from lora_kernels.ops.frozen_linear import frozen_linear
@@ -69,7 +69,7 @@ def fuse_decoder(model: nn.Module) -> int:
     Returns how many modules it has changed.
     """
     model = unwrapped(model)
-    own = [module for module in model.modules() if _has_own_forward(module)]
+    own: list[Any] = [module for module in model.modules() if _has_own_forward(module)]
     count = 0
     for module in own:
         plain = getattr(type(module), "forward", None)
@@ -91,7 +91,7 @@ def fuse_decoder(model: nn.Module) -> int:
                 continue
             _set_forward(module, forward)
         count += 1
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is nn.Linear and _has_own_forward(head):
         _set_forward(head, _head_forward)
         count += 1
@@ -121,12 +121,12 @@ def _has_own_forward(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
-def _norm_eps(norm: nn.Module) -> float | None:
+def _norm_eps(norm: nn.Module) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 @torch.no_grad()
-def _norm_offset(module: nn.Module) -> float | None:
+def _norm_offset(module: Model) -> float | None:
     """0 or 1 where the module is RMSNorm with that offset, else None."""
     if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
@@ -144,8 +144,8 @@ def _norm_offset(module: nn.Module) -> float | None:
 
 
 @torch.no_grad()
-def _is_swiglu(module: nn.Module) -> bool:
-    children = dict(module.named_children())
+def _is_swiglu(module: Model) -> bool:
+    children: dict[str, Any] = dict(module.named_children())
     if set(children) != set(_MLP):
         return False
     act_fn = children["act_fn"]
@@ -171,10 +171,10 @@ def _small_linear(seed: int) -> nn.Linear:
     return layer
 
 
-def _projections(module: nn.Module) -> tuple[str, ...]:
+def _projections(module: Model) -> tuple[str, ...]:
     """The names of its linear layers that read the same x, if it has such."""
     for names in _SAME_INPUT:
-        layers = [getattr(module, name, None) for name in names]
+        layers: list[Any] = [getattr(module, name, None) for name in names]
         known = all(isinstance(layer, AdaptedLayer) or is_linear(layer) for layer in layers)
         if known and len({layer.in_features for layer in layers}) == 1:
             return names
@@ -205,7 +205,7 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
     made = _with_rotary(forward, rotated)
 
     @wraps(forward)
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Model, *args: Any, **kwargs: Any) -> Any:
         # Dynamo looks globals up in the module.
         return (forward if torch.compiler.is_compiling() else made)(self, *args, **kwargs)
 
@@ -217,7 +217,7 @@ def _with_rotary(function: Callable[..., Any], rotated: Callable[..., Any]) -> C
     closure, inner = function.__closure__, getattr(function, "__wrapped__", None)
     if inner is not None:
         cell = CellType(_with_rotary(inner, rotated))
-        closure = tuple(cell if old.cell_contents is inner else old for old in closure)
+        closure = tuple(cell if old.cell_contents is inner else old for old in closure or ())
     module = {**function.__globals__, _ROTARY: rotated}
     made = FunctionType(function.__code__, module, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
@@ -243,7 +243,7 @@ def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
     """`forward`, in which the adapted layers of these names are computed by one call; its signature is kept."""
 
     @wraps(forward)
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Model, *args: Any, **kwargs: Any) -> Any:
         group = None
         if not self.lora_kernels_apart and not torch.compiler.is_compiling():
             group = open_group([getattr(self, name) for name in names])
@@ -264,7 +264,7 @@ def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
 def _register_attention() -> None:
     """Have transformers' "sdpa" ask `_takes_attention` first. Under its own name, since masks, checks of configs and
     saved files go by that."""
-    transformers = sys.modules.get("transformers")
+    transformers: Any = sys.modules.get("transformers")
     if not hasattr(transformers, "AttentionInterface"):
         return
     sdpa = transformers.AttentionInterface()["sdpa"]
@@ -296,7 +296,7 @@ def _attention(sdpa: Callable[..., Any]) -> Callable[..., Any]:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return sdpa(module, query, key, value, attention_mask, **options)
 
-    wrapped.lora_kernels_attention = True
+    vars(wrapped)["lora_kernels_attention"] = True
     return wrapped
 
 
@@ -319,13 +319,13 @@ def _probe(size: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(2, size, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
 
 
-def _is_stack(module: nn.Module) -> bool:
+def _is_stack(module: Model) -> bool:
     """Whether the module has a list of layers of which some part was fused: the decoder itself."""
     lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
     return any("forward" in vars(part) for layers in lists for part in layers.modules())
 
 
-def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _norm_forward(self: Model, hidden_states: Tensor) -> Tensor:
     if not is_fused(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight, _norm_eps(self), self.lora_kernels_offset)
@@ -335,7 +335,7 @@ def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
     return frozen_linear(x, self.weight, self.bias)
 
 
-def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _mlp_forward(self: Model, x: Tensor) -> Tensor:
     if not is_fused(x):
         return type(self).forward(self, x)
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -350,7 +350,7 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` inside `recomputing`, its signature kept, which others look at."""
 
     @wraps(forward)
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Model, *args: Any, **kwargs: Any) -> Any:
         # torch.func's transforms refuse hooks on saved tensors.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.by_formula():
             return forward(self, *args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_kernels.data.chat import Renderer
 from lora_kernels.data.messages import Conversation, Prompt, message
@@ -59,7 +59,7 @@ def generate(
             f"ones that exceeds the {positions} positions that the model has learned"
         )
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections import OrderedDict, defaultdict
@@ -25,8 +26,9 @@ _TOKENS = 2
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NEVER_CALLED = "the model uses its weight and never calls the layer itself"
 CHANGED = "the model changes its weight from call to call, and would not change the adapter with it"
+_DTYPE, _DEVICE, _SHAPE, _DATA = (getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "data"))
 # The attributes of a weight that an NF4Weight has too: a model that asks for no more can run in 4 bits.
-_IN_NF4 = {Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__}
+_IN_NF4 = {_DTYPE, _DEVICE, _SHAPE}
 # (training, gradients): a model may read a weight in one mode and call its layer in another.
 _MODES = ((False, True), (False, False), (True, True))
 
@@ -76,13 +78,13 @@ class _Probe(nn.Linear):
     for more than an NF4Weight has, `changed` if the weight was written, `bypassed` if it was read and not called.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         nn.Module.__init__(self)
         weight = layer.weight
         self.out_features, self.in_features = weight.shape[::-1] if is_conv1d(layer) else weight.shape
         # Not registered as a parameter.
         self.__dict__["weight"] = _zeros(*_kind(weight))
-        self.bias = None if layer.bias is None else _zeros(*_kind(layer.bias))
+        self.register_parameter("bias", None if layer.bias is None else _zeros(*_kind(layer.bias)))
         self.read = self.called = self.used = self.changed = self.bypassed = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,13 +112,13 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.probes = {id(probe.weight): probe for probe in probes}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         weights = [self.probes[id(each)] for each in tree_leaves((args, kwargs)) if id(each) in self.probes]
         for probe in weights if func not in _IN_NF4 else ():
             probe.used = True
             first = bool(args) and probe.weight is args[0]
             probe.changed |= first and _writes(func.__name__)
-            if first and (probe.changed or func in (Tensor.data.__get__, Tensor.detach)):
+            if first and (probe.changed or func in (_DATA, Tensor.detach)):
                 return probe.weight
         if func is functional.linear and len(args) > 1:
             result = args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
@@ -175,11 +177,11 @@ def _probe(model: nn.Module) -> dict[str, _Probe]:
             for part in reversed(list(model.modules())):
                 if unwrapped(part) is not part:
                     stand_ins[id(part)] = copy.deepcopy(unwrapped(part), stand_ins)
-            twin = copy.deepcopy(model, stand_ins)
+            twin: Any = copy.deepcopy(model, stand_ins)
             for module in twin.modules():
                 set_fast_path(module, False)
                 if "_old_forward" in vars(module):
-                    module.forward = module._old_forward
+                    vars(module)["forward"] = module._old_forward
             if hasattr(twin, "set_experts_implementation"):
                 # Grouped products take no weight that repeats one zero.
                 twin.set_experts_implementation("eager")
@@ -203,12 +205,12 @@ def _probe(model: nn.Module) -> dict[str, _Probe]:
     return probes
 
 
-def _inputs(twin: nn.Module, device: torch.device) -> list[tuple[tuple, dict[str, Any]]]:
+def _inputs(twin: nn.Module, device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments that a forward pass may take, the likelier ones first."""
     arguments = inspect.signature(twin.forward).parameters
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     layer = next(module for module in twin.modules() if isinstance(module, _Probe))
-    kind = {"dtype": layer.weight.dtype, "device": device}
+    kind: dict[str, Any] = {"dtype": layer.weight.dtype, "device": device}
     values, image = torch.zeros(1, _TOKENS, layer.in_features, **kind), _image(twin, **kind)
     if "input_ids" in arguments:
         named = {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
@@ -217,13 +219,13 @@ def _inputs(twin: nn.Module, device: torch.device) -> list[tuple[tuple, dict[str
         return [((), named | each) for each in ({}, *images)]
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [each for each in arguments.values() if each.default is each.empty and each.kind not in variadic]
-    main = arguments.get(getattr(twin, "main_input_name", None)) or next(iter(arguments.values()), None)
+    main = arguments.get(getattr(twin, "main_input_name", "")) or next(iter(arguments.values()), None)
     needed = needed or [each for each in (main,) if each is not None and each.kind is not each.VAR_KEYWORD]
     by_position = sum(each.kind in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL) for each in needed)
     names = [each.name for each in needed if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     tensors = [ids, values] if image is None else [image, ids, values]
     # A batch that has each entry that is asked for.
-    batches = [defaultdict(lambda x=x: x) for x in tensors]
+    batches: list[Any] = [defaultdict(functools.partial(lambda x: x, x)) for x in tensors]
     return [((x,) * by_position, dict.fromkeys(names, x)) for x in (*tensors, *batches) if needed]
 
 

@@ -34,7 +34,7 @@ def carry_hooks(replaced: nn.Module, module: nn.Module) -> None:
     ours, theirs = module.__dict__, replaced.__dict__
     for name in _HOOKS:
         ours[name], theirs[name] = theirs[name], ours[name]
-    for hook in module._load_state_dict_pre_hooks.values():
+    for hook in ours["_load_state_dict_pre_hooks"].values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(module)
     if hasattr(replaced, "_hf_hook") and replaced is not module:

@@ -49,7 +49,7 @@ def is_linear(module: nn.Module) -> bool:
     return not_linear(module) is None
 
 
-def not_linear(module: nn.Module) -> str | None:
+def not_linear(module: Any) -> str | None:
     """Why FusedLoRALinear can't stand on module; None for nn.Linear, NF4Linear and transformers' Conv1D.
 
     So for a subclass of nn.Linear that computes the same, as Falcon's does, and has nothing but a weight and a bias.
@@ -116,9 +116,10 @@ def foreign_weight(module: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _computes_linear(module: nn.Linear, forward: Callable[..., Tensor] | None) -> bool:
+def _computes_linear(module: nn.Linear, forward: Any) -> bool:
     """Whether this forward of its own is x Wᵀ + bias, by a small layer with the module's other attributes."""
-    twin, draw = copy.copy(module), {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+    twin = copy.copy(module)
+    draw: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
     twin.out_features, twin.in_features = N, K = 3, 5
     x, weight = torch.randn(2, 4, K, **draw, device="cpu"), nn.Parameter(torch.randn(N, K, **draw, device="cpu"))
     bias = None if module.bias is None else nn.Parameter(torch.randn(N, **draw, device="cpu"))
@@ -180,7 +181,7 @@ class AdaptedLayer:
     def together(self, layers: Sequence[AdaptedLayer], x: Tensor) -> Sequence[Tensor]:
         """y of each of these layers, with equal `group_terms`, of which this is one. Their adapters are in use."""
         if autocast_dtype(x) is None and backends.unwatched(x):
-            kept = [layer.kept_layers(x) for layer in layers]
+            kept: list[Any] = [layer.kept_layers(x) for layer in layers]
             if None not in kept:
                 return project(x, kept[0] if len(kept) == 1 else _joined(kept, x), self.dropout_p)
         return self.anew(layers, x)
@@ -209,7 +210,8 @@ class AdaptedLayer:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         # It would hold the tensors that are moved.
         self.__dict__["_kept"] = None
-        return super()._apply(fn, recurse)
+        module: Any = super()
+        return module._apply(fn, recurse)
 
 
 class ProjectionGroup:
@@ -252,7 +254,7 @@ def _joined(kept: list[Layers], x: Tensor) -> Layers:
     return joined
 
 
-def open_group(layers: Sequence[nn.Module]) -> ProjectionGroup | None:
+def open_group(layers: Sequence[Any]) -> ProjectionGroup | None:
     """A group of these layers, which until it is closed compute each other's results; None where they can't be one.
 
     They must be AdaptedLayers whose `group_terms` agree, and nothing may wait for a layer's own call, such as a hook
@@ -327,8 +329,15 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
     Raises ValueError naming the argument that is out of range.
     """
 
+    weight: Any  # a Parameter or an NF4Weight
+    bias: Any  # a Parameter or None
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
     lora_e: nn.Parameter | None
     lora_magnitude: nn.Parameter | None
+    _unmerged_weight: Any
+    _weight_squares: Tensor | None
+    _eval_norms: tuple[tuple[Any, ...], Tensor] | None
 
     def __init__(
         self,
@@ -382,19 +391,20 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
             raise ValueError(f"quantize is {quantize!r}; allowed: None, 'nf4'")
         if quantize is not None and is_conv1d(linear):
             raise TypeError("linear is a Conv1D; quantize='nf4' takes torch.nn.Linear only")
-        weight = linear.weight
+        weight: Any = linear.weight
+        bias: Any = linear.bias
         if quantize is not None and not isinstance(weight, NF4Weight):
             weight = quantize_nf4(weight.detach(), double_quant=double_quant)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         how = (r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype, use_dora)
-        layer._adopt(weight, linear.bias, is_conv1d(linear), *how)
+        layer._adopt(weight, bias, is_conv1d(linear), *how)
         return layer.train(linear.training)
 
     def _adopt(
         self,
-        weight: nn.Parameter | NF4Weight,
-        bias: nn.Parameter | None,
+        weight: Tensor | NF4Weight,
+        bias: Tensor | None,
         fan_in_fan_out: bool,
         r: int,
         lora_alpha: float,
@@ -460,10 +470,12 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
         weight = self._unmerged_weight if self.merged else self.weight
         return weight.t() if self.fan_in_fan_out else weight
 
-    def _weight_was_set(self) -> None:
+    def _weight_was_set(self) -> Tensor:
+        """Makes, keeps and returns ‖W‖² of each row."""
         # Not a DTensor, since nothing gathers a buffer before forward.
-        self._weight_squares = whole(row_squares(self._base()))
-        self._eval_norms: tuple[tuple, Tensor] | None = None
+        self._weight_squares = squares = whole(row_squares(self._base()))
+        self._eval_norms = None
+        return squares
 
     def adapter_was_set(self) -> None:
         """Forget DoRA's norms. They are told by versions, which don't count what fully_shard gathers."""
@@ -481,9 +493,8 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
             base = self._base()
             base = base.detach() if isinstance(base, Tensor) else base
             return row_norms(base, row_squares(base), self.lora_a.detach(), lora_b.detach(), self.scaling)
-        if self._weight_squares is None:
-            self._weight_was_set()
-        args = (self._base(), self._weight_squares, self.lora_a, lora_b, self.scaling)
+        squares = self._weight_was_set() if self._weight_squares is None else self._weight_squares
+        args = (self._base(), squares, self.lora_a, lora_b, self.scaling)
         if torch.compiler.is_compiling():
             return row_norms(*args)
         if torch.is_grad_enabled() or any(t.is_inference() for t in adapter):
@@ -500,8 +511,8 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
 
     def projection(self) -> Projection:
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        adapter = self.lora_a, self.lora_b, self.scaling, self.bias, self.lora_e
-        return Projection(weight, *adapter, self._column_scale())
+        own = self.lora_a, self.lora_b, self.scaling
+        return Projection(weight, *own, self.bias, self.lora_e, self._column_scale())
 
     def kept_layers(self, x: Tensor) -> Layers | None:
         """The layer as ops take it, checked for x; made anew when one of its tensors has moved, or is another one.
@@ -509,7 +520,8 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
         None where it is watched, or something makes its tensors anew for each call, as DoRA makes its column_scale.
         """
         # Not self.lora_a: nn.Module's __getattr__ would take longer than all of this.
-        own, parameters, nf4 = self.__dict__, self._parameters, self._modules.get("weight")
+        own, parameters = self.__dict__, self._parameters
+        nf4: Any = self._modules.get("weight")
         try:
             weight = (parameters["weight"],) if nf4 is None else nf4.parts
             tensors = *weight, *map(parameters.__getitem__, _PARAMETERS)
@@ -644,6 +656,7 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
         return self._plain_layer(weight)
 
     def _plain_layer(self, weight: nn.Parameter) -> nn.Module:
+        linear: Any
         if self.fan_in_fan_out:
             from transformers.pytorch_utils import Conv1D
 
@@ -673,7 +686,7 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
             self._weight_was_set()
         return self
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             # Beside lora_a and lora_b a merged weight would count the update twice after loading.
@@ -683,16 +696,13 @@ class FusedLoRALinear(AdaptedLayer, nn.Module):
             else:
                 destination[prefix + "weight"] = weight if keep_vars else weight.detach()
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if self.merged:
+            *_, error_msgs = rest
             error_msgs.append(f"{prefix[:-1] or 'FusedLoRALinear'} is merged; call unmerge() before loading")
             return
         load_packed(self, state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.lora_magnitude is not None:
             if isinstance(self.weight, NF4Weight):
                 # It is loaded after this.

@@ -20,7 +20,7 @@ class NF4Linear(nn.Module):
     dtype of x. The state dict is that of bitsandbytes' Linear4bit.
     """
 
-    def __init__(self, weight: NF4Weight, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
@@ -35,7 +35,7 @@ class NF4Linear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear with the dequantised weight, new and frozen, and this layer's bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear: Any = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight.dequantize(), requires_grad=False)
         linear.bias = self.bias
         return linear.train(self.training)
@@ -55,7 +55,7 @@ class NF4Linear(nn.Module):
         layers = self.__dict__["_kept"] = frozen_layers(x, weight, bias, self._kept)
         return frozen_linear(x, weight, bias) if layers is None else project(x, layers, 0.0)[0]
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         load_packed(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

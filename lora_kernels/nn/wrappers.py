@@ -6,7 +6,7 @@ Paths here are those of the model without wrappers, as adapter files have them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -35,7 +35,17 @@ _OPAQUE = {
 }
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+class Model(nn.Module):
+    """To the type checker: a module with whatever attributes its author, transformers or `inject` gave it. Nothing is
+    made of this class."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+
+def unwrapped(module: Any) -> Model:
     """What is inside the wrappers around `module`; itself without any."""
     while (inner := _inside(module)) is not None:
         module = inner
@@ -44,10 +54,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _inside(module: Any) -> nn.Module | None:
     """What the wrapper `module` holds; None if it is no wrapper, as a model of another author with such a name."""
-    return module._modules.get(_listed(_WRAPPERS, type(module))) if isinstance(module, nn.Module) else None
+    name = _listed(_WRAPPERS, type(module)) if isinstance(module, nn.Module) else None
+    return None if name is None else module._modules.get(name)
 
 
-def bare(model: nn.Module, adding: bool = False) -> nn.Module:
+def bare(model: nn.Module, adding: bool = False) -> Model:
     """`unwrapped(model)`, to be looked at or changed. adding: whether it gets new parameters to train.
 
     Raises ValueError for a model that is, or contains, a wrapper that can't be seen through: a PEFT model, torch's
@@ -95,7 +106,7 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list({_path(model, path): parameter for path, parameter in named}.items())
 
 
-def get_submodule(model: nn.Module, path: str) -> nn.Module:
+def get_submodule(model: Any, path: str) -> Model:
     """What stands at the path, with the wrappers around it."""
     for name in path.split(".") if path else ():
         model = getattr(unwrapped(model), name)
@@ -113,13 +124,13 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
         module.train(replaced.training)
     inner = unwrapped(module)
     carry_hooks(unwrapped(replaced), inner)
-    wrapper = replaced
+    wrapper: nn.Module = replaced
     while (inside := _inside(wrapper)) is not None:
         add_hooks(wrapper, inner)
         wrapper = inside
     names = path.split(".")
     outer = [unwrapped(get_submodule(model, ".".join(names[:depth]))) for depth in range(len(names))]
-    places = [(outer[-1], names[-1])]
+    places: list[tuple[nn.Module, str]] = [(outer[-1], names[-1])]
     if not isinstance(inner, FusedLoRALinear):
         places += [(part, name) for part in model.modules() for name, m in part._modules.items() if m is replaced]
     for part, name in places:
@@ -137,7 +148,8 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _path(model: nn.Module, path: str) -> str:
     """A path of `model` without the wrappers on the way."""
-    names, module = [], model
+    names = []
+    module: Any = model
     for name in path.split("."):
         if _inside(module) is None or name not in module._modules:
             names.append(name)

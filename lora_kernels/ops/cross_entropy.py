@@ -1,5 +1,7 @@
 """Cross-entropy and log-probabilities over a large vocabulary without the [M, V] logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def _nll(
     logit_scale: float,
     logit_softcap: float | None,
     grad_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """-log softmax(softcap(scale * (rows @ weightᵀ + bias)))[target] [m] in float32 (float64 for float64 inputs) and,
     unless grad_dtype is None, its gradient with respect to `rows @ weightᵀ + bias` [m, V], rounded to it once."""
     needs_grad = grad_dtype is not None
@@ -63,12 +65,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(logits)[label], the gradients computed beside the loss, one chunk of rows at a time."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk_size, logit_scale, logit_softcap, grad_enabled):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_size: int,
+        logit_scale: float, logit_softcap: float | None, grad_enabled: bool,
+    ) -> Tensor:  # fmt: skip
         needs_hidden, needs_weight, needs_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
         accumulate = _accumulator(hidden)
         dhidden = torch.empty_like(hidden) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
-        dbias = torch.zeros_like(bias, dtype=accumulate) if needs_bias else None
+        dbias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and needs_bias else None
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
         grad_dtype = accumulate if needs_weight or needs_bias else hidden.dtype if needs_hidden else None
 
@@ -88,13 +93,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(
             dhidden,
             dweight.to(weight.dtype) if dweight is not None else None,
-            dbias.to(bias.dtype) if dbias is not None else None,
+            dbias.to(bias.dtype) if bias is not None and dbias is not None else None,
         )
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         # dloss carries 1 / answer tokens: in 16 bits it would be off by up to 0.4 %, the same way for every gradient.
         grads = (None if grad is None else (grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in ctx.saved_tensors)
         return (*grads, None, None, None, None, None)
@@ -105,7 +110,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
     forward pass; that of the weight mixes rows by their dlogprobs, so backward makes the logits again for it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk_size, logit_scale, logit_softcap, grad_enabled):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_size: int,
+        logit_scale: float, logit_softcap: float | None, grad_enabled: bool,
+    ) -> Tensor:  # fmt: skip
         needs_hidden = grad_enabled and ctx.needs_input_grad[0]
         needs_head = grad_enabled and any(ctx.needs_input_grad[1:3])
         dhidden = torch.empty_like(hidden) if needs_hidden else None
@@ -115,7 +123,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             chunk = slice(start, start + chunk_size)
             nll, dlogits = _nll(hidden[chunk], weight, bias, labels[chunk], logit_scale, logit_softcap, grad_dtype)
             logprobs[chunk] = nll.neg_()
-            if needs_hidden:
+            if dhidden is not None:
                 frozen_linear_dx(dlogits.neg_(), weight, dhidden[chunk])
             del dlogits
         ctx.save_for_backward(dhidden, *((hidden, weight, bias, labels) if needs_head else ()))
@@ -124,7 +132,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlogprobs):
+    def backward(ctx: Any, dlogprobs: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, *head = ctx.saved_tensors
         dlogprobs = dlogprobs[:, None]
         dweight = dbias = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,17 +28,16 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     gradient is taken and our own product is the faster one on this CPU (for the few rows of generation 1.2 to 5 times).
     Raises as `lora_linear` does.
     """
-    dense = not isinstance(weight, NF4Weight)
     if (dtype := autocast_dtype(x)) is not None:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        weight = weight.to(dtype) if dense else weight
+        weight = weight if isinstance(weight, NF4Weight) else weight.to(dtype)
     in_memory = backends.unwatched(x, *weight_tensors(weight), bias)
-    by_torch = dense and not (in_memory and _is_ours(x, weight))
-    if by_torch or not in_memory:
+    by_torch = None if isinstance(weight, NF4Weight) or (in_memory and _is_ours(x, weight)) else weight
+    if by_torch is not None or not in_memory:
         check_dense(x, weight, bias=bias)
     check_frozen(x, weight, bias)
-    if by_torch:
-        return torch.nn.functional.linear(x, weight, bias)
+    if by_torch is not None:
+        return torch.nn.functional.linear(x, by_torch, bias)
     layer = _frozen(x, weight, bias)
     if not in_memory:
         return watched.project(x, [layer], 0.0)[0]
@@ -75,7 +76,8 @@ def frozen_linear_dx(dy: Tensor, weight: Tensor, out: Tensor) -> None:
     # Only its shape, dtype and device are looked at.
     x, h = dy.new_empty(()).expand(dy.shape[0], weight.shape[1]), dy.new_empty(dy.shape[0], 0, dtype=torch.float32)
     needs = Needs(True, (AdapterNeeds(False, False),))
-    out.copy_(dispatch.backward([dispatch.matrix(dy)], x, [h], layers, None, needs).x)
+    dx: Any = dispatch.backward([dispatch.matrix(dy)], x, [h], layers, None, needs).x
+    out.copy_(dx)
 
 
 def _frozen(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Projection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,10 +82,10 @@ def under_autocast(x: Tensor, layers: Sequence[Projection]) -> tuple[Tensor, Seq
     if dtype is None:
         return x, layers
 
-    def cast(t: Tensor | None) -> Tensor | None:
+    def cast(t: Any) -> Any:
         return None if t is None else t.to(dtype)
 
-    def cast_adapter(t: Tensor | None) -> Tensor | None:
+    def cast_adapter(t: Any) -> Any:
         return cast(t) if t is not None and t.itemsize == 2 else t
 
     cast_layers = [
@@ -141,12 +142,11 @@ def check_dense(x: Tensor, weight: Tensor | NF4Weight, **others: Tensor | None) 
     """TypeError for a tensor without strides, and for a DTensor beside a tensor that is none."""
     if isinstance(weight, NF4Weight):
         weight.check()
-        weight = weight.packed
-    backends.check_dense(x=x, weight=weight, **others)
+    backends.check_dense(x=x, weight=weight_tensors(weight)[0], **others)
 
 
 def _check_dense(x: Tensor, layer: Projection) -> None:
-    adapter = {"lora_a": layer.lora_a, "lora_b": layer.lora_b}
+    adapter: dict[str, Tensor | None] = {"lora_a": layer.lora_a, "lora_b": layer.lora_b}
     adapter |= {"lora_e": layer.lora_e, "column_scale": layer.column_scale}
     check_dense(x, layer.weight, bias=layer.bias, **adapter)
 

@@ -11,9 +11,10 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class _Pass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, state, *tensors):
+    def forward(ctx: Any, x: Tensor, state: tuple[Layers, Dropout | None], *tensors: Tensor) -> tuple[Tensor, ...]:
         layers, dropout = state
         outputs = dispatch.forward(dispatch.matrix(x), layers, dropout)
         ys, trained = outputs.ys, tuple(layers.trained)
@@ -143,7 +144,7 @@ class _Pass(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx, *dys):
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         layers, versions, settings, trained, dropout, shape = ctx.state
         x, *saved = ctx.saved_tensors
         count = len(dys)
@@ -183,7 +184,8 @@ def _unchanged(layers: Layers, versions: list[int | None]) -> Layers:
             "a weight that is needed for the gradient has been modified by an inplace operation since lora_linear's "
             "forward pass"
         )
-    return layers if layers.places.hold(None, None) else Layers(layers.projections)
+    still = layers.places is not None and layers.places.hold(None, None)
+    return layers if still else Layers(layers.projections)
 
 
 def _unscaled(
@@ -194,14 +196,14 @@ def _unscaled(
 
     saved: of each trained one in turn y and bias. All are made of dys, y, x and the layers, as in `_by_backend`.
     """
-    unscaled, rest = [], iter(saved)
+    rest: Iterator[Any] = iter(saved)
+    unscaled: list[Tensor] = []
     for i, (dy, dz, layer) in enumerate(zip(dys, dzs, layers, strict=True)):
-        place, y, bias = (i, "column_scale"), None, None
+        place = (i, "column_scale")
         if layer.column_scale is None:
             unscaled.append(dz)
             continue
-        if place in trained:
-            y, bias = dispatch.matrix(next(rest)), next(rest)
+        y, bias = (dispatch.matrix(next(rest)), next(rest)) if place in trained else (None, None)
         with torch.no_grad():
             gradients = dispatch.column_scale_bwd(dz, y, bias, layer.column_scale)
         dz, of_scale = _without_second_derivative(gradients, (dy, y, x, *layers.tensors))
@@ -246,9 +248,7 @@ def _needs(
     return need, Needs(need_x, adapters) if computed else None
 
 
-def _without_second_derivative(
-    gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]
-) -> Sequence[Tensor | None]:
+def _without_second_derivative(gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Sequence[Any]:
     """The gradients as something made of the sources that nobody can differentiate."""
     return _NoSecondDerivative.apply(len(gradients), *gradients, *sources) if torch.is_grad_enabled() else gradients
 
@@ -257,7 +257,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     """The first `count` of the tensors, gradients, as something made of the others that nobody can differentiate."""
 
     @staticmethod
-    def forward(ctx, count, *tensors):
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
 
     backward = staticmethod(watched.refuse_second_derivative)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import backends, reference
+from lora_kernels.backends.contract import Backend
 from lora_kernels.backends.cpu import memory as recycling
 from lora_kernels.reference import ABSMAX_BLOCK, dynamic_code, nf4_code
 from lora_kernels.sharded import is_sharded
@@ -27,7 +29,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _backend(*tensors: Tensor) -> ModuleType:
+def _backend(*tensors: Tensor) -> Backend:
     """That of the tensors, or the reference where a mode or a transform has to see what is done with them."""
     return backends.resolve(tensors[0]) if backends.unwatched(*tensors) else reference
 
@@ -73,6 +75,11 @@ class NF4Weight(nn.Module):
     Attributes: shape, dtype, device, block_size, double_quant.
     """
 
+    packed: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+
     def __init__(self, parts: NF4, dtype: torch.dtype) -> None:
         super().__init__()
         _check_parts(parts)
@@ -87,7 +94,8 @@ class NF4Weight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._buffers["packed"].device
+        buffers: dict[str, Any] = self._buffers
+        return buffers["packed"].device
 
     @property
     def double_quant(self) -> bool:
@@ -102,7 +110,7 @@ class NF4Weight(nn.Module):
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """packed, absmax, absmax_scale and absmax_offset."""
         # torch finds a buffer by its attribute only after looking in three other places.
-        buffers = self._buffers
+        buffers: dict[str, Any] = self._buffers
         return buffers["packed"], buffers["absmax"], buffers["absmax_scale"], buffers["absmax_offset"]
 
     def tensors(self) -> NF4:
@@ -148,14 +156,15 @@ class NF4Weight(nn.Module):
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         name = prefix.removesuffix(".") or "weight"
         for key, tensor in to_bitsandbytes(self).items():
             destination[name + key] = tensor
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         if prefix + "packed" not in state_dict:
             missing_keys.append(prefix.removesuffix("."))
             return
@@ -170,8 +179,9 @@ class NF4Weight(nn.Module):
             return
         if not local_metadata.get("assign_to_params_buffers", False):
             device = self.device
-            copies = (None if part is None else part.to(device, copy=True) for part in parts.tensors)
-            parts = NF4(*copies, parts.block_size, parts.shape)
+            named = zip(_TENSORS, parts.tensors, strict=True)
+            copies: dict[str, Any] = {name: t if t is None else t.to(device, copy=True) for name, t in named}
+            parts = replace(parts, **copies)
         self._adopt(parts, dtype)
 
     def extra_repr(self) -> str:
@@ -179,7 +189,7 @@ class NF4Weight(nn.Module):
         return f"shape={list(self.shape)}, dtype={_dtype_name(self.dtype)}, block_size={self.block_size}{double}"
 
 
-def load_packed(layer: nn.Module, state_dict: dict, prefix: str) -> None:
+def load_packed(layer: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """To be called by the layer before it loads: torch shows a submodule only the keys that begin with its name and a
     dot, and the packed values are stored under the name alone."""
     if isinstance(layer.weight, NF4Weight) and prefix + "weight" in state_dict:
@@ -215,14 +225,14 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = Fals
     with torch.no_grad():
         parts = _backend(weight).quantize_nf4(weight.contiguous(), block_size, bool(double_quant))
     # A block with an element that is not finite has such a scale, and the mean of the scales is then not finite either.
-    if not torch.isfinite(parts.absmax_offset if double_quant else parts.absmax).all():
+    if not torch.isfinite(parts.absmax if parts.absmax_offset is None else parts.absmax_offset).all():
         raise ValueError("weight has an element that is not finite; NF4 has no code for it")
     return NF4Weight(parts, weight.dtype)
 
 
 def to_bitsandbytes(weight: NF4Weight) -> dict[str, Tensor]:
     """The state-dict entries of bitsandbytes' Linear4bit, by what follows the weight's name ("" is the weight)."""
-    state = {
+    state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": weight.block_size,
         # bitsandbytes knows no float64.
@@ -234,7 +244,7 @@ def to_bitsandbytes(weight: NF4Weight) -> dict[str, Tensor]:
         ".absmax": weight.absmax,
         ".quant_map": nf4_code(weight.device),
     }
-    if weight.double_quant:
+    if weight.absmax_scale is not None and weight.absmax_offset is not None:
         entries[".nested_absmax"] = weight.absmax_scale
         entries[".nested_quant_map"] = dynamic_code().to(weight.device, copy=True)
         state["nested_blocksize"] = ABSMAX_BLOCK

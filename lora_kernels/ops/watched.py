@@ -22,8 +22,10 @@ from lora_kernels.types import NF4, AdapterNeeds, Dropout, Layers, Needs, Projec
 
 _NF4_PARTS = "Tensor? absmax=None, Tensor? absmax_scale=None, Tensor? absmax_offset=None, int block_size=0"
 # Those of lora_linear_fwd, in their order.
-_ARGUMENTS = ("x", "weight", "lora_a", "lora_b", "scaling", "bias", "lora_e", "dropout_p", "rng", "column_scale")
-_ARGUMENTS += ("absmax", "absmax_scale", "absmax_offset", "block_size")
+_ARGUMENTS = (
+    "x", "weight", "lora_a", "lora_b", "scaling", "bias", "lora_e", "dropout_p", "rng", "column_scale", "absmax",
+    "absmax_scale", "absmax_offset", "block_size",
+)  # fmt: skip
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, "
@@ -57,9 +59,10 @@ def _formula(x: Tensor, layers: Sequence[Projection], dropout_p: float) -> tuple
 
 
 def _op(x: Tensor, layer: Projection, dropout_p: float, rng: Tensor | None) -> Tensor:
-    weight, scales, block_size = layer.weight, (None, None, None), 0
+    weight, block_size = layer.weight, 0
+    scales: list[Tensor | None] = [None, None, None]
     if isinstance(weight, NF4Weight):
-        (weight, *scales), block_size = weight.parts, weight.block_size
+        block_size, (weight, *scales) = weight.block_size, weight.parts
     adapter = layer.lora_a, layer.lora_b, layer.scaling, layer.bias, layer.lora_e
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, _ = torch.ops.lora_kernels.lora_linear_fwd(
@@ -70,8 +73,8 @@ def _op(x: Tensor, layer: Projection, dropout_p: float, rng: Tensor | None) -> T
 
 def _layers(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None,
-    lora_e: Tensor | None, column_scale: Tensor | None, absmax: Tensor | None, absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None, block_size: int,
+    lora_e: Tensor | None, column_scale: Tensor | None, absmax: Any = None, absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None, block_size: int = 0,
 ) -> Layers:  # fmt: skip
     """One layer, of the op's arguments."""
     frozen: Tensor | NF4 = weight
@@ -86,23 +89,19 @@ def _dropout(dropout_p: float, rng: Tensor | None) -> Dropout | None:
 
 
 def _fwd(
-    x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None, absmax=None,
-    absmax_scale=None, absmax_offset=None, block_size=0,
-):  # fmt: skip
-    layers = _layers(
-        x, weight, lora_a, lora_b, scaling, bias, lora_e, column_scale, absmax, absmax_scale, absmax_offset, block_size
-    )
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None,
+    lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, column_scale: Tensor | None = None, *nf4_parts: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layers = _layers(x, weight, lora_a, lora_b, scaling, bias, lora_e, column_scale, *nf4_parts)
     outputs = dispatch.forward(dispatch.matrix(x), layers, _dropout(dropout_p, rng))
     return outputs.ys[0], outputs.hs[0]
 
 
 def _bwd(
-    dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs, absmax=None, absmax_scale=None,
-    absmax_offset=None, block_size=0,
-):  # fmt: skip
-    layers = _layers(
-        x, weight, lora_a, lora_b, scaling, None, lora_e, None, absmax, absmax_scale, absmax_offset, block_size
-    )
+    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: list[bool], *nf4_parts: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    layers = _layers(x, weight, lora_a, lora_b, scaling, None, lora_e, None, *nf4_parts)
     need_x, need_a, need_b, need_e = needs
     own_needs = Needs(need_x, (AdapterNeeds(need_a, need_b, need_e and lora_e is not None),))
     dy, x = dispatch.matrix(dy), dispatch.matrix(x)
@@ -113,16 +112,18 @@ def _bwd(
     return tuple(dy.new_empty(0) if grad is None else grad for grad in every)
 
 
-def _column_scale_bwd(dy, y, bias, column_scale):
+def _column_scale_bwd(dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor) -> tuple[Tensor, Tensor]:
     dz, dscale = dispatch.column_scale_bwd(dispatch.matrix(dy), y, vector(bias), column_scale.contiguous())
     return dz, dz.new_empty(0) if dscale is None else dscale
 
 
-def _column_scale_bwd_fake(dy, y, bias, column_scale):
+def _column_scale_bwd_fake(
+    dy: Tensor, y: Tensor | None, bias: Tensor | None, column_scale: Tensor
+) -> tuple[Tensor, Tensor]:
     return dy.new_empty(dy.shape), dy.new_empty(0) if y is None else torch.empty_like(column_scale)
 
 
-def _fwd_fake(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, column_scale=None, *nf4_parts):
+def _fwd_fake(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     h_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(x.shape[0], lora_b.shape[0]),
@@ -130,7 +131,10 @@ def _fwd_fake(x, weight, lora_a, lora_b, scaling, bias, lora_e, dropout_p, rng, 
     )
 
 
-def _bwd_fake(dy, x, h, weight, lora_a, lora_b, scaling, lora_e, dropout_p, rng, needs, *nf4_parts):
+def _bwd_fake(
+    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    lora_e: Tensor | None, dropout_p: float, rng: Tensor | None, needs: list[bool], *nf4_parts: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     likes = (x, lora_a, lora_b, lora_e)
     return tuple(
         like.new_empty(like.shape) if need and like is not None else dy.new_empty(0)
@@ -154,7 +158,7 @@ def _needed(ctx: Any) -> dict[str, bool]:
     return dict.fromkeys(_ARGUMENTS, False) | dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     y, h = output
     ctx.mark_non_differentiable(h)
     given = dict(zip(_ARGUMENTS, inputs, strict=True))
@@ -171,7 +175,7 @@ _SAVED = {"x", "h", "weight", "lora_a", "lora_b", "lora_e", "rng", "column_scale
 _SAVED |= {"absmax", "absmax_scale", "absmax_offset"}
 
 
-def _autograd(ctx: Any, dy: Tensor, _dh: Tensor | None = None) -> tuple:
+def _autograd(ctx: Any, dy: Tensor, _dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
     kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
     needs = _needed(ctx)
     found: dict[str, Tensor] = {}

@@ -136,6 +136,7 @@ class LoRAPlusAdamW(torch.optim.AdamW):
         _check_lr("lr", lr)
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, lambda v: v > 0, "a number > 0, or None")
+        groups: Iterable[Any]
         if isinstance(model_or_groups, nn.Module):
             groups = loraplus_groups(model_or_groups, lr, lr_ratio, weight_decay, lr_embedding)
         elif lr_ratio != 1:
@@ -203,8 +204,8 @@ class LoRAPlusAdamW(torch.optim.AdamW):
         masters = [state.get("master") for state in states]
         if any(map(sharded.is_sharded, params)):
             params, masters, *columns = (list(map(sharded.local, column)) for column in (params, masters, *columns))
-        beta1, beta2 = group["betas"]
-        return AdamWGroup(params, grads, *columns, masters, group["lr"], beta1, beta2, group["eps"],
+        (exp_avgs, exp_avg_sqs, steps), (beta1, beta2) = columns, group["betas"]
+        return AdamWGroup(params, grads, exp_avgs, exp_avg_sqs, steps, masters, group["lr"], beta1, beta2, group["eps"],
                           group["weight_decay"])  # fmt: skip
 
     def _local_grad(self, group: dict[str, Any], parameter: Tensor, grad: Tensor) -> Tensor:
@@ -270,5 +271,5 @@ class LoRAPlusAdamW(torch.optim.AdamW):
                 self.state[parameter] = state
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "grad_norm": self.grad_norm, "_cache": {}}
+        own: dict[str, Any] = {"max_grad_norm": self.max_grad_norm, "grad_norm": self.grad_norm, "_cache": {}}
         return {**super().__getstate__(), **own}

@@ -34,5 +34,5 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
         # Not reentrant: a reentrant checkpoint whose inputs need no gradient, as with frozen embeddings, yields none.
         return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
 
-    wrapped.recomputing = True
+    vars(wrapped)["recomputing"] = True
     return wrapped

@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lora_kernels.io.adapters import load_adapter
 from lora_kernels.io.peft import CONFIG_NAME, read_config
 from lora_kernels.io.whole_model import is_model_directory
 from lora_kernels.methods.apply import adapter_config
 from lora_kernels.methods.lora import LoRAConfig, lora_modules, plan, train_in_full
 from lora_kernels.methods.registry import METHODS
+from lora_kernels.nn.wrappers import Model
 from lora_kernels.train.checkpoint import LAST
 from lora_kernels.train.config import TrainConfig
 
@@ -38,13 +37,13 @@ def target_modules(target: str | list[str] | None) -> str | list[str] | None:
     return re.split(r"\s*,\s*", target)
 
 
-def check_adapter(config: TrainConfig) -> None:
+def check_adapter(config: TrainConfig, adapter: str) -> None:
     """The checks of `config.adapter` that need no model.
 
     Raises FileNotFoundError where it is no adapter, ValueError where it is of another method or the settings
     contradict it.
     """
-    directory = Path(config.adapter)
+    directory = Path(adapter)
     if is_model_directory(directory):
         raise ValueError(f"adapter {directory} holds a whole model; give it as model")
     output_dir = Path(config.output_dir).resolve()
@@ -70,7 +69,9 @@ def check_adapter(config: TrainConfig) -> None:
             raise _contradiction(config, name, value)
 
 
-def go_on(model: nn.Module, config: TrainConfig, targets: Any, excluded: Any, head: str | None = None) -> None:
+def go_on(
+    model: Model, config: TrainConfig, adapter: str, targets: Any, excluded: Any, head: str | None = None
+) -> None:
     """Puts `config.adapter` into `model`, a base model, to be trained on.
 
     targets, excluded: the modules that the settings name, as LoRAConfig takes them; None where they name none.
@@ -80,17 +81,17 @@ def go_on(model: nn.Module, config: TrainConfig, targets: Any, excluded: Any, he
     named = {"target_modules": targets, "exclude_modules": excluded}
     named = {name: value for name, value in named.items() if value is not None}
     planned = plan(model, LoRAConfig(**named), from_file=True) if named else None
-    load_adapter(model, config.adapter)
+    load_adapter(model, adapter)
     adapted = {name for name, _ in lora_modules(model)}
     # Where an adapter has no effect, the file may have one or not.
     if planned is not None and (planned.adapters.keys() ^ adapted) - planned.problems.keys():
         name = "exclude_modules" if targets is None else "target"
         raise _contradiction(config, name, ", ".join(sorted(adapted)))
-    given = config.lora_dropout is not None and not config.describes_adapter
-    if given and isinstance(adapter_config(model), LoRAConfig):
+    dropout, own = config.lora_dropout, adapter_config(model)
+    if dropout is not None and not config.describes_adapter and isinstance(own, LoRAConfig):
         for _, layer in lora_modules(model):
-            layer.lora_dropout = config.lora_dropout
-        model.adapter_config = dataclasses.replace(model.adapter_config, lora_dropout=config.lora_dropout)
+            layer.lora_dropout = dropout
+        model.adapter_config = dataclasses.replace(own, lora_dropout=dropout)
     if head is not None and head not in model.lora_originals:
         train_in_full(model, head)
 

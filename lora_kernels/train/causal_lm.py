@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lora_kernels.methods.modes import eval_mode
 from lora_kernels.methods.virtual_tokens import context_length, find_decoder, learned_positions
 from lora_kernels.nn.lora_linear import is_linear
+from lora_kernels.nn.wrappers import Model
 from lora_kernels.ops.cross_entropy import chunked_cross_entropy, chunked_logprobs
 from lora_kernels.train.config import TrainConfig
 from lora_kernels.train.graphs import DecoderGraphs, last_hidden_state
@@ -27,7 +28,7 @@ class AnswerLoss(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         _, head = self.parts
         if not isinstance(head, nn.Linear) or not is_linear(head):
             found = "nothing" if head is None else type(head).__name__
@@ -37,22 +38,22 @@ class AnswerLoss(nn.Module):
             )
         # Where it is set, it takes the decoder's place in training.
         self.graphs: DecoderGraphs | None = None
-        config = model.config
+        config = self.model.config
         self.logit_softcap = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
         self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
 
     @property
-    def parts(self) -> tuple[nn.Module, nn.Module]:
+    def parts(self) -> tuple[Model, Any]:
         """Decoder and output embedding now; the adapter in use may have an output embedding of its own."""
         # A PEFT model's wrapper has other ideas of what its base model is; the adapters live inside.
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         return find_decoder(inner), inner.get_output_embeddings()
 
-    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
         """{"loss": summed loss of labels [B, T] (not shifted; -100 is ignored) after input_ids [B, T]}.
 
-        `attention_mask` is not used: with padding on the right only, causal attention never looks at a pad, and
+        An attention mask is not used: with padding on the right only, causal attention never looks at a pad, and
         without a mask the attention runs its causal path, which is the fast one.
         """
         loss, _ = self._project(chunked_cross_entropy, input_ids, labels)

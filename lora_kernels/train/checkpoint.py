@@ -167,7 +167,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def load_state(
     directory: Path,
     run: dict[str, Any],
-    state_class: type[_State] = LoopState,
+    state_class: type[_State],
     with_method_state: bool = False,
 ) -> tuple[_State, dict[str, torch.Tensor]]:
     """What the loop had done, and the method's state; ValueError where the run is another one or a file is damaged."""
@@ -226,7 +226,8 @@ def _rng(accelerator: Accelerator) -> str:
 
 
 def _rng_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, gauss = numpy_state
     state = {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],

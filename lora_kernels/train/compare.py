@@ -43,7 +43,7 @@ def plan(settings: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any] | 
     output_dir = Path(settings.get("output_dir") or "outputs/compare")
     if not isinstance(methods, Mapping) or not methods:
         raise ValueError(f"methods is {methods!r}; expected {{name: settings}}")
-    runs = {}
+    runs: dict[str, SFTConfig] = {}
     for name, own in methods.items():
         directory = "".join(char if char.isalnum() or char in "-_." else "-" for char in str(name))
         if name == BASE or directory in {Path(run.output_dir).name for run in runs.values()}:
@@ -89,8 +89,9 @@ def compare(
     rows = []
     for name, job in jobs.items():
         job |= {"prompts": prompts, "max_new_tokens": max_new_tokens}
-        row = _known(job) or _run_in_process(name, job)
-        rows.append({"name": name, **row})
+        if not _result(job).is_file():
+            _run_in_process(name, job)
+        rows.append({"name": name, **_read(job)})
     write_json(output_dir / f"{TABLE}.json", rows)
     with replacing(output_dir / f"{TABLE}.md") as path:
         path.write_text(markdown(rows), encoding="utf-8")
@@ -120,10 +121,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _known(job: Mapping[str, Any]) -> dict[str, Any] | None:
-    path = Path(job["config"]["output_dir"]) / RESULT
-    if not path.is_file():
-        return None
+def _result(job: Mapping[str, Any]) -> Path:
+    return Path(job["config"]["output_dir"]) / RESULT
+
+
+def _read(job: Mapping[str, Any]) -> dict[str, Any]:
+    path = _result(job)
     with reading(path):
         result = json.loads(path.read_text(encoding="utf-8"))
         made_by, row = result["job"], result["row"]
@@ -132,7 +135,7 @@ def _known(job: Mapping[str, Any]) -> dict[str, Any] | None:
     return row
 
 
-def _run_in_process(name: str, job: Mapping[str, Any]) -> dict[str, Any]:
+def _run_in_process(name: str, job: Mapping[str, Any]) -> None:
     print(f"{name}:", flush=True)
     process = subprocess.Popen([sys.executable, "-m", __name__, json.dumps(job)])
     signals = []
@@ -151,7 +154,6 @@ def _run_in_process(name: str, job: Mapping[str, Any]) -> dict[str, Any]:
         raise SystemExit(process.returncode)
     if process.returncode != 0:
         raise ValueError(f"methods: {name}: the run failed (exit code {process.returncode}); its message is above")
-    return _known(job)
 
 
 def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,13 +193,11 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     model.eval()
     accelerator = make_accelerator()
     date = datetime.date.fromisoformat(config.date) if config.date else None
-    eval_set = load_dataset(config.eval_data, tokenizer, config.max_length, date=date)
+    eval_set = load_dataset(job["config"]["eval_data"], tokenizer, config.max_length, date=date)
     row["eval_loss"] = evaluate(AnswerLoss(model).to(accelerator.device), eval_set, config.batch_size, accelerator)[
         "loss"
     ]
-    row["exact_match"], row["answered"] = _exact_matches(
-        model, tokenizer, config, job["prompts"], job["max_new_tokens"]
-    )
+    row["exact_match"], row["answered"] = _exact_matches(model, tokenizer, job)
     if row["trainable"]:
         row["trainable_percent"] = 100 * row["trainable"] / total
     if hasattr(model, "adapter_config"):
@@ -209,16 +209,17 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _exact_matches(model: Any, tokenizer: Any, config: SFTConfig, prompts: int, max_new_tokens: int) -> tuple[int, int]:
+def _exact_matches(model: Any, tokenizer: Any, job: Mapping[str, Any]) -> tuple[int, int]:
     """How many of the first records' last answers the model gives exactly, and how many it was asked for."""
-    from lora_kernels.data.dataset import to_conversation
+    from lora_kernels.data.messages import to_conversation
     from lora_kernels.data.records import load_records
     from lora_kernels.models.generate import generate
 
-    conversations = [to_conversation(*found) for found in itertools.islice(load_records(config.eval_data), prompts)]
+    records = load_records(job["config"]["eval_data"])
+    conversations = [to_conversation(*found) for found in itertools.islice(records, job["prompts"])]
     asked = [conversation.messages[:-1] for conversation in conversations]
     wanted = [conversation.messages[-1]["content"].strip() for conversation in conversations]
-    answers = generate(model, tokenizer, asked, max_new_tokens, batch_size=config.batch_size)
+    answers = generate(model, tokenizer, asked, job["max_new_tokens"], batch_size=job["config"]["batch_size"])
     return sum(answer.strip() == right for answer, right in zip(answers, wanted, strict=True)), len(wanted)
 
 
@@ -245,4 +246,4 @@ if __name__ == "__main__":
             row = _measure(job)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    write_json(Path(job["config"]["output_dir"]) / RESULT, {"job": job, "row": row})
+    write_json(_result(job), {"job": job, "row": row})

@@ -46,8 +46,7 @@ def setting(default: Any, panel: str, text: str, more: str = "") -> Any:
 
 def settings(config_class: type[_Config]) -> type[_Config]:
     """A dataclass whose fields are settings, with a line of its docstring for each."""
-    config_class = dataclass(config_class)
-    lines = [config_class.__doc__, ""]
+    lines = [config_class.__doc__ or "", ""]
     for name in (field.name for field in dataclasses.fields(config_class) if field.name not in config_class.unused):
         _, text, more = described(config_class, name)
         lines.append(f"{name}: {text} {more}".rstrip())
@@ -70,6 +69,7 @@ def unused_without(methods: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @settings
+@dataclass
 class TrainConfig:
     """Settings that all trainers share. The command line and the YAML file use the same names."""
 
@@ -263,7 +263,7 @@ class TrainConfig:
             self._check(name, value is None or value >= 1, ">= 1 or left out")
         self._check("max_length", self.max_length >= 2, ">= 2")
         self._check("epochs", 0 < self.epochs < math.inf, "finite and > 0")
-        self._check("lr", self.lr > 0, "> 0")
+        self._check("lr", self.peak_lr > 0, "> 0")
         self._check(
             "optimizer",
             self.optimizer != "loraplus" or METHODS[self.method].has_lora_b,
@@ -303,6 +303,11 @@ class TrainConfig:
         """Whether r, target and the like are those of an adapter that the run makes, and not said by files."""
         return self.adapter is None
 
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, where it is left out the method's."""
+        return self.learning_rates[self.method] if self.lr is None else self.lr
+
     def _resolve_method(self) -> None:
         """Fill in what depends on the method, and refuse what it has no use for."""
         method = METHODS[self.method]
@@ -311,10 +316,10 @@ class TrainConfig:
             self._check(name, getattr(self, name) == default, f"left out with method {self.method}")
         for name in method.refuses:
             self._check(name, not getattr(self, name), f"left out with method {self.method}")
-        self.lr = self.learning_rates[self.method] if self.lr is None else self.lr
+        self.lr = self.peak_lr
         if self.adapter is not None:
             continued = ", ".join(name for name, each in METHODS.items() if each.described)
-            self._check("method", method.described, f"one of {continued} with adapter")
+            self._check("method", bool(method.described), f"one of {continued} with adapter")
         if self.describes_adapter:
             for name, default in {**ADAPTER_SETTINGS, **method.defaults}.items():
                 setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
@@ -364,6 +369,7 @@ class TrainConfig:
 
 
 @settings
+@dataclass
 class SFTConfig(TrainConfig):
     """Settings of `run_sft`."""
 
@@ -386,6 +392,7 @@ class SFTConfig(TrainConfig):
 
 
 @settings
+@dataclass
 class RewardConfig(TrainConfig):
     """Settings of `run_reward`."""
 
@@ -432,6 +439,7 @@ class RewardConfig(TrainConfig):
 
 
 @settings
+@dataclass
 class DPOConfig(TrainConfig):
     """Settings of `run_dpo`."""
 
@@ -478,6 +486,7 @@ class DPOConfig(TrainConfig):
 
 
 @settings
+@dataclass
 class PPOConfig(TrainConfig):
     """Settings of `run_ppo`, where a step is one rollout and what is learned from it."""
 

@@ -50,18 +50,17 @@ class DPOLoss(AnswerLoss):
         self,
         input_ids: Tensor,
         labels: Tensor,
-        lengths: Tensor,
-        margin: Tensor,
         ref_logprobs: Tensor | None = None,
+        **_: Tensor,
     ) -> dict[str, Tensor]:
         """Sums over the pairs of a `PairDataset` batch, chosen rows first; lengths and margins are not used."""
         if ref_logprobs is None:
             ref_logprobs = self.reference(input_ids, labels)
         logprobs = self.logprobs(input_ids, labels).sum(1)
         tokens = labels[:, 1:].ne(IGNORE_INDEX).sum(1)
+        (chosen, rejected), (ref_chosen, ref_rejected) = logprobs.chunk(2), ref_logprobs.chunk(2)
         settings = (self.beta, self.loss_type, self.label_smoothing)
-        loss, chosen, rejected = dpo_loss(*logprobs.chunk(2), *ref_logprobs.chunk(2), *settings, *tokens.chunk(2))
-        return pair_sums(loss, chosen, rejected)
+        return pair_sums(*dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *settings, *tokens.chunk(2)))
 
     @torch.no_grad()
     def reference(self, input_ids: Tensor, labels: Tensor, adapters_on: bool = False) -> Tensor:

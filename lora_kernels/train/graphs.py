@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -85,8 +86,8 @@ class DecoderGraphs:
         # Of the parameters with a gradient one is enough to look at, since all are treated alike.
         self._trained = next((p for p in decoder.parameters() if p.requires_grad), None)
         self._seen: Counter[torch.Size] = Counter()
-        self._graphed: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
-        self._pool = None
+        self._graphed: dict[torch.Size, Callable[[Tensor], Any]] = {}
+        self._pool: Any = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The last hidden state [B, T, H] of input_ids [B, T], for training."""
@@ -105,7 +106,7 @@ class DecoderGraphs:
             self._graphed[padded.shape] = self._capture(padded)
         return self._graphed[padded.shape](padded)[:, :length]
 
-    def _capture(self, input_ids: Tensor) -> Callable[[Tensor], Tensor]:
+    def _capture(self, input_ids: Tensor) -> Callable[[Tensor], Any]:
         if self._pool is None:
             # One for all: of two graphs, the second starts when the first has gone back and forth.
             self._pool = torch.cuda.graph_pool_handle()

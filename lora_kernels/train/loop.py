@@ -63,10 +63,11 @@ class Dataset(Protocol):
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> LoRAPlusAdamW:
     """AdamW or LoRA+ over the trainable parameters of `module`, in one fused step that clips; it keeps grad_norm."""
-    rates = {"lr_ratio": config.lr_ratio} if config.optimizer == "loraplus" else {"lr_ratio": 1.0, "lr_embedding": None}
+    plain: dict[str, Any] = {"lr_ratio": 1.0, "lr_embedding": None}
+    rates = {"lr_ratio": config.lr_ratio} if config.optimizer == "loraplus" else plain
     # math.inf only measures.
-    max_grad_norm = config.max_grad_norm or math.inf
-    optimizer = LoRAPlusAdamW(module, config.lr, **rates, weight_decay=config.weight_decay, max_grad_norm=max_grad_norm)
+    rates |= {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm or math.inf}
+    optimizer = LoRAPlusAdamW(module, config.peak_lr, **rates)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
@@ -78,6 +79,8 @@ class Loop(Trainer):
     The loss of an optimizer step is that sum over all micro-batches and processes divided by the `loss_counts` of their
     rows (answer tokens in SFT), so neither accumulation nor padding nor the number of processes changes it.
     """
+
+    optimizer: LoRAPlusAdamW
 
     def __init__(
         self,
@@ -108,7 +111,8 @@ class Loop(Trainer):
         # Now, not at the first checkpoint: the files of `adapter` may move while it trains.
         self.run_identity = self._identity()
         self.state = LoopState()
-        self.last_loss = self.last_eval_loss = None
+        self.last_loss: float | None = None
+        self.last_eval_loss: float | None = None
 
     def _take_parameters(self) -> None:
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -138,7 +142,7 @@ class Loop(Trainer):
         set_seed(self.config.seed, device_specific=True)
         checkpoint = find_checkpoint(self.output_dir) if self.config.resume else None
         if checkpoint:
-            self.state, method_state = load_state(checkpoint, self.run_identity, with_method_state=bool(self.hook))
+            self.state, method_state = load_state(checkpoint, self.run_identity, LoopState, bool(self.hook))
             self._prolong()
             if self.hook:
                 with reading_checkpoint(checkpoint / METHOD_STATE):
@@ -199,7 +203,7 @@ class Loop(Trainer):
             self._warn_of_unreached()
         extra_loss = self._add_extra_loss()
         self.optimizer.step()
-        grad_norm = self.optimizer.grad_norm
+        grad_norm: Any = self.optimizer.grad_norm  # a tensor, since the optimizer has a max_grad_norm
         self.finite &= torch.isfinite(grad_norm)
         state.step += 1
         if self.hook and self.hook.after_step(self.optimizer, state.step):
@@ -252,8 +256,8 @@ class Loop(Trainer):
         stop, overdue = self.stopper.agreed()
         state.evaluation_due = self.eval_set is not None and (end or state.step % self.eval_steps == 0)
         best = False
-        if state.evaluation_due and not stop:
-            best = self._evaluate()
+        if self.eval_set is not None and state.evaluation_due and not stop:
+            best = self._evaluate(self.eval_set)
             state.evaluation_due = False
             stop, overdue = self.stopper.agreed()
         if stop or end or overdue or state.step % self.save_steps == 0:
@@ -290,10 +294,10 @@ class Loop(Trainer):
             )
         return sums
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self, eval_set: Dataset) -> bool:
         """Logs the means over the evaluation set; whether its loss is the best so far."""
         started = time.perf_counter()
-        means = evaluate(self.module, self.eval_set, self.config.batch_size, self.accelerator)
+        means = evaluate(self.module, eval_set, self.config.batch_size, self.accelerator)
         self.last_eval_loss = loss = means["loss"]
         best = loss < (math.inf if self.state.best_eval_loss is None else self.state.best_eval_loss)
         if best:

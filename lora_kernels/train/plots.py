@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kernels.files import replacing
 from lora_kernels.train.metrics import read_metrics
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -103,10 +106,10 @@ def plot_ranks(ranks: Mapping[str, int], output: str | Path, title: str = "Rank 
     most: float = max(1, *ranks.values())
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=most, aspect="auto")
     for y, values in enumerate(grid):
-        for x, rank in enumerate(values):
-            if rank == rank:  # not NaN: the layer has this module
-                color = "black" if rank > 0.6 * most else "white"
-                axes.text(x, y, str(rank), ha="center", va="center", fontsize=8, color=color)
+        for x, value in enumerate(values):
+            if value == value:  # not NaN: the layer has this module
+                color = "black" if value > 0.6 * most else "white"
+                axes.text(x, y, str(value), ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), ["-" if row < 0 else str(row) for row in rows], fontsize=8)
     mean = sum(ranks.values()) / len(ranks)
@@ -201,8 +204,8 @@ def plot_ppo(metrics: str | Path, output: str | Path) -> Path:
 
 
 def plot_rewards(
-    chosen: Sequence[float],
-    rejected: Sequence[float],
+    chosen: np.ndarray,
+    rejected: np.ndarray,
     calibration: Sequence[tuple[float, float, int]],
     output: str | Path,
     title: str = "Rewards",

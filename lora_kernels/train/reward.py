@@ -42,7 +42,7 @@ NORMALIZATION, EVALUATION, REWARDS = "reward_normalization.json", "reward_eval.j
 _TEMPERATURE = 0.7
 
 
-def attach_head(model: nn.Module, seed: int = 0) -> nn.Module:
+def attach_head(model: Any, seed: int = 0) -> nn.Module:
     """Gives a causal LM `model.score`, nn.Linear(d, 1) without bias, float32, where transformers' sequence classifiers
     have theirs, so that adapters and head go by the same paths there.
 
@@ -60,7 +60,7 @@ def attach_head(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def rewards(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
+def rewards(model: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
     """What the head of `model` says of the last token of each row: float32 [B], not normalised.
 
     input_ids [B, T], padded on the right; lengths [B]. The last token is told by the length, so a pad token that is
@@ -77,7 +77,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, model: nn.Module, gain: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
-        self.model, self.gain, self.bias = model, gain, bias
+        self.model: Any = model
+        self.gain, self.bias = gain, bias
 
     def score(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """float32 [B] of input_ids [B, T], padded on the right, and lengths [B]; see `rewards`."""
@@ -90,7 +91,7 @@ class RewardModel(nn.Module):
         rows = _render(tokenizer, conversations)
         scores = torch.empty(len(rows))
         for some in batches_by_length(np.array([len(ids) for ids in rows]), batch_size):
-            scores[torch.from_numpy(some)] = self.score_rows([rows[index] for index in some])
+            scores[some] = self.score_rows([rows[index] for index in some])
         return scores
 
     @torch.no_grad()
@@ -167,7 +168,7 @@ def train_reward(
     return train(RewardLoss(model, config.center_coef), model, train_set, eval_set, config, **options)
 
 
-def sample_chats(run: Run) -> list[np.ndarray]:
+def sample_chats(run: Run[RewardConfig]) -> list[np.ndarray]:
     """Token ids of `normalize_samples` chats whose answers the model gives as it is, before anything is injected.
 
     All processes share the work; what is drawn depends on the seed and the settings alone. A chat that is longer than
@@ -183,7 +184,7 @@ def sample_chats(run: Run) -> list[np.ndarray]:
     limit = min(config.max_length, context_length(model) or config.max_length)
 
     def of_rows(rows: Sequence[int]) -> Tensor:
-        torch.manual_seed(config.seed + int(rows[0]))
+        torch.manual_seed(config.seed + rows[0])
         questions = [chosen[row].prompt for row in rows]
         answers = generate(
             model, run.tokenizer, questions, config.normalize_tokens, len(rows), temperature=_TEMPERATURE
@@ -206,7 +207,7 @@ def sample_chats(run: Run) -> list[np.ndarray]:
     return chats
 
 
-def _finish(run: Run, pairs: PairDataset, samples: list[np.ndarray]) -> None:
+def _finish(run: Run[RewardConfig], pairs: PairDataset, samples: list[np.ndarray]) -> None:
     """Judge pairs with the adapter in output_dir, which the last step need not have been, and normalise its rewards.
 
     All processes share the judging; the main one writes.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
@@ -33,6 +33,7 @@ from lora_kernels.methods.registry import METHODS
 from lora_kernels.methods.virtual_tokens import context_length
 from lora_kernels.models.fuse import fuse_decoder
 from lora_kernels.models.generate import stop_at_turn_end
+from lora_kernels.nn.wrappers import Model
 from lora_kernels.train.activation_checkpointing import enable_checkpointing
 from lora_kernels.train.adapter import check_adapter, go_on, method_config, target_modules
 from lora_kernels.train.checkpoint import saved_run
@@ -42,6 +43,8 @@ from lora_kernels.train.loop import Dataset, Loop
 from lora_kernels.train.metrics import METRICS, Callback, TensorBoard, summary_writer
 from lora_kernels.train.output_dir import CONFIG, PLOT, RANKS, TEMPLATE, check_output_dir
 from lora_kernels.train.plots import plot_loss, plot_ranks
+
+_Config = TypeVar("_Config", bound=TrainConfig)
 
 
 @dataclass
@@ -71,33 +74,33 @@ class PromptRow:
 
 
 @dataclass
-class Run:
+class Run(Generic[_Config]):
     """A model that is loaded for `config`, and what belongs to it; `adapt` puts the method's adapters into it.
 
     method: the config of the adapters that the run makes; None where it goes on from the config's adapter.
     """
 
-    config: TrainConfig
+    config: _Config
     method: Any
     accelerator: Accelerator
-    model: nn.Module
+    model: Model
     tokenizer: Any
     own_template: str | None
+    date: datetime.date
     progress: bool
 
     @property
     def rendering(self) -> dict[str, Any]:
         """What `lora_kernels.data.chat.Renderer` is to be told of the model and the run."""
         rows = self.model.get_input_embeddings().weight.shape[0]
-        return {"date": datetime.date.fromisoformat(self.config.date), "vocab_size": rows}
+        return {"date": self.date, "vocab_size": rows}
 
     def load(self, load: Callable[..., Any]) -> tuple[Any, Any]:
         """The data set of `config.data` and that of `config.eval_data`, or None: load(path, tokenizer, max_length,
         **rendering)."""
-        train_set, eval_set = (
-            load(path, self.tokenizer, self.config.max_length, **self.rendering) if path else None
-            for path in (self.config.data, self.config.eval_data)
-        )
+        config, arguments = self.config, (self.tokenizer, self.config.max_length)
+        train_set = load(config.data, *arguments, **self.rendering)
+        eval_set = load(config.eval_data, *arguments, **self.rendering) if config.eval_data else None
         self.say(f"data: {train_set.describe()}")
         if eval_set is not None:
             self.say(f"eval data: {eval_set.describe()}")
@@ -138,7 +141,7 @@ class Run:
         if config.adapter is not None:
             named = (None, None) if config.describes_adapter else (config.target, config.exclude_modules)
             targets, excluded = map(target_modules, named)
-            go_on(self.model, config, targets, excluded, head)
+            go_on(self.model, config, config.adapter, targets, excluded, head)
             return
         if head is not None:
             self.method = dataclasses.replace(self.method, modules_to_save=(head,))
@@ -166,7 +169,7 @@ class Run:
         save_to_directory(model, directory)
 
 
-def start(config: TrainConfig, progress: bool = True) -> Run:
+def start(config: _Config, progress: bool = True) -> Run[_Config]:
     """Load `config.model` after the checks that need no model.
 
     Raises FileExistsError where output_dir holds another run, FileNotFoundError where data do not exist, and ValueError
@@ -174,7 +177,7 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
     """
     method = method_config(config) if config.describes_adapter else None
     if config.adapter is not None:
-        check_adapter(config)
+        check_adapter(config, config.adapter)
     return_freed_memory()
     accelerator = make_accelerator()
     if accelerator.is_main_process:
@@ -204,7 +207,8 @@ def start(config: TrainConfig, progress: bool = True) -> Run:
         # What the adapter was trained with.
         template = os.path.join(config.adapter, TEMPLATE)
     set_chat_template(tokenizer, template)
-    run = Run(config, method, accelerator, model, tokenizer, own_template, progress)
+    date = datetime.date.fromisoformat(config.date)
+    run = Run(config, method, accelerator, model, tokenizer, own_template, date, progress)
     if config.fuse_decoder and accelerator.device.type == "cpu" and (count := fuse_decoder(model)):
         run.say(f"{count} modules of the decoder are fused")
     return run
@@ -250,11 +254,10 @@ def train(
     loop.restore()
     if accelerator.is_main_process:
         config.save_yaml(output_dir / CONFIG)
-    board = nullcontext()
-    if config.tensorboard and accelerator.is_main_process:
-        board = TensorBoard(output_dir, first_step=loop.state.step + 1)
-        loop.callbacks.append(board)
-    with backend_option(config.backend), board:
+    logs = config.tensorboard and accelerator.is_main_process
+    board = TensorBoard(output_dir, first_step=loop.state.step + 1) if logs else None
+    loop.callbacks += [board] if board else []
+    with backend_option(config.backend), board or nullcontext():
         loop.run()
     if accelerator.is_main_process:
         plot_loss(output_dir / METRICS, output_dir / PLOT, unit=config.loss_unit)

@@ -65,7 +65,7 @@ class Trainer:
         factor = lr_factor(self.state.step, self.plan.total_steps, self.warmup_steps, self.config.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        return self.config.lr * factor
+        return self.config.peak_lr * factor
 
     def _save_state(
         self, save_adapter: Callable[[Path], None], method_state: dict[str, torch.Tensor] | None = None

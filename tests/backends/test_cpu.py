@@ -21,7 +21,7 @@ from lora_kernels import (
 )
 from lora_kernels.backends import cpu
 from lora_kernels.backends.cpu import lora_linear
-from lora_kernels.backends.cpu.extension import ISA_ENVIRONMENT_VARIABLE, kernels, launch, weight_view
+from lora_kernels.backends.cpu.extension import ISA_ENVIRONMENT_VARIABLE, kernels, weight_view
 from lora_kernels.ops.frozen_linear import frozen_linear, frozen_linear_dx
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 from lora_kernels.types import Layers
@@ -311,7 +311,7 @@ def test_product(isa, x_dtype, transposed, turned, dtype, M, J, P):
         with threads(count, at_least=1 if M * J < 10_000 else count):
             views = [(weight_view(weight), x, factor) for weight, x, factor in terms]
             arguments = {"transposed": transposed, "column_scale": scale, "bias": bias}
-            launch("product", terms=views, out=out[:, 1 : J + 1], **arguments)
+            kernels.product(terms=views, out=out[:, 1 : J + 1], **arguments, num_threads=torch.get_num_threads())
         assert out[:, 0].isnan().all() and out[:, J + 1 :].isnan().all()
         if count == 1:
             first = out[:, 1 : J + 1].clone()
@@ -401,7 +401,9 @@ def test_conversion_of_every_value(isa, dtype):
     inputs = torch.cat([inputs.flatten(), specials]).reshape(1, -1)
     rounded = torch.empty(inputs.shape, dtype=dtype)
     terms = [(weight_view(inputs), torch.ones(1, 1), 1.0)]
-    launch("product", terms=terms, out=rounded, transposed=True, column_scale=None, bias=None)
+    kernels.product(
+        terms=terms, out=rounded, transposed=True, column_scale=None, bias=None, num_threads=torch.get_num_threads()
+    )
     torch.testing.assert_close(rounded, inputs.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 

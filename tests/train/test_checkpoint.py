@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(tmp_pat
         "config.yaml",
         "metrics.jsonl",
     ]
-    assert load_state(tmp_path / "out/checkpoint-last", {})[0].step == 2
+    assert load_state(tmp_path / "out/checkpoint-last", {}, LoopState)[0].step == 2
     train_tiny(tmp_path / "out", resume=True, **plan)
     for file in ("adapter_model.safetensors", "checkpoint-last/training_state.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
@@ -248,12 +248,12 @@ def test_after_a_crash_at_any_moment_there_is_a_whole_checkpoint_the_newest(tmp_
             except Crash:
                 pass
         path = find_checkpoint(directory)
-        step = load_state(path, {})[0].step
+        step = load_state(path, {}, LoopState)[0].step
         assert json.loads((path / "adapter.json").read_text()) == step
         found.append(step)
         # What it left is no hindrance, and goes.
         save(directory, model, optimizer, 3)
-        assert load_state(find_checkpoint(directory), {})[0].step == 3
+        assert load_state(find_checkpoint(directory), {}, LoopState)[0].step == 3
         assert sorted(path.name for path in directory.iterdir()) == ["checkpoint-last"]
         if not crashed:
             break

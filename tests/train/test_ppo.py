@@ -637,6 +637,13 @@ def test_more_than_one_process_is_refused_by_name(tmp_path, model_dir, data, mon
         run_ppo(settings(tmp_path, model_dir, data), progress=False)
 
 
+def test_a_reward_function_beside_a_reward_model_is_refused(tmp_path, model_dir, data):
+    config = settings(tmp_path / "out", model_dir, data, reward=None, reward_adapter="x")
+    with pytest.raises(ValueError, match="reward is a function and config.reward None; allowed: a name for it in"):
+        run_ppo(config, progress=False, reward=lambda prompts, answers: [0.0] * len(answers))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

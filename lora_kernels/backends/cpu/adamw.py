@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_kernels.backends.addresses import adamw_columns
-from lora_kernels.backends.cpu.extension import DTYPES, empty, kernels
+from lora_kernels.backends.cpu.extension import DTYPES, empty, kernels, threads
 from lora_kernels.types import AdamWGroup
 
 
@@ -37,6 +36,6 @@ def adamw_step(groups: Sequence[AdamWGroup], max_grad_norm: float | None, cache:
         settings=[group[6:] for group in groups],
         max_grad_norm=max_grad_norm or 0.0,
         grad_norm=grad_norm,
-        num_threads=torch.get_num_threads(),
+        num_threads=threads(),
     )
     return grad_norm

@@ -9,34 +9,34 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.cpu import memory as recycling
-from lora_kernels.backends.cpu.extension import launch
+from lora_kernels.backends.cpu.extension import kernels, threads
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """y [..., K] and rstd [...] of contiguous x [..., K] and weight [K] of one dtype; rstd is float32."""
     y, rstd = recycling.empty(*x.shape, dtype=x.dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    launch("rms_norm_fwd", x=x, weight=weight, eps=eps, offset=offset, y=y, rstd=rstd)
+    kernels.rms_norm_fwd(x=x, weight=weight, eps=eps, offset=offset, y=y, rstd=rstd, num_threads=threads())
     return y, rstd
 
 
 def rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
     """dx [..., K]; dy and x are contiguous."""
     dx = recycling.empty(*x.shape, dtype=x.dtype)
-    launch("rms_norm_bwd", dy=dy, x=x, rstd=rstd, weight=weight, offset=offset, dx=dx)
+    kernels.rms_norm_bwd(dy=dy, x=x, rstd=rstd, weight=weight, offset=offset, dx=dx, num_threads=threads())
     return dx
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """gate ∘ sigmoid(gate) ∘ up of contiguous tensors of one shape and dtype."""
     y = recycling.empty(*gate.shape, dtype=gate.dtype)
-    launch("swiglu_fwd", gate=gate, up=up, y=y)
+    kernels.swiglu_fwd(gate=gate, up=up, y=y, num_threads=threads())
     return y
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """dgate and dup; all contiguous."""
     dgate, dup = (recycling.empty(*gate.shape, dtype=gate.dtype) for _ in range(2))
-    launch("swiglu_bwd", dy=dy, gate=gate, up=up, dgate=dgate, dup=dup)
+    kernels.swiglu_bwd(dy=dy, gate=gate, up=up, dgate=dgate, dup=dup, num_threads=threads())
     return dgate, dup
 
 
@@ -51,7 +51,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
     """y [B, H, T, D] of x [B, H, T, D], whose last stride is 1, and contiguous cos and sin [B or 1, T, D], all of one
     dtype; or, transposed, dx of dy."""
     y = _empty_heads(x)
-    launch("rotary", x=x, cos=cos, sin=sin, transposed=transposed, y=y)
+    kernels.rotary(x=x, cos=cos, sin=sin, transposed=transposed, y=y, num_threads=threads())
     return y
 
 
@@ -61,7 +61,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     q is [B, H, T, D], k and v are [B, KV, T, D], of one dtype and with the last stride 1.
     """
     o, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    launch("attention_fwd", q=q, k=k, v=v, o=o, lse=lse, scale=scale)
+    kernels.attention_fwd(q=q, k=k, v=v, o=o, lse=lse, scale=scale, num_threads=threads())
     return o, lse
 
 
@@ -70,6 +70,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, laid out as o is; the last stride of dout is 1."""
     dq, dk, dv = (_empty_heads(t) for t in (q, k, v))
-    tensors = {"q": q, "k": k, "v": v, "o": o, "dout": dout, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
-    launch("attention_bwd", **tensors, scale=scale)
+    kernels.attention_bwd(
+        q=q, k=k, v=v, o=o, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, scale=scale, num_threads=threads()
+    )
     return dq, dk, dv

@@ -12,6 +12,19 @@ from torch import Tensor
 from lora_kernels.reference import dynamic_code
 from lora_kernels.types import NF4
 
+__all__ = [
+    "DTYPES",
+    "ISA_ENVIRONMENT_VARIABLE",
+    "check",
+    "empty",
+    "isa",
+    "kernels",
+    "native_bfloat16",
+    "threads",
+    "unavailable",
+    "weight_view",
+]
+
 ISA_ENVIRONMENT_VARIABLE = "LORA_KERNELS_CPU_ISA"
 # By the numbers that the kernels know them by.
 _NAMES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
@@ -21,16 +34,17 @@ DTYPES: dict[torch.dtype, int] = {}
 try:
     from lora_kernels import _C as kernels
 except ImportError as error:
-    kernels = None
+    kernels = None  # type: ignore[assignment]  # read where `unavailable` is None
     unavailable = f"the C++ extension lora_kernels._C can't be imported ({error})"
 else:
     DTYPES = {dtype: getattr(kernels, name) for dtype, name in _NAMES.items()}
-    if isa := os.environ.get(ISA_ENVIRONMENT_VARIABLE):
+    if asked := os.environ.get(ISA_ENVIRONMENT_VARIABLE):
         try:
-            kernels.set_isa(isa)
+            kernels.set_isa(asked)
         except ValueError as error:
             unavailable = f"environment variable {ISA_ENVIRONMENT_VARIABLE}: {error}"
 
+threads = torch.get_num_threads
 _CPU = torch.device("cpu")
 
 
@@ -46,11 +60,6 @@ def native_bfloat16() -> bool:
         return torch.cpu._is_avx512_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-
-
-def launch(kernel: str, **arguments: Any) -> None:
-    """Call a kernel of _C, which reads tensors where they are; this frame keeps them alive until it has returned."""
-    getattr(kernels, kernel)(**arguments, num_threads=torch.get_num_threads())
 
 
 def check(x: Tensor) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ from lora_kernels.backends.cpu.extension import (
     check,
     isa,
     kernels,
-    launch,
     native_bfloat16,
+    threads,
     unavailable,
     weight_view,
 )
@@ -47,7 +46,7 @@ def own_bfloat16() -> bool:
 class _Prepared:
     """Layers as C++ reads them, and the weights, which must outlive them."""
 
-    views: list[Any]
+    views: list[kernels.Layer]
     weights: list[Tensor | NF4]
 
 
@@ -106,7 +105,7 @@ def lora_linear_fwd(x: Tensor, layers: Layers, dropout: Dropout | None) -> Outpu
     y is rounded once. Raises ValueError for other dtypes and for tensors that are not on the CPU.
     """
     prepared = _prepared(x, layers)
-    made = kernels.layers_forward(prepared.views, x, _in_bfloat16(x), *_drawn(dropout), torch.get_num_threads())
+    made = kernels.layers_forward(prepared.views, x, _in_bfloat16(x), *_drawn(dropout), threads())
     return Outputs(*made)
 
 
@@ -120,7 +119,7 @@ def lora_linear_bwd(
     """
     prepared, hs = _prepared(x, layers), [h if h.is_contiguous() else h.contiguous() for h in hs]
     dx, adapters = kernels.layers_backward(
-        prepared.views, dys, hs, x, needs.x, needs.layers, _in_bfloat16(x), *_drawn(dropout), torch.get_num_threads()
+        prepared.views, dys, hs, x, needs.x, needs.layers, _in_bfloat16(x), *_drawn(dropout), threads()
     )
     return Gradients(dx, [AdapterGradients(*own) for own in adapters])
 
@@ -138,7 +137,9 @@ def column_scale_bwd(
     dz = memory.new(dy, M, N)
     total = None if y is None else column_scale.new_empty(N)
     bias32 = None if bias is None else bias.float()
-    launch("column_scale_bwd", dy=dy, y=y, bias=bias32, column_scale=column_scale, dz=dz, total=total)
+    kernels.column_scale_bwd(
+        dy=dy, y=y, bias=bias32, column_scale=column_scale, dz=dz, total=total, num_threads=threads()
+    )
     return dz, None if total is None else scale_gradient(total, column_scale)
 
 

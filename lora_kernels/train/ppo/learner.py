@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,16 +41,17 @@ class Rollout:
 def make_ppo_optimizer(model: nn.Module, value_parameters: Sequence[nn.Parameter], config: PPOConfig) -> LoRAPlusAdamW:
     """One AdamW, or LoRA+, over policy and value model, clipping their gradients together; it keeps grad_norm."""
     lr_ratio = config.lr_ratio if config.optimizer == "loraplus" else 1.0
-    value_factor = (config.value_lr or config.lr) / config.lr
+    lr = config.peak_lr
+    value_factor = (config.value_lr or lr) / lr
     of_value = {id(parameter) for parameter in value_parameters}
     groups = []
-    for group in loraplus_groups(model, config.lr, lr_ratio, config.weight_decay, lr_embedding=None):
+    for group in loraplus_groups(model, lr, lr_ratio, config.weight_decay, lr_embedding=None):
         for is_value, factor in ((False, 1.0), (True, value_factor)):
             parameters = [p for p in group["params"] if (id(p) in of_value) is is_value]
             if parameters:
-                lr = group["lr"] * factor
-                groups.append({**group, "params": parameters, "lr": lr, "peak_lr": lr})
-    return LoRAPlusAdamW(groups, config.lr, lr_ratio=1.0, max_grad_norm=config.max_grad_norm or math.inf)
+                own = group["lr"] * factor
+                groups.append({**group, "params": parameters, "lr": own, "peak_lr": own})
+    return LoRAPlusAdamW(groups, lr, lr_ratio=1.0, max_grad_norm=config.max_grad_norm or math.inf)
 
 
 class Learner:
@@ -105,7 +107,7 @@ class Learner:
         advantages, returns = rl.gae(rewards, values, value_mask, config.gamma, config.lam)
         if config.whiten_advantages and policy_mask.sum() > 1:
             advantages = rl.masked_whiten(advantages, policy_mask)
-        metrics = {
+        measured: dict[str, Any] = {
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_per_token": rl.masked_mean(kl, policy_mask),
             "objective/entropy": np.mean([entropy for episode in episodes for entropy in episode.entropies]),
@@ -117,7 +119,7 @@ class Learner:
             "val/num_eos_tokens": ended.sum(),
             "val/response_length": lengths.float().mean(),
         }
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = {name: float(value) for name, value in measured.items()}
         return Rollout(episodes, logprobs, values, policy_mask, value_mask, advantages, returns, metrics)
 
     def learn(self, rollout: Rollout, step: int) -> dict[str, float]:
@@ -166,7 +168,8 @@ class Learner:
             metrics["grad_norm"] = 0.0
         else:
             self.optimizer.step()
-            metrics["grad_norm"] = self.optimizer.grad_norm.item()
+            grad_norm: Any = self.optimizer.grad_norm  # a tensor, since the optimizer has a max_grad_norm
+            metrics["grad_norm"] = grad_norm.item()
         self.optimizer.zero_grad(set_to_none=True)
         return metrics, stop
 

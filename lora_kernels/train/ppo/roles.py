@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lora_kernels.io.peft import add_saved_adapter
 from lora_kernels.methods.lora import LoRAConfig, lora_modules
 from lora_kernels.methods.named import REFERENCE, add_adapter, reference, use_adapter
+from lora_kernels.nn.wrappers import Model
 from lora_kernels.ops.cross_entropy import chunked_logprobs
 from lora_kernels.train.causal_lm import AnswerLoss
 from lora_kernels.train.ppo.rollout import EpisodeBatch
@@ -26,7 +27,7 @@ class Roles:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         value_config: LoRAConfig,
         temperature: float,
         reference_adapter: str | None = None,
@@ -41,7 +42,7 @@ class Roles:
         if reward_adapter is None:
             add_adapter(model, "value", value_config)
             with self.value():
-                nn.init.zeros_(model.get_submodule(HEAD).weight)
+                nn.init.zeros_(getattr(model, HEAD).weight)
         else:
             add_saved_adapter(model, "value", reward_adapter)
             add_saved_adapter(model, "reward", reward_adapter, trainable=False)
@@ -100,7 +101,7 @@ class Roles:
         return self.gain * self._head(hidden[torch.arange(len(last), device=last.device), last]) + self.bias
 
     def _head(self, hidden: Tensor) -> Tensor:
-        head = self.model.get_submodule(HEAD)
+        head = getattr(self.model, HEAD)
         return F.linear(hidden.to(head.weight.dtype), head.weight).squeeze(-1).float()
 
     def _hidden(self, batch: EpisodeBatch) -> Tensor:

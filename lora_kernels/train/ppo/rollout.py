@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ def sample(
     ids, mask, positions = batch.input_ids, batch.attention_mask, batch.position_ids
     cache, cache_name = DynamicCache(config=decoder.config), cache_argument(decoder.forward)
     for _ in range(max_new_tokens):
-        arguments = {"attention_mask": mask, "position_ids": positions, cache_name: cache, "use_cache": True}
+        arguments: dict[Any, Any] = {cache_name: cache, "use_cache": True}
+        arguments |= {"attention_mask": mask, "position_ids": positions}
         hidden = decoder(input_ids=ids, **arguments).last_hidden_state[:, -1]
         logits = frozen_linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * lm.logit_scale
         if lm.logit_softcap is not None:

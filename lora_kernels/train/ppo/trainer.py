@@ -104,8 +104,11 @@ def run_ppo(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(f"WORLD_SIZE is {processes}: ppo runs in one process; start it without a launcher")
+    if reward is not None and config.reward is None:
+        raise ValueError("reward is a function and config.reward None; allowed: a name for it in config.reward")
+    judge = None
     if config.reward is not None:
-        reward = FunctionReward(reward or load_function(config.reward), skip=config.bad_rewards == "skip")
+        judge = FunctionReward(reward or load_function(config.reward), skip=config.bad_rewards == "skip")
     run = start(config, progress)
     _set_template(run.tokenizer, config)
     prompts = run.load_prompts(config.data, "data", "max_new_tokens")
@@ -115,7 +118,7 @@ def run_ppo(
         roles.lm.check(torch.tensor(prompts[0].ids))
         if config.gradient_checkpointing:
             enable_checkpointing(run.model)
-        return PPOTrainer(run, roles, prompts, shown[: config.eval_prompts], reward, callbacks).run()
+        return PPOTrainer(run, roles, prompts, shown[: config.eval_prompts], judge, callbacks).run()
 
 
 def _set_template(tokenizer: Any, config: PPOConfig) -> None:
@@ -130,7 +133,7 @@ def _set_template(tokenizer: Any, config: PPOConfig) -> None:
             warnings.warn(f"{file} is not the chat template in use, and its adapter was trained with it", stacklevel=2)
 
 
-def _roles(run: Run) -> Roles:
+def _roles(run: Run[PPOConfig]) -> Roles:
     """Put the adapters of all roles into the run's model, their initial values a function of the seed alone."""
     config = run.config
     attach_head(run.model)
@@ -148,9 +151,11 @@ class PPOTrainer(Trainer):
     run continues exactly, and one that failed in a reward can be saved as it was before that step.
     """
 
+    config: PPOConfig
+
     def __init__(
         self,
-        run: Run,
+        run: Run[PPOConfig],
         roles: Roles,
         prompts: list[PromptRow],
         shown: list[PromptRow],
@@ -171,7 +176,7 @@ class PPOTrainer(Trainer):
         self.learner = Learner(roles, config)
         self.optimizer = self.learner.optimizer
         self.state = PPOState(kl_coef=config.kl_coef)
-        self.saved = None
+        self.saved: tuple[int, int] | None = None
         self.last: dict[str, float] = {}
 
     def _identity(self) -> dict[str, Any]:
@@ -220,7 +225,8 @@ class PPOTrainer(Trainer):
         if stop:
             end_run(stop, self.output_dir)
         plot_ppo(self.output_dir / METRICS, self.output_dir / PLOT)
-        evaluations = [r["eval_score"] for r in read_metrics(self.output_dir / METRICS) if "eval_score" in r] or [None]
+        records = read_metrics(self.output_dir / METRICS)
+        evaluations: list[Any] = [record["eval_score"] for record in records if "eval_score" in record] or [None]
         return PPOResult(
             output_dir=self.output_dir,
             steps=self.state.step,
