@@ -127,6 +127,8 @@ def object_name(command: list[str]) -> str:
 
 
 class BuildExt(build_ext):
+    """Has ninja build the extensions."""
+
     def finalize_options(self) -> None:
         self.inplace = self.inplace or self.editable_mode
         shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]

@@ -100,7 +100,8 @@ def drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
     """keep_mask ∘ x / (1 - p) for x [M, K]."""
     if dropout_p == 0.0:
         return x
-    assert rng is not None
+    if rng is None:
+        raise ValueError(f"rng is None with dropout_p {dropout_p}; allowed: int64 [2], a seed and an offset")
     # where, not a product: a dropped inf or nan must not leak.
     return torch.where(keep_mask(rng, dropout_p, *x.shape).to(x.device), x * dropout_scale(dropout_p), 0.0)
 

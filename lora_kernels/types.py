@@ -193,6 +193,8 @@ class AdapterNeeds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
+    """Which gradients of a pass are asked for."""
+
     x: bool
     layers: tuple[AdapterNeeds, ...]
 

@@ -10,12 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from cpu_isa import ISAS, instruction_set  # noqa: E402
-from packaging.version import Version  # noqa: E402
+import pytest
+import torch
+from cpu_isa import ISAS, instruction_set
+from packaging.version import Version
 
-from lora_kernels import backends  # noqa: E402
+from lora_kernels import backends
 
 
 def _interpreter_fails():

@@ -46,6 +46,19 @@ def dropout_of(dropout_p, rng):
     return Dropout(dropout_p, rng) if dropout_p else None
 
 
+def check_low_rank_beside_a_full_weight(one):
+    """At ‖scaling B A‖ = 1e-3 ‖W‖ an allclose on y sees nothing of the term; its projection does."""
+    inputs = lora_inputs(512, 128, 128, 8, torch.bfloat16)
+    update = SCALING * inputs["lora_b"].double() @ inputs["lora_a"].double()
+    inputs["lora_b"] *= 1e-3 * inputs["weight"].double().norm() / update.norm()
+    given = [inputs[name] for name in ("x", "weight", "lora_a", "lora_b")]
+    x, weight, lora_a, lora_b = (t.double() for t in given)
+    delta = SCALING * x @ lora_a.T @ lora_b.T
+    y, _ = one.lora_linear_fwd(*given, SCALING)
+    projection = ((y.double() - x @ weight.T) * delta).sum() / (delta * delta).sum()
+    assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
+
+
 class LoraCase:
     """Inputs, results and expectations of one problem, all by name.
 

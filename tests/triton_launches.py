@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import fake_cuda  # noqa: E402
+import fake_cuda
 
 device = fake_cuda.Device()
 from lora_kernels._C import TritonLaunches  # noqa: E402

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import binaries  # noqa: E402
+import binaries
 
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Divisible by 16 in every real model; triton specialises its code on that.

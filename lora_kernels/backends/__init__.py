@@ -18,7 +18,7 @@ from lora_kernels.sharded import is_sharded
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
 
-# name -> module, a `contract.Backend`
+# name -> module, a `contract.Backend` or with one as `backend`
 _MODULES = {
     "reference": "lora_kernels.reference",
     "cpu": "lora_kernels.backends.cpu",
@@ -40,7 +40,8 @@ def backend_names() -> tuple[str, ...]:
 
 @cache
 def _load(name: str) -> Backend:
-    return importlib.import_module(_MODULES[name])
+    module = importlib.import_module(_MODULES[name])
+    return getattr(module, "backend", module)
 
 
 def available() -> dict[str, str | None]:

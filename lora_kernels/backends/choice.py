@@ -171,7 +171,8 @@ def _is_capturing() -> bool:
 
 
 def _candidates(x: Tensor) -> dict[str, Backend]:
-    from lora_kernels.backends import cuda, triton
+    from lora_kernels.backends import triton
+    from lora_kernels.backends.cuda import backend as cuda
     from lora_kernels.backends.triton import vendor
 
     found: dict[str, Backend] = {"triton": triton}

@@ -17,6 +17,8 @@ from lora_kernels.types import NF4, AdamWGroup, Dropout, Gradients, Layers, Need
 
 
 class Backend(Protocol):
+    """See above."""
+
     name: str
     # None, or why it can't run on this machine.
     unavailable: str | None

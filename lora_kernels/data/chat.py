@@ -181,7 +181,8 @@ class Renderer:
         prompt is tokenised by itself there.
         """
         rendered = [self.spans(conversation) for conversation in conversations]
-        encoded = self._encode([text for text, _ in rendered])
+        # transformers can't tokenise nothing.
+        encoded = self._encode([text for text, _ in rendered]) if rendered else ()
         for conversation, (text, spans), (ids, offsets) in zip(conversations, rendered, encoded, strict=True):
             where = conversation.where
             cuts = offsets and _token_cuts(offsets, spans)

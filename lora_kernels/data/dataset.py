@@ -115,19 +115,13 @@ def build_dataset(
     renderer = Renderer(tokenizer, **rendering)
     blank, unknown = 0, set[str]()
 
-    def conversations():
-        nonlocal blank
-        for record, where in records:
-            conversation = to_conversation(record, where)
-            unknown.update(conversation.unknown)
-            if conversation.blank:
-                blank += 1
-            else:
-                yield conversation
-
     input_ids, masks, truncated, unanswered = [], [], 0, 0
-    for some in batched(conversations(), TOKENIZE_ROWS):
-        for ids, mask in renderer.tokenize(some):
+    for some in batched(records, TOKENIZE_ROWS):
+        conversations = [to_conversation(record, where) for record, where in some]
+        unknown.update(*(conversation.unknown for conversation in conversations))
+        answered = [conversation for conversation in conversations if not conversation.blank]
+        blank += len(conversations) - len(answered)
+        for ids, mask in renderer.tokenize(answered):
             if not mask[1:max_length].any():
                 unanswered += 1
                 continue

@@ -244,22 +244,16 @@ def build_pairs(
     renderer = Renderer(tokenizer, **rendering)
     void, unknown = 0, set[str]()
 
-    def pairs():
-        nonlocal void
-        for record, where in records:
-            pair = to_pair(record, where)
-            unknown.update(pair.chosen.unknown, pair.rejected.unknown)
-            if pair.void():
-                void += 1
-            else:
-                yield pair
-
     chosen: list[Row] = []
     rejected: list[Row] = []
     margins, too_long = [], 0
-    for some in batched(pairs(), TOKENIZE_ROWS):
-        rows = renderer.tokenize([side for pair in some for side in (pair.chosen, pair.rejected)])
-        for pair, (one, other) in zip(some, zip(rows, rows, strict=True), strict=True):
+    for some in batched(records, TOKENIZE_ROWS):
+        pairs = [to_pair(record, where) for record, where in some]
+        unknown.update(*(side.unknown for pair in pairs for side in (pair.chosen, pair.rejected)))
+        kept = [pair for pair in pairs if not pair.void()]
+        void += len(pairs) - len(kept)
+        rows = renderer.tokenize([side for pair in kept for side in (pair.chosen, pair.rejected)])
+        for pair, (one, other) in zip(kept, zip(rows, rows, strict=True), strict=True):
             if one[0] == other[0]:
                 void += 1
                 continue

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from lora_cases import RNG, SCALING, GuardedBuffers, LoraCase, OneLayer, check_group, group_case, group_results, strided
+from lora_cases import (
+    RNG,
+    SCALING,
+    GuardedBuffers,
+    LoraCase,
+    OneLayer,
+    check_group,
+    check_low_rank_beside_a_full_weight,
+    group_case,
+    group_results,
+    strided,
+)
 
 from lora_kernels import (
     backends,
@@ -12,7 +23,8 @@ from lora_kernels import (
     use_backend,
 )
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import emulated as cuda_emulated
+from lora_kernels.backends.cuda.emulated import EmulatedKernels
+from lora_kernels.backends.cuda.emulated import backend as cuda_emulated
 from lora_kernels.testing import lora_inputs
 from lora_kernels.types import AdapterNeeds, Layers, Needs
 
@@ -95,13 +107,13 @@ def test_h_in_parts(monkeypatch, M, K, R):
     monkeypatch.setattr(cuda, "_COLUMNS_WORTH_PARTS", 1024)
     monkeypatch.setattr(cuda.Kernels, "_block_target", lambda self, x: 64)
     splits = []
-    queue = cuda_emulated.EmulatedKernels._queue
+    queue = EmulatedKernels._queue
 
     def noted(self, on, *launches):
         splits.extend(arguments["splits"] for name, arguments in launches if name in ("lora_few_rows", "lora_gemm"))
         queue(self, on, *launches)
 
-    monkeypatch.setattr(cuda_emulated.EmulatedKernels, "_queue", noted)
+    monkeypatch.setattr(EmulatedKernels, "_queue", noted)
     parted = case.check()["h"]
     assert splits[0] > 1
     # Only the order of the sum differs.
@@ -146,7 +158,7 @@ def test_a_group_is_queued_at_once(monkeypatch):
     x, layers, dys = group_case(5, BF16, FP32, False)
     queued = []
     monkeypatch.setattr(
-        cuda_emulated.EmulatedKernels,
+        EmulatedKernels,
         "_queue",
         lambda self, on, *launches: queued.append([name for name, _ in launches]),
     )
@@ -302,16 +314,7 @@ def test_the_low_rank_term_alone():
 
 
 def test_the_low_rank_term_beside_a_full_weight():
-    """At ‖scaling B A‖ = 1e-3 ‖W‖ an allclose on y sees nothing of the term; its projection does."""
-    inputs = lora_inputs(512, 128, 128, 8, BF16)
-    update = SCALING * inputs["lora_b"].double() @ inputs["lora_a"].double()
-    inputs["lora_b"] *= 1e-3 * inputs["weight"].double().norm() / update.norm()
-    x, weight, lora_a, lora_b = (inputs[name].double() for name in ("x", "weight", "lora_a", "lora_b"))
-    delta = SCALING * x @ lora_a.T @ lora_b.T
-    named = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
-    y, _ = ONE.lora_linear_fwd(*named, SCALING, None, None, 0.0, None)
-    projection = ((y.double() - x @ weight.T) * delta).sum() / (delta * delta).sum()
-    assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
+    check_low_rank_beside_a_full_weight(ONE)
 
 
 def test_through_the_op_and_autograd():
@@ -355,9 +358,9 @@ def test_unavailable_says_why():
     assert "lora_kernels._no_such_module can't be imported" in missing.unavailable
     assert missing.unavailable.endswith("; it is a test")
     if not torch.cuda.is_available():
-        assert cuda.unavailable is not None
+        assert cuda.backend.unavailable is not None
         x = torch.zeros(1, 1, dtype=BF16)
         with pytest.raises(RuntimeError, match="can't run here"):
-            OneLayer(cuda).lora_linear_fwd(x, x, x, x, 1.0)
+            OneLayer(cuda.backend).lora_linear_fwd(x, x, x, x, 1.0)
         with pytest.raises(RuntimeError, match="cuda backend, which can't run here"), backends.use_backend("cuda"):
             pass

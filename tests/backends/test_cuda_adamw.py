@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_kernels.backends.cuda import emulated as cuda_emulated
+from lora_kernels.backends.cuda.emulated import backend as cuda_emulated
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 

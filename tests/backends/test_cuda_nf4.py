@@ -5,7 +5,7 @@ import torch
 from lora_cases import LoraCase, OneLayer, strided
 
 from lora_kernels import reference
-from lora_kernels.backends.cuda import emulated as cuda_emulated
+from lora_kernels.backends.cuda.emulated import backend as cuda_emulated
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))
 

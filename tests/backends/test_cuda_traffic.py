@@ -4,7 +4,7 @@ import pytest
 import torch
 from lora_cases import LoraCase, OneLayer
 
-from lora_kernels.backends.cuda import emulated as cuda_emulated
+from lora_kernels.backends.cuda.emulated import backend as cuda_emulated
 from lora_kernels.bench.traffic import emulated_launches
 
 pytestmark = pytest.mark.skipif(cuda_emulated.unavailable is not None, reason=str(cuda_emulated.unavailable))

@@ -19,7 +19,8 @@ from lora_kernels import (
     reference,
 )
 from lora_kernels.backends import choice as strategy
-from lora_kernels.backends import cuda, triton
+from lora_kernels.backends import triton
+from lora_kernels.backends.cuda import backend as cuda
 from lora_kernels.backends.triton import vendor
 from lora_kernels.testing import assert_close_to_reference, lora_inputs
 from lora_kernels.types import (

@@ -11,11 +11,11 @@ import pytest
 import torch
 from lora_cases import (
     RNG,
-    SCALING,
     GuardedBuffers,
     LoraCase,
     OneLayer,
     check_group,
+    check_low_rank_beside_a_full_weight,
     group_case,
     group_results,
     strided,
@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import lora_linear_group, reference, use_backend
 from lora_kernels.backends import triton as backend
-from lora_kernels.testing import lora_inputs
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -334,17 +333,7 @@ def test_the_low_rank_term_alone(dtype):
 
 
 def test_the_low_rank_term_beside_a_full_weight():
-    """At ‖scaling B A‖ = 1e-3 ‖W‖ an allclose on y sees nothing of the term; its projection does."""
-    inputs = lora_inputs(512, 128, 128, 8, BF16)
-    update = SCALING * inputs["lora_b"].double() @ inputs["lora_a"].double()
-    inputs["lora_b"] *= 1e-3 * inputs["weight"].double().norm() / update.norm()
-    x, weight, lora_a, lora_b = (inputs[name].double() for name in ("x", "weight", "lora_a", "lora_b"))
-    delta = SCALING * x @ lora_a.T @ lora_b.T
-    y, _ = ONE.lora_linear_fwd(
-        *(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")), SCALING, None, None, 0.0, None
-    )
-    projection = ((y.double() - x @ weight.T) * delta).sum() / (delta * delta).sum()
-    assert abs(projection - 1) < 0.01, f"projection {projection:.4f}"
+    check_low_rank_beside_a_full_weight(ONE)
 
 
 def test_errors_name_the_argument():

@@ -5,9 +5,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_tools import applies, table, variants  # noqa: E402
+from triton_tools import applies, table, variants
 
-from lora_kernels.backends.triton import configs  # noqa: E402
+from lora_kernels.backends.triton import configs
 
 
 def compile_and_check(*options):

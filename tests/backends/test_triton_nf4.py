@@ -13,7 +13,7 @@ from lora_kernels.testing import assert_close_to_reference, lora_inputs
 from lora_kernels.types import NF4
 
 pytest.importorskip("triton")
-from test_triton import (  # noqa: E402
+from test_triton import (
     BF16,
     EXACT,
     FP16,
@@ -26,11 +26,11 @@ from test_triton import (  # noqa: E402
     shuffled_range,
     small_blocks,
 )
-from triton.runtime import interpreter  # noqa: E402
+from triton.runtime import interpreter
 
-from lora_kernels.backends.triton import configs  # noqa: E402
-from lora_kernels.backends.triton.common import INTERPRETED  # noqa: E402
-from lora_kernels.backends.triton.lora_linear import planned  # noqa: E402
+from lora_kernels.backends.triton import configs
+from lora_kernels.backends.triton.common import INTERPRETED
+from lora_kernels.backends.triton.lora_linear import planned
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 

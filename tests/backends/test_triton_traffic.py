@@ -5,9 +5,9 @@ import torch
 from lora_cases import LoraCase, OneLayer
 
 pytest.importorskip("triton")
-from lora_kernels.backends import triton  # noqa: E402
-from lora_kernels.backends.triton import lora_linear  # noqa: E402
-from lora_kernels.bench.traffic import triton_launches  # noqa: E402
+from lora_kernels.backends import triton
+from lora_kernels.backends.triton import lora_linear
+from lora_kernels.bench.traffic import triton_launches
 
 pytestmark = pytest.mark.skipif(not lora_linear.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 

@@ -301,7 +301,7 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path):
         {"id": 2, "messages": [user("c"), assistant("d")]},
     ]
     tokenizer = tiny_tokenizer(CHATML + "{{ messages[0].recipient }}")
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="not used") as warned:
         build_dataset([(record, f"data:{i}") for i, record in enumerate(records)], tokenizer, 256, "data")
     assert [str(item.message) for item in warned] == ["data: fields that are not used: 'id', 'messages[].mood'"]
     (path := tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

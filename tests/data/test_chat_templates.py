@@ -5,10 +5,10 @@ from places import ROOT
 
 pytest.importorskip("trl")
 
-from chat_template_report import CASES, report, sweep, templates, tokenizer_for  # noqa: E402
+from chat_template_report import CASES, report, sweep, templates, tokenizer_for
 
-from lora_kernels.data.chat import Renderer  # noqa: E402
-from lora_kernels.data.messages import to_conversation  # noqa: E402
+from lora_kernels.data.chat import Renderer
+from lora_kernels.data.messages import to_conversation
 
 DOCS = ROOT / "docs" / "chat-templates.md"
 # What each case says, in the order in which it is learned; two lines are two turns.

@@ -145,7 +145,7 @@ def test_long_and_blank_pairs_are_dropped_and_counted(tmp_path):
     ]
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="dropped") as warned:
         pairs = load_pairs(path, tokenizer, 40)
     texts = [str(warning.message) for warning in warned]
     assert f"{path}: dropped 1 pairs with more than 40 tokens (max_length) in prompt and answer" in texts
@@ -154,7 +154,7 @@ def test_long_and_blank_pairs_are_dropped_and_counted(tmp_path):
     assert pairs.longest == max(len(pairs.chosen[0][0]), len(pairs.rejected[0][0])) < pairs.lengths[0]
     described = "1 pairs longer than max_length dropped; 2 pairs with a blank answer or two equal ones dropped"
     assert pairs.describe().endswith(described)
-    with pytest.raises(ValueError, match="no pair is left"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match="no pair is left"), pytest.warns(UserWarning, match="dropped 1 pairs"):
         build_pairs([(records[0], "f")], tokenizer, 40, "f")
     with pytest.raises(ValueError, match="no records"):
         build_pairs([], tokenizer, 40, "f")

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -124,10 +125,8 @@ def test_dropout_reaches_the_layers_and_follows_the_models_mode():
 def test_a_refused_config_changes_nothing(config, words):
     model = tiny_model("llama")
     before, kinds = state(model), [type(m) for m in model.modules()]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)):
         inject(model, LoRAConfig(**config))
-    for word in words:
-        assert word in str(error.value)
     assert_same_state(model, before)
     assert [type(m) for m in model.modules()] == kinds
     assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "adapter_config")

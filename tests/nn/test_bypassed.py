@@ -215,7 +215,7 @@ def test_a_file_with_such_an_adapter_loads_and_the_adapter_stays_frozen(tmp_path
 
 def test_a_second_adapter_leaves_the_layers_out_as_well():
     model = family("mamba")
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="dt_proj"):
         inject(model, LoRAConfig(r=2))
     with pytest.warns(UserWarning, match="dt_proj"):
         add_adapter(model, "value", LoRAConfig(r=3))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import backends, quantize_nf4, use_backend
-from lora_kernels.backends.cuda import emulated as cuda_emulated
+from lora_kernels.backends.cuda.emulated import backend as cuda_emulated
 from lora_kernels.io.peft import load_adapter, save_adapter
 from lora_kernels.methods.lora import LoRAConfig, adapters_disabled, inject, lora_modules, merge, replace_module
 from lora_kernels.methods.named import add_adapter, use_adapter

@@ -100,7 +100,7 @@ def test_a_hook_of_always_runs_when_the_layer_fails():
     base, calls = model(), []
     watched(base, calls)
     net = inject(base, LoRAConfig(r=2))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="features"):
         net(torch.randn(2, 5))
     assert [name for name, _ in calls][-1] == "always"
 

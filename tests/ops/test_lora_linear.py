@@ -137,6 +137,8 @@ def test_no_nan_leaks_through_a_dropped_element():
     rng = torch.tensor([0, 0])
     dropped = reference.drop(x, 0.9, rng)
     assert torch.equal(torch.isinf(dropped), reference.keep_mask(rng, 0.9, 1, 8))
+    with pytest.raises(ValueError, match="rng is None with dropout_p 0.9; allowed: int64"):
+        reference.drop(x, 0.9, None)
 
 
 @pytest.mark.parametrize("dtype, adapter_dtype", [
@@ -405,7 +407,8 @@ def test_what_auto_takes_on_a_gpu(triton_works, cuda_works, monkeypatch):
     """Without Triton CUDA C++ runs all that it can; its lora_linear takes no float32."""
     from types import SimpleNamespace
 
-    from lora_kernels.backends import cuda, triton
+    from lora_kernels.backends import triton
+    from lora_kernels.backends.cuda import backend as cuda
 
     for module, works in ((triton, triton_works), (cuda, cuda_works)):
         monkeypatch.setattr(module, "unavailable", None if works else "by decree")

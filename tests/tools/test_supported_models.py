@@ -13,8 +13,8 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-import supported_models  # noqa: E402
-from supported_models import (  # noqa: E402
+import supported_models
+from supported_models import (
     FAMILIES,
     LIMIT,
     STAGES,
@@ -28,9 +28,9 @@ from supported_models import (  # noqa: E402
     read_results,
     report,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lora_kernels import LoRAConfig  # noqa: E402
+from lora_kernels import LoRAConfig
 
 TOOL = Path(supported_models.__file__)
 

@@ -341,7 +341,7 @@ def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path, trained, name, damage
     assert read_metrics(tmp_path / "run") == read_metrics(trained)
 
 
-def test_a_damaged_checkpoint_of_ppo_is_named(tmp_path, model_dir, data):  # noqa: F811
+def test_a_damaged_checkpoint_of_ppo_is_named(tmp_path, model_dir, data):
     run_for_resume(tmp_path / "out", model_dir, data, max_steps=2)
     DAMAGES["cut"](tmp_path / "out/checkpoint-last/rng-0.json")
     with pytest.raises(ValueError, match=r"rng-0\.json is damaged"):

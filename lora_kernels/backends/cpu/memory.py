@@ -39,6 +39,8 @@ _CPU = torch.device("cpu")
 
 
 class Pool:
+    """Blocks of memory by their size, in use and returned."""
+
     def __init__(self) -> None:
         # Blocks that nothing refers to any more: appended to whenever a tensor dies, in any thread and between any two
         # steps of what follows, which then takes them over.

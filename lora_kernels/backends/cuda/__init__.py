@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.addresses import addresses
+from lora_kernels.backends.contract import Backend
 from lora_kernels.backends.parts import ceil_div, in_parts
 from lora_kernels.reference import (
     ABSMAX_BLOCK,
@@ -81,6 +82,8 @@ class Kernels:
     where the extension is missing.
     """
 
+    name = "cuda"
+    MAX_LAYERS = sys.maxsize
     if TYPE_CHECKING:
         from lora_kernels import _cuda as _extension
 
@@ -471,15 +474,4 @@ def _drawn(dropout: Dropout | None) -> dict[str, Any]:
     return {"rng": dropout.rng if threshold else None, "threshold": threshold, "scale": dropout_scale(dropout.p)}
 
 
-_kernels = Kernels("_cuda", "cuda", "it is built where nvcc is found")
-name = "cuda"
-MAX_LAYERS = sys.maxsize
-unavailable = _kernels.unavailable
-takes = _kernels.takes
-beats_torch = _kernels.beats_torch
-lora_linear_fwd = _kernels.lora_linear_fwd
-lora_linear_bwd = _kernels.lora_linear_bwd
-column_scale_bwd = _kernels.column_scale_bwd
-quantize_nf4 = _kernels.quantize_nf4
-dequantize_nf4 = _kernels.dequantize_nf4
-adamw_step = _kernels.adamw_step
+backend: Backend = Kernels("_cuda", "cuda", "it is built where nvcc is found")

@@ -7,13 +7,13 @@ order in which threads run.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.contract import Backend
 from lora_kernels.backends.cuda import Kernels, Memory
 
 
@@ -36,11 +36,13 @@ def _buffer(value: Any) -> tuple[int, int] | None:
 
 
 class EmulatedKernels(Kernels):
+    """`Kernels` that may access the memory of their own tensors and nothing else."""
+
+    name = "cuda-emulated"
     if TYPE_CHECKING:
         from lora_kernels import _simt as _extension
 
     def _queue(self, on: Tensor, *launches: tuple[str, dict[str, Any]], through: Sequence[Tensor] = ()) -> None:
-        """As `Kernels._queue`; each kernel may access the memory of its own tensors and nothing else."""
         reached = {f"tensor {index}": tensor for index, tensor in enumerate(through)}
         for launch in launches:
             values = (launch[1] | reached).items()
@@ -58,15 +60,4 @@ class EmulatedKernels(Kernels):
         }
 
 
-_kernels = EmulatedKernels("_simt", "cpu", "it is part of a build in place, for tests")
-name = "cuda-emulated"
-MAX_LAYERS = sys.maxsize
-unavailable = _kernels.unavailable
-takes = _kernels.takes
-beats_torch = _kernels.beats_torch
-lora_linear_fwd = _kernels.lora_linear_fwd
-lora_linear_bwd = _kernels.lora_linear_bwd
-column_scale_bwd = _kernels.column_scale_bwd
-quantize_nf4 = _kernels.quantize_nf4
-dequantize_nf4 = _kernels.dequantize_nf4
-adamw_step = _kernels.adamw_step
+backend: Backend = EmulatedKernels("_simt", "cpu", "it is part of a build in place, for tests")

@@ -30,7 +30,8 @@ def load_function(spec: str) -> RewardFunction:
         if not path.is_file():
             raise ValueError(f"reward {spec}: {path} does not exist")
         found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None and found.loader is not None, "a name that ends in .py has a loader"
+        if found is None or found.loader is None:
+            raise ValueError(f"reward {spec}: {path} can't be loaded as a Python module")
         module = importlib.util.module_from_spec(found)
         # Where pickle, dataclasses and the module's own imports look for it.
         sys.modules.setdefault(path.stem, module)
