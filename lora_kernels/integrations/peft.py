@@ -264,6 +264,9 @@ class _Fused(AdaptedLayer, lora.LoraLayer):
         """Whether `kept_layers` has the layer with these adapters for x from now on."""
         if autocast_dtype(x) is not None or not unwatched(x) or len(names) > 1:
             return False
+        # So it is where x was cast.
+        if self.kept_layers(x) is not None:
+            return True
         (name,), modules = names, self._modules
         has_more = name in modules["lora_magnitude_vector"]._modules or self._lora_bias(name) is not None
         if has_more or self._diagonal(name) is not None or isinstance(self.scaling[name], Tensor):
