@@ -12,18 +12,8 @@ from torch import Tensor
 from lora_kernels.reference import dynamic_code
 from lora_kernels.types import NF4
 
-__all__ = [
-    "DTYPES",
-    "ISA_ENVIRONMENT_VARIABLE",
-    "check",
-    "empty",
-    "isa",
-    "kernels",
-    "native_bfloat16",
-    "threads",
-    "unavailable",
-    "weight_view",
-]
+__all__ = ["DTYPES", "ISA_ENVIRONMENT_VARIABLE", "check", "empty", "isa", "kernels", "native_bfloat16", "threads",
+           "unavailable", "weight_view"]  # fmt: skip
 
 ISA_ENVIRONMENT_VARIABLE = "LORA_KERNELS_CPU_ISA"
 # By the numbers that the kernels know them by.
