@@ -41,7 +41,7 @@ struct Layout<float> {
 
 template <>
 struct Layout<bf16> {
-  static constexpr int64_t kDepth = 384;
+  static constexpr int64_t kDepth = 768;
   static constexpr int64_t kFloats = kDepth / 2;
 };
 
@@ -65,7 +65,7 @@ constexpr int64_t kBlockCols = 256;
 constexpr int64_t kBlockTiles = kBlockCols / kTileCols;
 // Rows of the input whose piece stays in the second cache, and those whose sums wait for the next piece: whole tiles,
 // so that a row is in a tile of the same size however the rows are shared out, and its result has the same bits.
-constexpr int64_t kInnerRows = 192;
+constexpr int64_t kInnerRows = 96;
 constexpr int64_t kBlockRows = 5 * kInnerRows;
 static_assert(kInnerRows % kTileRows == 0 && kInnerRows % kRowUnit<Bf16::kTiles> == 0);
 // Rows of the input that take as long as converting the weight.
