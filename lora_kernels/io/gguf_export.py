@@ -292,15 +292,21 @@ def _plain_text(core: Mapping[str, Any]) -> bool:
 def _scores(core: Mapping[str, Any], texts: Collection[str]) -> list[float]:
     """SentencePiece's scores, by which llama.cpp merges: the earlier the merge that makes a token, the higher.
 
-    ValueError where merges were not made from scores: where one token's are not next to each other, or texts are split
-    before.
+    ValueError where the merges were not made from scores. llama.cpp merges any two tokens that make a third one, so
+    all pairs that make one must be there, next to each other.
     """
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in core["model"]["merges"]]
-    made = ["".join(merge) for merge in merges]
-    ranks = {text: rank for rank, text in reversed(list(enumerate(made)))}
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in core["model"]["merges"]]
+    made = [text for text, _ in itertools.groupby(left + right for left, right in merges)]
+    cuts = ((text[:place], text[place:]) for text in made for place in range(1, len(text)))
+    known = set(texts)
     splitter = core["pre_tokenizer"] or {"type": "Metaspace", "split": False}
-    if len(ranks) != len(list(itertools.groupby(made))) or splitter["type"] != "Metaspace" or splitter["split"]:
+    if (
+        splitter["type"] != "Metaspace"
+        or splitter["split"]
+        or sorted(merges) != sorted(pair for pair in cuts if known.issuperset(pair))
+    ):
         raise ValueError("the tokenizer has byte fallback and is not SentencePiece's BPE, the only such one in GGUF")
+    ranks = {text: rank for rank, text in enumerate(made)}
     return [-float(ranks.get(text, len(made))) for text in texts]
 
 

