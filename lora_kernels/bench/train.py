@@ -23,9 +23,9 @@ from lora_kernels.bench.measure import Step
 R = 16
 LR, MAX_GRAD_NORM = 1e-4, 1.0
 # frozen: the model without adapters, forward and the gradient of its input embeddings: what training can't be below.
-# -fused: after fuse_peft(model, decoder=True). -qlora: of peft and trl, on bitsandbytes' layers.
-TRAIN = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-lora-fused", "peft-qlora", "peft-qlora-fused",
-         "trl-lora", "trl-lora-fused", "trl-qlora", "trl-qlora-fused")  # fmt: skip
+TRAIN = ("frozen", "ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "trl-lora")
+# Timed beside NAME-fused too, the same after fuse_peft(model, decoder=True). -qlora: on bitsandbytes' layers.
+FUSED = ("peft-lora", "peft-qlora", "trl-lora", "trl-qlora")
 # llama.cpp-q4: SmolLM2-135M itself, in 4 bits and without adapters.
 GENERATE = ("ours-lora", "ours-qlora", "peft-lora", "peft-qlora", "llama.cpp-q4")
 LAYERS = 30
@@ -306,7 +306,8 @@ def _case(
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """A training step; in full also one of few tokens, generation, and steps as layers and the length of a row grow."""
+    """A training step; in full also one of few tokens, PEFT's and TRL's after `fuse_peft`, generation, and steps as
+    layers and the length of a row grow."""
     if reason := missing("transformers", "tokenizers"):
         raise ValueError(f"suite train: {reason}")
     layers, batch, length = (2, 1, 128) if settings.quick else (LAYERS, 4, 512)
@@ -316,10 +317,10 @@ def cases(settings: Settings) -> Iterator[Case]:
         def directory(layers: int) -> str:
             return make_model(f"{root}/{layers}", layers)
 
-        def training(layers: int, batch: int, length: int, contenders: tuple[str, ...]) -> Case:
+        def training(layers: int, batch: int, length: int, contenders: tuple[str, ...], name: str = "sft-step") -> Case:
             sizes = {"batch": batch, "length": length}
             return _case(
-                "sft-step", {"layers": layers, **sizes}, train_step, contenders, "frozen", batch * length, settings,
+                name, {"layers": layers, **sizes}, train_step, contenders, "frozen", batch * length, settings,
                 lambda: {"directory": directory(layers), **sizes},
             )  # fmt: skip
 
@@ -328,6 +329,9 @@ def cases(settings: Settings) -> Iterator[Case]:
             return
         # Few tokens, as on a laptop: what is not a product weighs more.
         yield training(layers, 1, 128, TRAIN)
+        # Few contenders at a time: all together they take more memory than many machines have.
+        for peer in FUSED:
+            yield training(layers, batch, length, ("frozen", peer, f"{peer}-fused"), f"{peer}-step")
         for rows in (1, 8):
             sizes = {"batch": rows, "prompt": 16, "new_tokens": 48}
             yield _case(

@@ -227,7 +227,7 @@ def test_no_model_is_made_for_a_case_that_does_not_run(monkeypatch, tmp_path):
     assert code == 2 and "no case of train has such a name" in output
 
 
-@pytest.mark.parametrize("contender", train.TRAIN)
+@pytest.mark.parametrize("contender", sorted({*train.TRAIN, *train.FUSED, *(f"{name}-fused" for name in train.FUSED)}))
 def test_a_step_of_each_trainer_runs(tmp_path, contender):
     for module in train.needs(contender):
         pytest.importorskip(module)
