@@ -106,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("spare_threads", &spare_threads, py::arg("enabled"));
   m.def("take_most_threads", &take_most_threads);
 
+  Tensor::prepare();
   lora_kernels::define_places(m);
   lora_kernels::triton::define(m);
 

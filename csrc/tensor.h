@@ -86,48 +86,35 @@ class Tensor {
                                "; allowed: torch.float32, torch.bfloat16, torch.float16");
   }
 
-  // Appends what tells where it lies: the address, dtype, shape and strides.
-  void describe_place(std::vector<int64_t>& out) const {
-    static PyObject *const address = PyUnicode_InternFromString("data_ptr"),
-                           *const shape = PyUnicode_InternFromString("shape"),
-                           *const strides = PyUnicode_InternFromString("stride");
-    if (is_viewed_) {
-      out.push_back(reinterpret_cast<int64_t>(view_.data) + int64_t(view_.byte_offset));
-      out.push_back(viewed_dtype());
-      out.push_back(view_.dims);
-      out.insert(out.end(), view_.shape, view_.shape + view_.dims);
-      out.insert(out.end(), view_.strides, view_.strides + view_.dims);
-      return;
-    }
-    out.push_back(integer(call(address).ptr()));
-    out.push_back(reinterpret_cast<int64_t>(torch_dtype().ptr()));
-    for (const pybind11::object& sizes : {attribute(shape), call(strides)}) {
-      out.push_back(int64_t(PyTuple_GET_SIZE(sizes.ptr())));
-      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes.ptr()); ++i) out.push_back(item(sizes, i));
-    }
+  // Appends what tells where it lies: the address, dtype, shape and strides. False where DLPack can't read it.
+  bool describe_place(std::vector<int64_t>& out) const {
+    if (!is_viewed_) return false;
+    out.insert(out.end(), {reinterpret_cast<int64_t>(view_.data) + int64_t(view_.byte_offset), viewed_dtype()});
+    out.push_back(view_.dims);
+    out.insert(out.end(), view_.shape, view_.shape + view_.dims);
+    out.insert(out.end(), view_.strides, view_.strides + view_.dims);
+    return true;
   }
-  // Appends the dtype, the device and the last size.
-  void describe_values(std::vector<int64_t>& out) const {
-    static PyObject *const device = PyUnicode_InternFromString("device"), *const shape =
-                                                                              PyUnicode_InternFromString("shape");
-    if (is_viewed_) {
-      out.insert(out.end(), {viewed_dtype(), view_.device_type, view_.device_index});
-      out.push_back(view_.dims ? view_.shape[view_.dims - 1] : -1);
-      return;
-    }
-    const auto sizes = attribute(shape);
-    out.push_back(reinterpret_cast<int64_t>(torch_dtype().ptr()));
-    out.push_back(pybind11::hash(attribute(device)));
-    out.push_back(PyTuple_GET_SIZE(sizes.ptr()) ? item(sizes, PyTuple_GET_SIZE(sizes.ptr()) - 1) : -1);
+  // Appends the dtype, the device and the last size; likewise.
+  bool describe_values(std::vector<int64_t>& out) const {
+    if (!is_viewed_) return false;
+    out.insert(out.end(), {viewed_dtype(), view_.device_type, view_.device_index});
+    out.push_back(view_.dims ? view_.shape[view_.dims - 1] : -1);
+    return true;
+  }
+  // What is looked up in torch once, before threads could wait for each other there.
+  static void prepare() {
+    torch();
+    torch_dtypes();
   }
 
  private:
   int64_t viewed_dtype() const { return view_.code << 16 | view_.bits << 8 | view_.lanes; }
   // Whether the object is a tensor that DLPack's functions could read.
   static bool view(pybind11::handle object, dlpack::View& out) {
-    static const Torch torch;
-    if (!torch.exchange || !PyObject_TypeCheck(object.ptr(), torch.type)) return false;
-    if (torch.exchange->view(object.ptr(), &out) == 0) return true;
+    const Torch& found = torch();
+    if (!found.exchange || !PyObject_TypeCheck(object.ptr(), found.type)) return false;
+    if (found.exchange->view(object.ptr(), &out) == 0) return true;
     PyErr_Clear();
     return false;
   }
@@ -146,17 +133,27 @@ class Tensor {
     }
   };
 
+  static const Torch& torch() {
+    static const Torch found;
+    return found;
+  }
+
   [[noreturn]] void refuse() const {
     const std::string kind = pybind11::str(pybind11::type::of(object_).attr("__name__"));
     throw pybind11::value_error("a kernel got a tensor, of type " + kind +
                                 ", that has no memory; allowed: dense tensors in memory");
   }
   static PyObject* const* torch_dtypes() {
-    static PyObject* dtypes[3];
-    const auto torch = pybind11::module_::import("torch");
-    const char* const names[] = {"float32", "bfloat16", "float16"};
-    for (int i = 0; i < 3; ++i) dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
-    return dtypes;
+    struct Dtypes {
+      PyObject* list[3];
+      Dtypes() {
+        const auto torch = pybind11::module_::import("torch");
+        const char* const names[] = {"float32", "bfloat16", "float16"};
+        for (int i = 0; i < 3; ++i) list[i] = pybind11::object(torch.attr(names[i])).release().ptr();
+      }
+    };
+    static const Dtypes dtypes;
+    return dtypes.list;
   }
   static int64_t integer(PyObject* value) {
     const int64_t result = PyLong_AsLongLong(value);

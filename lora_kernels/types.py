@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -53,33 +53,35 @@ _TRAINABLE = ("weight", "lora_a", "lora_b", "bias", "lora_e", "column_scale")
 
 
 class _Places:
-    """`lora_kernels._C.Places` where there is no extension: whether tensors are still as they were when this was made.
+    """`lora_kernels._C.Places` where there is no extension, or torch has no exchange API of DLPack: whether tensors are
+    still as they were when this was made.
 
-    tensors: a tuple of tensors or None; x: what they are used with.
+    tensors: a tuple of tensors or None, which whoever keeps this keeps; x: what they are used with.
     """
 
     def __init__(self, tensors: tuple[Tensor | None, ...], x: Tensor) -> None:
-        self.tensors = tensors
-        self._were, self._x = self._are(), self._values(x)
+        self._were, self._x = self._are(tensors), self._values(x)
 
-    def hold(self, tensors: tuple[Tensor | None, ...] | None, x: Tensor | None) -> bool:
+    def hold(self, tensors: tuple[Tensor | None, ...], x: Tensor | None) -> bool:
         """Whether `tensors` are the very same ones, all have the address, dtype, shape, strides and need of a gradient
-        that they had, and x the dtype, device and last size of the first one. None isn't looked at."""
-        same = tensors is None or (len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors)))
-        return same and (x is None or self._values(x) == self._x) and self._are() == self._were
+        that they had, and x, unless it is None, the dtype, device and last size of the first one."""
+        return (x is None or self._values(x) == self._x) and self._are(tensors) == self._were
 
-    def _are(self) -> list[tuple[Any, ...]]:
-        return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad) for t in self.tensors if t is not None]
+    @staticmethod
+    def _are(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+        return [
+            t if t is None else (id(t), t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad) for t in tensors
+        ]
 
     @staticmethod
     def _values(x: Tensor) -> tuple[Any, ...]:
         return x.dtype, x.device, x.shape[-1:]
 
 
-try:
-    from lora_kernels._C import Places
-except ImportError:
-    Places = _Places  # type: ignore[assignment, misc]  # it has the same methods
+Places: Any = _Places
+if hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    with suppress(ImportError):
+        from lora_kernels._C import Places
 
 
 class Layers:
@@ -92,20 +94,22 @@ class Layers:
     empty: whether a weight has no elements. scaled: whether a layer has a column_scale.
     prepared: whatever a backend makes once for these tensors as they lie in memory, by a key of its own.
     backend: the one that runs them, after the name by which it was asked for.
-    places: where the tensors of the module lie that keeps these layers from call to call; None where none does.
+    own: the tensors of the module that keeps these layers from call to call; places: where they lie. None where no
+        module does.
     lasting: whether they are kept and no tensor is computed of others, so that autograd needn't keep what they hold.
     """
 
     __slots__ = (
-        *("backend", "biases", "empty", "lasting", "places", "prepared", "projections", "scaled", "settings"),
-        *("tensors", "trained"),
+        *("backend", "biases", "empty", "lasting", "own", "places", "prepared", "projections", "scaled"),
+        *("settings", "tensors", "trained"),
     )
 
     def __init__(self, projections: Sequence[Projection]) -> None:
         self.projections = tuple(projections)
         self.prepared: dict[Hashable, Any] = {}
         self.backend: tuple[str, Any] | None = None
-        self.places: Places | None = None
+        self.own: tuple[Tensor | None, ...] = ()
+        self.places: Any = None
         self.lasting = False
         tensors: list[Tensor | None] = []
         settings = []
@@ -140,7 +144,7 @@ class Layers:
         given = [t for t in (*self.tensors, *self.biases) if t is not None]
         if not all(t.is_leaf and (t.data_ptr() in addresses or not t.numel()) for t in given):
             return False
-        self.places = Places(own, x)
+        self.own, self.places = own, Places(own, x)
         # What was made in inference mode has no version, and torch says where that can't be differentiated.
         self.lasting = not any(t.is_inference() for t in own if t is not None)
         return True

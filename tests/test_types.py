@@ -23,10 +23,10 @@ CHANGES = {
 def test_what_places_tell_of_a_change(kind, change):
     tensors, x = (nn.Parameter(torch.randn(4, 4), requires_grad=False), None, torch.randn(3)), torch.randn(2, 5, 4)
     places = kind(tensors, x)
-    assert places.tensors is tensors and places.hold(tensors, x) and places.hold(None, None)
+    assert places.hold(tensors, x) and places.hold(tensors, None)
     with torch.no_grad():
         CHANGES[change](tensors[0])
-    assert places.hold(tensors, x) == places.hold(None, None) == (change in ("nothing", "values"))
+    assert places.hold(tensors, x) == places.hold(tensors, None) == (change in ("nothing", "values"))
 
 
 @pytest.mark.parametrize("kind", [_Places, Places], ids=["Python", "extension"])

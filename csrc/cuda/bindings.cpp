@@ -170,6 +170,7 @@ void queue(const py::iterable& launches, int device, uintptr_t stream_address) {
 
 PYBIND11_MODULE(LK_MODULE, m) {
   m.doc() = "CUDA kernels of lora_kernels. Tensors in, nothing out; use lora_kernels.backends.cuda instead.";
+  Tensor::prepare();
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);

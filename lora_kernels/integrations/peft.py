@@ -35,8 +35,9 @@ _VARIANTS = ("DoraLinearVariant", "MiCALinearVariant")
 # Of an adapter, beside DoRA's magnitude.
 _PARTS = ("lora_A", "lora_B", "lora_dropout")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What a fused layer keeps beside PEFT's attributes.
-_OWN = ("group", "_kept", "_plan", "_checked", "_nf4", "_squares")
+# What a fused layer keeps beside PEFT's attributes; made for its tensors as they are.
+_PREPARED = ("_kept", "_plan", "_nf4", "_squares")
+_OWN = ("group", "_checked", *_PREPARED)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ def fuse_peft(model: nn.Module, strict: bool = False, decoder: bool = False) -> 
     Dropout comes from torch's generator with PEFT's probability, but in other draws. Several active adapters of a layer
     drop the same elements. With DoRA only the low-rank branch has dropout; PEFT's forward also applies it to
     (magnitude / norm - 1) · x Wᵀ.
+
+    Second derivatives are refused; so is work in place on the result of a layer with DoRA, which its gradient reads.
+    DoRA's norm of the frozen weight is kept until the weight is merged, moved or changed in a way that torch counts,
+    which `.data` is not.
 
     Args:
         model: a PeftModel, or any module that PEFT's layers are in. Call it again once adapters were added to further
@@ -253,34 +258,33 @@ class _Fused(AdaptedLayer, lora.LoraLayer):
             return [super(_Fused, layer).forward(x) for layer in layers]
         if not names[0]:
             return [self._computed(x, [])]
-        cast = self._cast(x)
-        if all([layer._prepares(cast, own) for layer, own in zip(layers, names, strict=True)]):
-            ys = super().together(layers, cast)
-        else:
-            ys = super().anew(layers, cast)
+        # Each layer sees to its own bias; their terms agree, and so do the dtypes.
+        cast = [layer._cast(x) for layer in layers][0]
+        kept = [layer._prepared(cast, own) for layer, own in zip(layers, names, strict=True)]
+        ys = super().anew(layers, cast) if None in kept else self._project(kept, cast)
         return [layer._finished(y, x, own) for layer, y, own in zip(layers, ys, names, strict=True)]
 
-    def _prepares(self, x: Tensor, names: Sequence[str]) -> bool:
-        """Whether `kept_layers` has the layer with these adapters for x from now on."""
+    def _prepared(self, x: Tensor, names: Sequence[str]) -> Layers | None:
+        """The layer with these adapters for x, which `kept_layers` has from now on where it can be kept."""
         if autocast_dtype(x) is not None or not unwatched(x) or len(names) > 1:
-            return False
+            return None
         # So it is where x was cast.
-        if self.kept_layers(x) is not None:
-            return True
+        if (kept := self.kept_layers(x)) is not None:
+            return kept
         (name,), modules = names, self._modules
         has_more = name in modules["lora_magnitude_vector"]._modules or self._lora_bias(name) is not None
         if has_more or self._diagonal(name) is not None or isinstance(self.scaling[name], Tensor):
-            return False
+            return None
         parts: tuple[Any, ...] = (modules["base_layer"], *(modules[key]._modules[name] for key in _PARTS))
         hooks = [part.__dict__[key] for part in parts for key in _HOOKS]
         active = self._active_adapter if isinstance(self._active_adapter, str) else list(self._active_adapter)
         self.__dict__["_plan"] = _Plan(active, name, type(parts[0]), parts, hooks)
-        return self._keep(self._own(parts), x) is not None and self._kept is not None
+        return self._keep(self._own(parts), x)
 
     def _own(self, parts: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
         """The tensors of a plan's modules."""
         base, lora_a, lora_b, _ = parts
-        frozen = in_place(base, self._nf4).parts if self._checked.is_4bit else (base._parameters.get("weight"),)
+        frozen = self._weight().parts if self._checked.is_4bit else (base._parameters.get("weight"),)
         return *frozen, lora_a._parameters["weight"], lora_b._parameters["weight"], base._parameters["bias"]
 
     def _with_arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -436,7 +440,25 @@ class _Fused(AdaptedLayer, lora.LoraLayer):
         return _dropout_p(self, self._in_use()[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_plan": None, "_nf4": None, "_squares": None}
+        return super().__getstate__() | dict.fromkeys(_PREPARED)
+
+    # What was prepared holds tensors that these replace, or change in a way that torch doesn't count.
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)
+        self.__dict__.update(dict.fromkeys(_PREPARED))
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.__dict__.update(dict.fromkeys(_PREPARED))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.__dict__.update(dict.fromkeys(_PREPARED))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.update(dict.fromkeys(_PREPARED))
+        return super()._apply(*args, **kwargs)
 
 
 class _FusedAdaLoRA(_Fused):

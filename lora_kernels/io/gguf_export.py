@@ -84,10 +84,13 @@ def save_gguf_adapter(model: nn.Module, path: str | os.PathLike, dtype: str = ST
     tensors = {}
     for name, layer in layers.items():
         key = f"{name}.weight"
-        lora_a = to_write(f"{name}.lora_a", layer.lora_a)
+        # Products in float32, rounded once; a file as stored has them in the dtype of the adapter.
+        lora_a, lora_b = (to_write(f"{name}.{part}", getattr(layer, part)) for part in ("lora_a", "lora_b"))
+        kind = lora_a.dtype if dtype == STORED else torch.float32
+        lora_a = lora_a.float()
         if layer.lora_e is not None:
-            lora_a = lora_a * to_write(f"{name}.lora_e", layer.lora_e)[:, None]
-        lora_b = to_write(f"{name}.lora_b", layer.lora_b) * (layer.scaling * layer.r / alpha)
+            lora_a = lora_a * to_write(f"{name}.lora_e", layer.lora_e).float()[:, None]
+        lora_a, lora_b = lora_a.to(kind), (lora_b.float() * (layer.scaling * layer.r / alpha)).to(kind)
         tensors[f"{names[key]}.lora_a"] = lora_a
         tensors[f"{names[key]}.lora_b"] = names.rows(key, lora_b)
 
@@ -232,7 +235,9 @@ def _add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int, 
         tokenizer.save_pretrained(directory)
         special = gguf.SpecialVocab(directory, load_merges=not sentencepiece)
     special.add_special_token = _ends(tokenizer)
-    more = (stop for stop in stops if stop != special.special_token_ids.get("eos"))
+    more = [stop for stop in stops if stop != special.special_token_ids.get("eos")]
+    if len(more) > 2:
+        raise ValueError(f"the generation config ends answers with {stops}; a GGUF file has room for 3 end tokens")
     special.special_token_ids |= dict(zip(("eot", "eom"), more, strict=False))
 
     if sentencepiece:

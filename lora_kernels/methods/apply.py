@@ -46,10 +46,12 @@ class _SavePretrained:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
 
-    def __call__(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def __call__(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         if (model := self._model()) is None:
             raise RuntimeError("the model of this save_pretrained is gone; keep it in a variable until it is saved")
-        importlib.import_module("lora_kernels.io.adapters").save_pretrained(model, save_directory, **kwargs)
+        importlib.import_module("lora_kernels.io.adapters").save_pretrained(
+            model, save_directory, is_main_process, **kwargs
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._model(),)

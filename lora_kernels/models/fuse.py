@@ -239,13 +239,21 @@ def _is_rotary(function: Callable[..., Any]) -> bool:
         return False
 
 
+# Arguments of attention that read another sequence for its keys and values.
+_OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states")
+
+
 def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
     """`forward`, in which the adapted layers of these names are computed by one call; its signature is kept."""
+    parameters = list(inspect.signature(forward).parameters)[1:]
+    places = [parameters.index(name) for name in _OTHER_SEQUENCE if name in parameters]
 
     @wraps(forward)
     def wrapped(self: Model, *args: Any, **kwargs: Any) -> Any:
         group = None
-        if not self.lora_kernels_apart and not torch.compiler.is_compiling():
+        crosses = any([kwargs.get(name) is not None for name in _OTHER_SEQUENCE])
+        crosses = crosses or any([place < len(args) and args[place] is not None for place in places])
+        if not crosses and not self.lora_kernels_apart and not torch.compiler.is_compiling():
             group = open_group([getattr(self, name) for name in names])
         if group is None:
             return forward(self, *args, **kwargs)
@@ -253,8 +261,8 @@ def _grouped(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
             result = forward(self, *args, **kwargs)
         finally:
             group.close()
-        if group.idle:
-            # As in cross-attention, where the keys and values are of another sequence.
+        if group.idle and not self.training and not torch.is_grad_enabled():
+            # They read different inputs. Not told in training: backward may run this again, and must do the same.
             self.lora_kernels_apart = True
         return result
 

@@ -183,8 +183,11 @@ class AdaptedLayer:
         if autocast_dtype(x) is None and backends.unwatched(x):
             kept: list[Any] = [layer.kept_layers(x) for layer in layers]
             if None not in kept:
-                return project(x, kept[0] if len(kept) == 1 else _joined(kept, x), self.dropout_p)
+                return self._project(kept, x)
         return self.anew(layers, x)
+
+    def _project(self, kept: list[Layers], x: Tensor) -> Sequence[Tensor]:
+        return project(x, kept[0] if len(kept) == 1 else _joined(kept, x), self.dropout_p)
 
     def anew(self, layers: Sequence[AdaptedLayer], x: Tensor) -> Sequence[Tensor]:
         """`together` where not all of it is kept."""
@@ -249,7 +252,7 @@ def _joined(kept: list[Layers], x: Tensor) -> Layers:
     members, joined = first.prepared.get("joined", ((), None))
     if len(members) != len(others) or not all(map(is_, members, others)):
         joined = Layers([layer for each in kept for layer in each])
-        joined.keep(tuple(t for each in kept if each.places for t in each.places.tensors), x)
+        joined.keep(tuple(t for each in kept for t in each.own), x)
         first.prepared["joined"] = others, joined
     return joined
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_kernels.ops import dispatch, watched
 from lora_kernels.ops.layers import prepare, under_autocast
 from lora_kernels.ops.nf4 import NF4Weight
-from lora_kernels.types import AdapterGradients, AdapterNeeds, Dropout, Gradients, Layers, Needs, Projection
+from lora_kernels.types import NF4, AdapterGradients, AdapterNeeds, Dropout, Gradients, Layers, Needs, Projection
 
 ADAPTER = ("lora_a", "lora_b", "lora_e")
 
@@ -149,12 +149,12 @@ class _Pass(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         count = len(dys)
         hs, saved = saved[:count], saved[count:]
+        need, needs = _needs(trained, ctx.needs_input_grad, count)
         if layers is not None:
-            layers = _unchanged(layers, versions)
+            layers = _unchanged(layers, versions, needs)
         else:
             size = sum(8 if block_size else 5 for _, block_size, _ in settings)
             layers, saved = Layers.of(settings, saved[:size]), saved[size:]
-        need, needs = _needs(trained, ctx.needs_input_grad, count)
         dzs = [dispatch.matrix(dy) for dy in dys]
         rows = dzs[0].new_empty(()).expand(len(dzs[0]), shape[-1]) if x is None else dispatch.matrix(x)
         found = {}
@@ -177,14 +177,32 @@ class _Pass(torch.autograd.Function):
         return dx, None, *map(found.get, trained)
 
 
-def _unchanged(layers: Layers, versions: list[int | None]) -> Layers:
-    """The layers; prepared anew where something has stored their tensors elsewhere since forward."""
-    if layers.versions() != versions:
-        raise RuntimeError(
-            "a weight that is needed for the gradient has been modified by an inplace operation since lora_linear's "
-            "forward pass"
-        )
-    still = layers.places is not None and layers.places.hold(None, None)
+# What the gradient of x and of a part of the adapter reads.
+_READ = {
+    "x": {"weight", "lora_a", "lora_b", "lora_e"},
+    "lora_a": {"lora_b", "lora_e"},
+    "lora_b": {"lora_e"},
+    "lora_e": {"lora_b"},
+}
+
+
+def _unchanged(layers: Layers, versions: list[int | None], needs: Needs | None) -> Layers:
+    """The layers; prepared anew where something has stored their tensors elsewhere since forward, as FSDP does with the
+    same values. RuntimeError where one that `needs` reads was changed in place."""
+    if (now := layers.versions()) != versions and needs is not None:
+        rest = zip(now, versions, strict=True)
+        for layer, need in zip(layers, needs.layers, strict=True):
+            asked = ["x"] * needs.x + [name for name in ADAPTER if getattr(need, name)]
+            read = set().union(*(_READ[name] for name in asked))
+            weights = 4 if isinstance(layer.weight, NF4) else 1
+            for name in ("weight",) * weights + (*ADAPTER, "column_scale"):
+                current, before = next(rest)
+                if current != before and name in read:
+                    raise RuntimeError(
+                        f"{name} {list(getattr(layer, name).shape)}, which the gradient of {' and '.join(asked)} "
+                        "reads, has been modified by an inplace operation since lora_linear's forward pass"
+                    )
+    still = layers.places is not None and layers.places.hold(layers.own, None)
     return layers if still else Layers(layers.projections)
 
 

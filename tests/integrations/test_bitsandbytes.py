@@ -212,3 +212,34 @@ def test_prepared_for_kbit_training():
         pairs = zip(results(fused, x), results(plain, x), strict=True)
     for found, wanted in pairs:
         assert found.dtype == wanted.dtype and relative_error(found, wanted) < 1e-2
+
+
+class Attention(nn.Module):
+    is_loaded_in_4bit = True
+
+    def __init__(self):
+        super().__init__()
+        how = {"quant_type": "nf4", "compute_dtype": torch.bfloat16}
+        self.q_proj, self.k_proj, self.v_proj = (bnb.nn.Linear4bit(K, N, **how) for _ in range(3))
+        self.to("cpu")
+
+    def forward(self, x):
+        return self.q_proj(x) + self.k_proj(x) * self.v_proj(x)
+
+
+def test_a_group_of_layers_with_biases_of_another_dtype():
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    plain = peft.get_peft_model(Attention(), config)
+    fused = copy.deepcopy(plain)
+    assert fuse_peft(fused, decoder=True).decoder == 1
+    x = torch.randn(6, K)
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), plain(x), atol=0.05, rtol=0.05)
+
+
+def test_a_layer_that_moves_leaves_nothing_behind():
+    layer = pair()[1].base_model.model.a
+    layer(torch.randn(6, K))
+    layer._apply(lambda t: t)
+    assert layer._nf4 is None and layer._kept is None and layer._plan is None

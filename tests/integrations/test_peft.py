@@ -471,3 +471,29 @@ def test_generation(gradients):
     assert torch.equal(*texts)
     # What was prepared without gradients serves with them.
     assert_same_training(plain.train(), fused.train())
+
+
+def test_active_adapters_as_a_tuple():
+    torch.manual_seed(1)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(r=2, target_modules=["0"]))
+    fuse_peft(model)
+    x = torch.randn(3, 8)
+    want = model(x)
+    model.base_model.set_adapter(("default",))
+    torch.testing.assert_close(model(x), want)
+
+
+def test_the_norm_of_a_weight_that_peft_has_merged_into_is_made_anew():
+    torch.manual_seed(1)
+    how = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(**how, use_dora=True))
+    model.add_adapter("plain", peft.LoraConfig(**how))
+    plain = copy.deepcopy(model)
+    fuse_peft(model)
+    x = torch.randn(3, 8)
+    for each in (model, plain):
+        each(x)
+        layer = each.base_model.model[0]
+        layer.merge(adapter_names=["plain"])
+        layer.merged_adapters.remove("plain")
+    torch.testing.assert_close(model(x), plain(x))

@@ -230,6 +230,15 @@ def test_alpha_is_the_config_s_where_all_ranks_are_alike(tmp_path):
         np.testing.assert_array_equal(tensors["blk.1.attn_v.weight.lora_a"][1], value.lora_a.detach().numpy())
 
 
+def test_the_difference_in_scaling_is_not_rounded_to_the_adapters_dtype(tmp_path):
+    config = LoRAConfig(r=4, lora_alpha=6, alpha_pattern={"v_proj": 7})
+    model = adapted(config).to(torch.bfloat16)
+    save_gguf_adapter(model, tmp_path / "adapter.gguf", "float32")
+    found = read(tmp_path / "adapter.gguf")[1]["blk.1.attn_v.weight.lora_b"][1]
+    lora_b = model.model.layers[1].self_attn.v_proj.lora_b.detach().float()
+    np.testing.assert_allclose(found, (lora_b * (7 / 6)).numpy(), rtol=1e-6)
+
+
 def test_matrices_are_rounded_to_the_dtype_and_vectors_are_not(tmp_path):
     model = small("qwen2")
     rounded = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
@@ -389,7 +398,14 @@ def test_what_an_adapter_file_can_t_say_is_refused(tmp_path, model, message):
     assert not (tmp_path / "out").exists()
 
 
+def many_ends():
+    model = small()
+    model.generation_config.eos_token_id = [2, 3, 4, 5]
+    return model
+
+
 @pytest.mark.parametrize(("model", "tokenizer", "arguments", "message"), [
+    (many_ends, byte_level, (), r"ends answers with \[2, 3, 4, 5\]; a GGUF file has room for 3 end tokens"),
     (lambda: tiny_model("gpt2"), byte_level, (), "GPT2LMHeadModel.*allowed: LlamaForCausalLM"),
     (lambda: adapted(LoRAConfig(r=2)), byte_level, (), "LoRAConfig was injected.*merge it first"),
     (lambda: inject(small(), PromptConfig(4)), byte_level, (), "PromptConfig was injected"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRAConfig, inject, reference, use_backend
 from lora_kernels.backends import cpu
@@ -204,9 +205,36 @@ def test_projections_of_two_inputs_are_left_apart(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(fused(x, x), plain(x, x))
     assert not fused.lora_kernels_apart
     torch.testing.assert_close(fused(x, other), plain(x, other))
+    assert not fused.lora_kernels_apart  # backward may run it again, and must do the same
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(x, other), plain.eval()(x, other))
     assert fused.lora_kernels_apart
     torch.testing.assert_close(fused(x, other), plain(x, other))
     assert all(layer.group is None for layer in fused.children())
+
+
+class NamedCrossAttention(CrossAttention):
+    def forward(self, x: Tensor, key_value_states: Tensor | None = None) -> Tensor:
+        return super().forward(x, x if key_value_states is None else key_value_states)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", [CrossAttention, NamedCrossAttention])
+def test_two_inputs_under_checkpointing(kind: type, use_reentrant: bool) -> None:
+    """The first pass and the one that backward repeats draw the same dropout."""
+    torch.manual_seed(3)
+    model = kind()
+    fuse_decoder(model)
+    perturb(inject(model, LoRAConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "k_proj", "v_proj"])))
+    x, other = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    gradients = []
+    for call in (model, lambda *args: checkpoint(model, *args, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        torch.manual_seed(4)
+        call(x, other).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_no_group_outlives_an_error() -> None:

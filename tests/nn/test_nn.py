@@ -354,14 +354,37 @@ def test_gradients_are_made_of_what_hooks_have_stored_elsewhere():
         torch.testing.assert_close(gradient, plain)
 
 
+def test_what_a_gradient_does_not_read_may_change_before_backward():
+    layer, x, dy = make(), torch.randn(20, 24), torch.randn(20, 40)
+    for parameter in (layer.lora_a, layer.lora_b):
+        parameter.requires_grad_(parameter is layer.lora_b)
+    y = layer(x)
+    (expected,) = torch.autograd.grad(y, [layer.lora_b], dy, retain_graph=True)
+    with torch.no_grad():
+        layer.lora_b.add_(1)
+        layer.weight.add_(1)
+    (gradient,) = torch.autograd.grad(y, [layer.lora_b], dy)
+    assert torch.equal(gradient, expected)
+
+
+def test_a_layer_in_a_cycle_is_freed():
+    layer = make()
+    layer.lora_a.register_hook(lambda grad, layer=layer: None)
+    layer(torch.randn(20, 24)).sum().backward()
+    dead = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert dead() is None
+
+
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "lora_e"])
 def test_a_weight_that_was_changed_in_place_before_backward(name):
-    layer, x = make(), torch.randn(20, 24)
+    layer, x = make(), torch.randn(20, 24, requires_grad=True)
     layer.lora_e = nn.Parameter(torch.rand(layer.r))
     y = layer(x)
     with torch.no_grad():
         layer.get_parameter(name).mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=rf"^{name} .*modified by an inplace operation"):
         y.sum().backward()
 
 
