@@ -259,7 +259,7 @@ class _Fused(AdaptedLayer, lora.LoraLayer):
         if not names[0]:
             return [self._computed(x, [])]
         # Each layer sees to its own bias; their terms agree, and so do the dtypes.
-        cast = [layer._cast(x) for layer in layers][0]
+        cast, *_ = [layer._cast(x) for layer in layers]
         kept = [layer._prepared(cast, own) for layer, own in zip(layers, names, strict=True)]
         ys = super().anew(layers, cast) if None in kept else self._project(kept, cast)
         return [layer._finished(y, x, own) for layer, y, own in zip(layers, ys, names, strict=True)]
