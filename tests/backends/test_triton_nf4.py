@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from lora_cases import SCALING
 
 from lora_kernels import lora_linear, quantize_nf4, reference, use_backend
 from lora_kernels.backends import triton as backend
@@ -19,7 +20,6 @@ from test_triton import (
     FP16,
     FP32,
     ONE,
-    SCALING,
     Case,
     OperatorLog,
     patch_language_once_per_launch,  # noqa: F401 (an autouse fixture)

@@ -40,8 +40,8 @@ CONFIG = LoRAConfig(r=3, target_modules=["q_proj", "down_proj"], modules_to_save
 SECOND = LoRAConfig(r=2, target_modules=["v_proj", "q_proj"], init="both_gaussian")
 # The public functions that take a model; what else is public takes none.
 TAKE_A_MODEL = {
-    "LoRAPlusAdamW", "adapters_disabled", "add_adapter", "fuse_decoder", "inject", "load_adapter", "merge",
-    "save_adapter", "trainable_summary", "use_adapter",
+    "LoRAPlusAdamW", "adapters_disabled", "add_adapter", "fuse_decoder", "fuse_peft", "inject", "load_adapter", "merge",
+    "save_adapter", "trainable_summary", "unfuse_peft", "use_adapter",
 }  # fmt: skip
 
 

@@ -281,6 +281,8 @@ SETTINGS = "settings, without tensors"
 # What is public and isn't tried, and why.
 LEFT_OUT = {
     **dict.fromkeys(("AdaLoRAConfig", "FullConfig", "LoRAConfig", "PrefixConfig", "PromptConfig", "INITS"), SETTINGS),
+    "FuseReport": "names of layers, and reasons",
+    **dict.fromkeys(("fuse_peft", "unfuse_peft"), "change the classes of layers, which then call lora_linear"),
     **dict.fromkeys(("available", "use_backend"), "names of backends"),
     **dict.fromkeys(("is_fused", "takes_rotary", "version_of"), ASKS_ONLY),
     **dict.fromkeys(("adapters_disabled", "add_adapter", "use_adapter"), "put other modules into the model's places"),

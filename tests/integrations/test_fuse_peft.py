@@ -497,3 +497,12 @@ def test_the_norm_of_a_weight_that_peft_has_merged_into_is_made_anew():
         layer.merge(adapter_names=["plain"])
         layer.merged_adapters.remove("plain")
     torch.testing.assert_close(model(x), plain(x))
+
+
+def test_a_model_within_a_wrapper_is_fused():
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules="all-linear"))
+    wrapped = torch.compile(model, backend="eager")
+    assert len(fuse_peft(wrapped, decoder=True).fused) == 14
+    assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, ours.Linear)
+    unfuse_peft(wrapped)
+    assert not isinstance(model.base_model.model.model.layers[0].mlp.up_proj, ours.Linear)
